@@ -1,0 +1,203 @@
+"""On a GPU: the meaning of every record that computes is what the hardware does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda.bindings import driver
+
+from tilejit import dtypes
+from tilejit.isa import special
+from tilejit.isa.ldmatrix import ldmatrix
+from tilejit.isa.mma import MMA, fragment_a, fragment_b
+from tilejit.target import for_capability
+
+LANES = 32
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The target of the first GPU, whose context is current while the tests of this file run."""
+    try:
+        (code,) = driver.cuInit(0)
+    except RuntimeError:  # no driver library
+        code = driver.CUresult.CUDA_ERROR_NO_DEVICE
+    if code != driver.CUresult.CUDA_SUCCESS:
+        pytest.skip("needs a GPU")
+    device = ask(driver.cuDeviceGet(0))
+    context = ask(driver.cuDevicePrimaryCtxRetain(device))
+    ask(driver.cuCtxPushCurrent(context))
+    attribute = driver.CUdevice_attribute
+    yield for_capability(
+        ask(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)),
+        ask(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)),
+    )  # fmt: skip
+    ask(driver.cuCtxPopCurrent())
+    ask(driver.cuDevicePrimaryCtxRelease(device))
+
+
+def ask(answer):
+    code, *values = answer
+    assert code == driver.CUresult.CUDA_SUCCESS, code
+    return values[0] if values else None
+
+
+@pytest.fixture
+def execute(gpu, write_module):
+    """Run a record on one warp: a list of (32,) arrays in, a list of (32,) arrays out."""
+
+    def run(instruction, inputs):
+        if not gpu.has(*instruction.needs):
+            pytest.skip(f"{instruction} is not on {gpu}")
+        module = ask(driver.cuModuleLoadData(write_module(gpu, [instruction]).encode() + b"\0"))
+        kernel = ask(driver.cuModuleGetFunction(module, b"k0"))
+        words = np.zeros((len(inputs), LANES), np.uint64)
+        for row, value, dtype in zip(words, inputs, instruction.inputs, strict=True):
+            row.view(dtype.numpy).reshape(LANES, -1)[:, 0] = value
+        results = np.full((len(instruction.outputs), LANES), 0xFFFFFFFFFFFFFFFF, np.uint64)
+        source = ask(driver.cuMemAlloc(max(words.nbytes, 8)))
+        sink = ask(driver.cuMemAlloc(max(results.nbytes, 8)))
+        try:
+            ask(driver.cuMemcpyHtoD(source, words.ctypes.data, words.nbytes))
+            addresses = np.array([int(source), int(sink)], np.uint64)
+            pointers = addresses.ctypes.data + np.arange(2, dtype=np.uint64) * 8
+            ask(driver.cuLaunchKernel(kernel, 1, 1, 1, LANES, 1, 1, 0, 0, pointers.ctypes.data, 0))
+            ask(driver.cuMemcpyDtoH(results.ctypes.data, sink, results.nbytes))
+        finally:
+            ask(driver.cuMemFree(source))
+            ask(driver.cuMemFree(sink))
+            ask(driver.cuModuleUnload(module))
+        return [
+            row.view(dtype.numpy).reshape(LANES, -1)[:, 0].copy()
+            for row, dtype in zip(results, instruction.outputs, strict=True)
+        ]
+
+    return run
+
+
+def registers(matrix, layout):
+    """The b32 registers of a fragment, one row a register."""
+    elements = np.stack(
+        [matrix[layout.coordinates(np.arange(LANES), r)] for r in range(layout.registers)], axis=1
+    )
+    return list(np.ascontiguousarray(elements).view(np.uint32).T)
+
+
+@pytest.mark.parametrize("mma", MMA, ids=lambda mma: mma.name)
+def test_mma_on_the_gpu_is_what_it_means(mma, execute, make_lanes):
+    """Small integers: every sum is exact whatever its order."""
+    rng = np.random.default_rng(5)
+    low, high = (-8, 9) if mma.a.is_float else (mma.a.min, mma.a.max + 1)
+    a = rng.integers(low, high, (mma.m, mma.k)).astype(mma.a.numpy)
+    low, high = (-8, 9) if mma.b.is_float else (mma.b.min, mma.b.max + 1)
+    b = rng.integers(low, high, (mma.k, mma.n)).astype(mma.b.numpy)
+    acc_type = np.float16 if mma.acc is dtypes.float16 else mma.acc.numpy
+    acc = rng.integers(-99, 99, (LANES, 4)).astype(acc_type)
+    inputs = [
+        *registers(a, fragment_a(mma)),
+        *registers(b, fragment_b(mma)),
+        *(acc.view(np.uint32) if mma.acc is dtypes.float16 else acc).T,
+    ]
+    for found, meant in zip(
+        execute(mma.instruction, inputs),
+        mma.instruction.meaning(make_lanes(LANES), inputs),
+        strict=True,
+    ):
+        assert np.array_equal(found, meant)
+
+
+def test_a_tf32_mma_on_the_gpu_ignores_the_low_13_bits(execute, make_lanes):
+    for mma in (mma for mma in MMA if mma.a is dtypes.tfloat32):
+        words = len(mma.instruction.inputs) - 4
+        rng = np.random.default_rng(6)
+        # one bit below the cut, so that rounding would show
+        inputs = [rng.integers(0, 2, LANES).astype(np.uint32) * 0x1FFF + 0x3F800000] * words
+        inputs += [np.zeros(LANES, np.float32)] * 4
+        meant = mma.instruction.meaning(make_lanes(LANES), inputs)
+        for found, expected in zip(execute(mma.instruction, inputs), meant, strict=True):
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ldmatrix_on_the_gpu_is_what_it_means(count, transposed, execute, make_lanes):
+    lanes = make_lanes(LANES)
+    lanes.shared[:4096].view(np.uint32)[:] = np.arange(1024)  # as the test module fills it
+    lanes.shared[:4096].view(np.uint16)[1::2] = 0
+    address = (np.random.default_rng(2).permutation(256)[:LANES] * 16).astype(np.uint32)
+    instruction = ldmatrix(count, transposed)
+    meant = instruction.meaning(lanes, [address])
+    for found, expected in zip(execute(instruction, [address]), meant, strict=True):
+        assert np.array_equal(found, expected)
+
+
+EDGES = np.array(
+    [0, -0.0, 1, -1.5, 65504, 65520, 1e-8, -6e-8, 448, 464, 480, 57344, 61440, 3e38, -3.4e38,
+     np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1e-40, -7e-3,
+     2**-9, 2**-10, 3 * 2**-10, 2**-16, 2**-17, 3 * 2**-17, 3.1415927, -0.1],
+    np.float32,
+)  # fmt: skip
+NANS = np.array([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0xFFC00000, 0xFFFFFFFF], np.uint32)
+EXACT = [
+    special.BF16_FROM_F32,
+    special.BF16X2_FROM_F32,
+    special.F16X2_FROM_F32,
+    special.TF32_FROM_F32,
+    special.E4M3X2_FROM_F32,
+    special.E5M2X2_FROM_F32,
+]
+
+
+@pytest.mark.parametrize("instruction", EXACT, ids=lambda instruction: instruction.name)
+def test_a_conversion_of_nans_on_the_gpu_is_what_it_means_bit_for_bit(instruction, execute):
+    nans = np.resize(NANS, LANES).view(np.float32)
+    inputs = [nans, np.roll(nans, 1)][: len(instruction.inputs)]
+    (found,), (meant,) = execute(instruction, inputs), instruction.meaning(None, inputs)
+    assert [hex(x) for x in found[:5]] == [hex(x) for x in meant[:5]]
+
+
+@pytest.mark.parametrize("instruction", EXACT, ids=lambda instruction: instruction.name)
+def test_a_conversion_on_the_gpu_is_what_it_means_bit_for_bit(instruction, execute):
+    inputs = [EDGES, np.roll(EDGES, 5)][: len(instruction.inputs)]
+    (found,), (meant,) = execute(instruction, inputs), instruction.meaning(None, inputs)
+    assert [hex(x) for x in found] == [hex(x) for x in meant]
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [special.F16X2_FROM_E4M3X2, special.F16X2_FROM_E5M2X2],
+    ids=lambda instruction: instruction.name,
+)
+def test_widening_fp8_on_the_gpu_is_what_it_means_bit_for_bit(instruction, execute):
+    for start in range(0, 256, LANES):
+        low = np.arange(start, start + LANES, dtype=np.uint16)
+        inputs = [low | (255 - low) << 8]
+        (found,), (meant,) = execute(instruction, inputs), instruction.meaning(None, inputs)
+        assert [hex(x) for x in found] == [hex(x) for x in meant]
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [special.EX2, special.LG2, special.RCP, special.RSQRT, special.SQRT, special.SIN,
+     special.COS, special.TANH],
+    ids=lambda instruction: instruction.name,
+)  # fmt: skip
+def test_a_fast_function_on_the_gpu_is_close_to_what_it_means(instruction, execute):
+    x = np.linspace(-3, 3, LANES).astype(np.float32)
+    x[:6] = [0, -0.0, np.inf, np.nan, 1e-40, 100.25]
+    if instruction in (special.SIN, special.COS):
+        x[5] = 1.0  # their error grows with the argument
+    (found,), (meant,) = execute(instruction, [x]), instruction.meaning(None, [x])
+    tolerance = 1e-3 if instruction is special.TANH else 1e-5
+    assert np.allclose(found, meant, rtol=tolerance, atol=2e-6, equal_nan=True), (found, meant)
+
+
+@pytest.mark.parametrize("mode", ["idx", "bfly"])
+def test_a_shuffle_on_the_gpu_is_what_it_means(mode, execute, make_lanes):
+    value = np.arange(LANES, dtype=np.uint32) * 3
+    operand = np.full(LANES, 5, np.uint32)
+    if mode == "idx":
+        operand = np.random.default_rng(0).integers(0, 64, LANES).astype(np.uint32)
+    instruction = special.shuffle(mode)
+    (meant,) = instruction.meaning(make_lanes(LANES), [value, operand])
+    assert np.array_equal(execute(instruction, [value, operand])[0], meant)

@@ -1,0 +1,75 @@
+"""Parameter packing, grid limits, streams and staging, as far as they need no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tilejit import dtypes
+from tilejit.errors import ArgumentTypeError, ResourceError
+from tilejit.runtime import launch
+from tilejit.runtime.launch import Packer, check_grid, stream_handle
+
+
+def parameter_bytes(packer, values, sizes):
+    pointers = ctypes.cast(packer.pack(values), ctypes.POINTER(ctypes.c_void_p))
+    return [ctypes.string_at(pointers[n], size) for n, size in enumerate(sizes)]
+
+
+def test_packed_parameters_have_the_bytes_of_their_dtypes():
+    names = (None, "int32", "float32", "float64", "bool", "float16", "bfloat16", "float8_e5m2")
+    packer = Packer([None if n is None else dtypes.as_dtype(n) for n in names])
+    values = (1 << 40, -3, 1.5, 2.5, True, 0.5, 1.25, 3.0)
+    got = parameter_bytes(packer, values, (8, 4, 4, 8, 1, 2, 2, 1))
+    assert got == [
+        struct.pack("<Q", 1 << 40),
+        struct.pack("<i", -3),
+        struct.pack("<f", 1.5),
+        struct.pack("<d", 2.5),
+        b"\1",
+        np.float16(0.5).tobytes(),
+        np.array(1.25, ml_dtypes.bfloat16).tobytes(),
+        np.array(3.0, ml_dtypes.float8_e5m2).tobytes(),
+    ]
+
+
+def test_kernel_without_parameters_packs_nothing():
+    assert Packer([]).pack([]) != 0
+
+
+def test_grid_beyond_the_limit_names_the_axis_and_both_numbers():
+    check_grid("f", (2**31 - 1, 65535, 65535))
+    with pytest.raises(ResourceError) as caught:
+        check_grid("f", (1, 65536, 1))
+    assert caught.value.headline == (
+        "f: the grid has 65536 blocks along y; a GPU launches at most 65535."
+    )
+
+
+@pytest.mark.parametrize(
+    ("stream", "handle"),
+    [
+        (7, 7),
+        (types.SimpleNamespace(cuda_stream=9), 9),
+        (types.SimpleNamespace(ptr=11), 11),
+        (types.SimpleNamespace(handle=ctypes.c_void_p(13)), 13),
+        (types.SimpleNamespace(handle=ctypes.c_void_p(None)), 0),
+        (types.SimpleNamespace(__cuda_stream__=lambda: (0, 15)), 15),
+    ],
+)
+def test_stream_of_any_framework_gives_its_handle(stream, handle):
+    assert stream_handle(stream) == handle
+
+
+def test_what_is_no_stream_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"^stream is a str, not a CUDA stream\."):
+        stream_handle("default")
+
+
+def test_spans_that_overlap_are_staged_together():
+    assert launch._merged([(10, 20), (0, 5), (15, 30), (5, 8)]) == [(0, 5), (5, 8), (10, 30)]

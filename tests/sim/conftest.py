@@ -1,0 +1,81 @@
+"""Lane machines and lowered kernels made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tilejit.dtypes import int32, uint64
+from tilejit.isa.machine import Granule, Lowered, Slot
+from tilejit.sim.block import Block, Checks, Watch
+from tilejit.sim.lanes import LaneMachine
+from tilejit.sim.memory import host_memory
+
+ADDRESS = Slot(uint64, address=True)
+INT = Slot(int32)
+
+Emit = Callable[..., Any]
+
+
+@pytest.fixture
+def run_lanes() -> Callable[..., Any]:
+    """`run_lanes(emit, *inputs, threads=64)`: what `emit(machine, *inputs)` returns on the only
+    group of a block; `inputs` are values, arrays among them in `memory` are global memory."""
+
+    def run(
+        emit: Emit,
+        *inputs: Any,
+        threads: int = 64,
+        shared_bytes: int = 4096,
+        memory: Sequence[np.ndarray] = (),
+        checks: Checks | None = None,
+    ) -> Any:
+        arrays = [(f"array {i}", array) for i, array in enumerate(memory)]
+        block = Block(
+            threads, threads, shared_bytes, host_memory(arrays), Watch(checks or Checks())
+        )
+        machine = LaneMachine(block, 0)
+        granule = Granule("test", (), (), lambda m, values: emit(m, *values))
+        return machine.run(granule, list(inputs))
+
+    return run
+
+
+@pytest.fixture
+def make_kernel() -> Callable[..., Lowered]:
+    """`make_kernel(source, parameters, {name: (emit, input slots, output slots)}, ...)`.
+
+    `emit(machine, *inputs)` returns the outputs as a list, or None for none.
+    """
+
+    def make(
+        source: str,
+        parameters: dict[str, Slot],
+        granules: dict[str, tuple[Emit, Sequence[Slot], Sequence[Slot]]],
+        threads: int | tuple[int, int, int] = 64,
+        shared_bytes: int = 4096,
+        lanes: int = 0,
+    ) -> Lowered:
+        made = {}
+        for name, (emit, inputs, outputs) in granules.items():
+            made[name] = Granule(
+                name,
+                tuple(inputs),
+                tuple(outputs),
+                lambda m, values, emit=emit: emit(m, *values) or [],
+            )
+        return Lowered(
+            source=source,
+            entry="kernel",
+            parameters=tuple(parameters.items()),
+            noalias=(False,) * len(parameters),
+            granules=made,
+            threads=(threads, 1, 1) if isinstance(threads, int) else threads,
+            shared_bytes=shared_bytes,
+            lanes=lanes,
+        )
+
+    return make

@@ -1,0 +1,151 @@
+"""Buffers: named, typed memory of a tile program, and rectangular regions of them.
+
+Knows shapes, strides and scopes. Does not know layouts, offsets in shared memory or registers:
+those are decided later and stand in the `Kernel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tilejit.dtypes import DType
+from tilejit.errors import Span
+from tilejit.ir.expr import Const, Expr, arith, const, index, int_value, show
+
+
+class Scope(StrEnum):
+    GLOBAL = "global"
+    SHARED = "shared.dyn"
+    FRAGMENT = "local.fragment"  # spread over the block's threads, in registers
+    LOCAL = "local"  # one copy a thread
+    VAR = "local.var"  # one scalar a thread
+    BARRIER = "shared.barrier"  # mbarriers
+
+    @property
+    def is_shared(self) -> bool:
+        return self in (Scope.SHARED, Scope.BARRIER)
+
+    @property
+    def is_per_thread(self) -> bool:
+        return self in (Scope.LOCAL, Scope.VAR)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Buffer:
+    """Memory that tile ops read and write.
+
+    shape: extents in elements; int32 or int64 expressions, constants but for global buffers.
+    strides: in elements; None means row-major and compact.
+    data: for GLOBAL the address of the buffer (a pointer variable, or a 64-bit integer
+        expression); for the others another buffer whose memory this one is a view of, or None.
+    offset: elements from `data` to element 0.
+    align: promised alignment of `data` in bytes (global) or required one (shared).
+    arrive_counts: for BARRIER, threads that complete a phase of each barrier.
+    broadcasts: extents of 1 repeat along their dimension (`buffer_type="auto_broadcast"`).
+    """
+
+    name: str
+    shape: tuple[Expr, ...]
+    dtype: DType
+    scope: Scope
+    strides: tuple[Expr, ...] | None = None
+    data: Expr | Buffer | None = None
+    offset: Expr = field(default_factory=lambda: const(0))
+    align: int = 0
+    arrive_counts: tuple[int, ...] = ()
+    broadcasts: bool = False
+    span: Span | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The shape as ints; only where all extents are constants."""
+        result = tuple(int_value(e) for e in self.shape)
+        assert None not in result, f"{self.name} has runtime extents"
+        return result  # type: ignore[return-value]
+
+    @property
+    def is_static(self) -> bool:
+        return all(isinstance(e, Const) for e in self.shape)
+
+    @property
+    def element_strides(self) -> tuple[Expr, ...]:
+        """Strides in elements, derived from the shape when none were given."""
+        if self.strides is not None:
+            return self.strides
+        result: list[Expr] = []
+        step: Expr = const(1)
+        for extent in reversed(self.shape):
+            result.append(step)
+            step = arith("mul", step, extent)
+        return tuple(reversed(result))
+
+    @property
+    def root(self) -> Buffer:
+        """The buffer whose memory this one uses: itself unless it is a view."""
+        buffer = self
+        while isinstance(buffer.data, Buffer):
+            buffer = buffer.data
+        return buffer
+
+    @property
+    def is_view(self) -> bool:
+        return isinstance(self.data, Buffer)
+
+    def __repr__(self) -> str:
+        dims = ", ".join(show(e) for e in self.shape)
+        return f"{self.name}: {self.scope.value}[({dims}), {self.dtype}]"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Region:
+    """A box of a buffer: `extents[d]` elements from `starts[d]` along each dimension.
+
+    Extents are Python ints; a dimension that was indexed by a scalar has extent 1 and is listed
+    in `dropped`, so that the region's shape has no such dimension.
+    """
+
+    buffer: Buffer
+    starts: tuple[Expr, ...]
+    extents: tuple[int, ...]
+    dropped: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        assert len(self.starts) == len(self.extents) == self.buffer.rank
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Dimensions of the buffer that are dimensions of the region."""
+        return tuple(d for d in range(self.buffer.rank) if d not in self.dropped)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.extents[d] for d in self.kept)
+
+    @property
+    def is_whole(self) -> bool:
+        """True when the region is provably the whole buffer."""
+        return not self.dropped and all(
+            isinstance(s, Const) and s.value == 0 and int_value(e) == n
+            for s, n, e in zip(self.starts, self.extents, self.buffer.shape, strict=True)
+        )
+
+    def __repr__(self) -> str:
+        if self.is_whole:
+            return self.buffer.name
+        parts = []
+        for d, (start, extent) in enumerate(zip(self.starts, self.extents, strict=True)):
+            if d in self.dropped:
+                parts.append(show(start))
+            else:
+                parts.append(f"{show(start)}:{show(arith('add', start, extent))}")
+        return f"{self.buffer.name}[{', '.join(parts)}]"
+
+
+def whole(buffer: Buffer) -> Region:
+    """All of a buffer with constant extents."""
+    return Region(buffer, tuple(index(0) for _ in buffer.shape), buffer.extents)

@@ -1,0 +1,138 @@
+"""A kernel: the form that passes fill in, one blank each; and a program of kernels.
+
+Knows what has been decided and by which type. Does not know how anything is decided or lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from tilejit.errors import Span
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Expr, Var
+from tilejit.ir.node import Body, walk
+from tilejit.layout.fragment import FragmentLayout
+from tilejit.layout.shared import SharedLayout
+from tilejit.target import Target
+
+
+class ParamKind(StrEnum):
+    TENSOR = "tensor"  # passed as its address
+    POINTER = "pointer"  # a raw address given by the user
+    SCALAR = "scalar"
+    SYMBOL = "symbol"  # runtime extent or stride, found in the arguments
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Param:
+    """One parameter of the generated kernel.
+
+    var: the variable it binds: the address for TENSOR and POINTER (64 bits), else the value.
+    buffer: for TENSOR, the buffer that `var` is the address of.
+    noalias: nothing else in the call overlaps it and the kernel never writes it.
+    """
+
+    name: str
+    kind: ParamKind
+    var: Var
+    buffer: Buffer | None = None
+    noalias: bool = False
+
+
+_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Kernel:
+    """One `T.Kernel` frame.
+
+    grid: blocks along x, y, z (host expressions of symbols and scalars).
+    threads: user threads along x, y, z.
+    block_vars, thread_vars: variables of blockIdx and threadIdx, x first; as many as were named.
+
+    Decided by passes, empty before:
+    fragments: layout of each fragment (and of each T.Parallel that needs one of its own).
+    shared: byte layout of each shared buffer (views excluded).
+    slots: copies of a shared buffer that the pipeline keeps; 1 where absent.
+    offsets: byte offset of each shared buffer and barrier in dynamic shared memory.
+    shared_bytes: dynamic shared memory of a block.
+    notes: lines for `explain()`, in the order they were decided.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    grid: tuple[Expr, ...]
+    threads: tuple[int, int, int]
+    block_vars: tuple[Var, ...]
+    thread_vars: tuple[Var, ...]
+    body: Body
+    target: Target | None = None
+    fast_math: bool = False
+    fragments: Mapping[Any, FragmentLayout] = field(default_factory=lambda: _EMPTY)
+    shared: Mapping[Buffer, SharedLayout] = field(default_factory=lambda: _EMPTY)
+    slots: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
+    offsets: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
+    shared_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    span: Span | None = None
+
+    @property
+    def num_threads(self) -> int:
+        x, y, z = self.threads
+        return x * y * z
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Every buffer the body touches, in order of first use, views after what they view."""
+        seen: dict[Buffer, None] = {}
+
+        def add(buffer: Buffer) -> None:
+            if isinstance(buffer.data, Buffer):
+                add(buffer.data)
+            seen.setdefault(buffer)
+
+        for param in self.params:
+            if param.buffer is not None:
+                add(param.buffer)
+        for node in walk(self.body):
+            for buffer in (*node.reads, *node.writes):
+                add(buffer)
+        return tuple(seen)
+
+    def scoped(self, *scopes: Scope) -> tuple[Buffer, ...]:
+        return tuple(b for b in self.buffers if b.scope in scopes)
+
+    @property
+    def written(self) -> frozenset[Buffer]:
+        """Root buffers that the kernel writes."""
+        return frozenset(b.root for node in walk(self.body) for b in node.writes)
+
+    def __str__(self) -> str:
+        from tilejit.ir.printer import print_kernel
+
+        return print_kernel(self)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Program:
+    """Kernels of one traced function, in launch order.
+
+    arguments: buffers (tensors), pointer variables and scalar variables, in call order.
+    outputs: buffers made by the call (`T.empty`, `out_idx`).
+    results: what the call returns, indexes into `arguments` or `outputs`; empty for None.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    arguments: tuple[Buffer | Var, ...]
+    outputs: tuple[Buffer, ...] = ()
+    results: tuple[Buffer, ...] = ()
+    returns_tuple: bool = False
+    span: Span | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(str(k) for k in self.kernels)

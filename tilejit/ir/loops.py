@@ -1,0 +1,170 @@
+"""How the iterations of an elementwise loop are spread over threads.
+
+Knows the rule: a loop follows the fragments it touches; a loop that touches none is spread so
+that memory accesses are as wide as alignment allows and neighbours go to neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from tilejit.ir.access import local_registers
+from tilejit.ir.analysis import difference, divisor
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Const, Expr, Var, arith, int_value, substitute, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Atomic, Load, Node, Parallel, Store, walk
+from tilejit.layout.fragment import FragmentLayout, blocked
+
+VECTOR_BYTES = 16  # the widest access of a thread (PTX ISA, ld, st: .v4.b32)
+
+Access = tuple[Node, Buffer, tuple[Expr, ...]]
+
+
+def accesses(node: Parallel) -> Iterator[Access]:
+    """Every scalar access in a loop's body."""
+    for inner in walk(node.body):
+        if isinstance(inner, Load | Store | Atomic):
+            yield inner, inner.buffer, inner.index
+
+
+def loop_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
+    """The layout of a loop's iterations, once the fragments' layouts are decided."""
+    found = layout_from_fragments(node, kernel.fragments, kernel.num_threads)
+    return found or default_layout(node, kernel.num_threads)
+
+
+def layout_from_fragments(
+    node: Parallel, fragments: Mapping[Buffer, FragmentLayout], threads: int
+) -> FragmentLayout | None:
+    """The layout that a loop takes from the fragments it indexes by all its variables, those it
+    writes first."""
+    candidates: list[tuple[int, FragmentLayout]] = []
+    for inner, buffer, at in accesses(node):
+        if buffer.scope is Scope.FRAGMENT and buffer in fragments:
+            seen = seen_from(fragments[buffer], node, at)
+            if seen is not None:
+                candidates.append((0 if isinstance(inner, Store) else 1, seen))
+    if not candidates:
+        return None
+    return min(candidates, key=lambda c: c[0])[1]
+
+
+def seen_from(
+    fragment: FragmentLayout, node: Parallel, at: Sequence[Expr]
+) -> FragmentLayout | None:
+    """The loop layout in which each thread visits just the elements that it holds: when every
+    loop variable is an index of its own over the whole dimension."""
+    order: list[int] = []
+    for d, e in enumerate(at):
+        if isinstance(e, Var) and e in node.vars:
+            if node.extents[node.vars.index(e)] != fragment.shape[d]:
+                return None
+            order.append(d)
+        elif not (isinstance(e, Const) and fragment.shape[d] == 1):
+            return None
+    named = [at[d] for d in order]
+    missing = [v for v, n in zip(node.vars, node.extents, strict=True) if v not in named]
+    if len(set(named)) != len(named):
+        return None
+    if missing:
+        if any(node.extents[node.vars.index(v)] != 1 for v in missing):
+            return None
+    if fragment.flat:
+        if missing or named != list(node.vars) or len(order) != len(fragment.shape):
+            return None
+        return fragment
+    kept = fragment.project(order)
+    dims, shape = [], []
+    for v, n in zip(node.vars, node.extents, strict=True):
+        if v in missing:
+            dims.append(())
+            shape.append(1)
+        else:
+            d = named.index(v)
+            dims.append(kept.dims[d])
+            shape.append(n)
+    return FragmentLayout(tuple(shape), tuple(dims), fragment.threads)
+
+
+def is_local(
+    fragment: FragmentLayout,
+    loop: FragmentLayout | None,
+    node: Parallel | None,
+    at: Sequence[Expr],
+) -> bool:
+    """True when each thread holds what its iterations ask for."""
+    names = node.vars if node is not None else ()
+    return local_registers(fragment, loop, names, at) is not None
+
+
+def default_layout(node: Parallel, threads: int) -> FragmentLayout:
+    """The layout of a loop that no fragment decides."""
+    return blocked(node.extents, threads, loop_vector(node, threads))
+
+
+def loop_vector(node: Parallel, threads: int) -> int:
+    """Iterations along the last variable that a thread takes together.
+
+    As many as fill the widest access of the narrowest element, but no more than every global
+    access can use, and leaving work for all threads.
+    """
+    if not node.vars:
+        return 1
+    last, extent = node.vars[-1], node.extents[-1]
+    limit = VECTOR_BYTES
+    if node.coalesced_width:
+        limit = node.coalesced_width
+    widths = []
+    for _, buffer, at in accesses(node):
+        if buffer.scope in (Scope.GLOBAL, Scope.SHARED):
+            width = contiguous_width(buffer, at, last)
+            if width is not None:
+                widths.append(min(width, VECTOR_BYTES // buffer.dtype.bytes))
+    if not widths:
+        return 1
+    sizes = [b.dtype.bytes for _, b, _ in accesses(node) if b.scope is not Scope.FRAGMENT]
+    vector = min(VECTOR_BYTES // min(sizes), limit, extent & -extent)
+    vector = min(vector, _common_width(node, last))
+    total = math.prod(node.extents)
+    while vector > 1 and total // vector < threads:
+        vector //= 2
+    return max(1, vector)
+
+
+def _common_width(node: Parallel, last: Var) -> int:
+    """The vector that every access along the last variable can use."""
+    result = VECTOR_BYTES
+    for _, buffer, at in accesses(node):
+        if buffer.scope is not Scope.GLOBAL:
+            continue
+        width = contiguous_width(buffer, at, last)
+        if width is not None:
+            # wider elements need several accesses, each aligned
+            result = min(result, width if width < VECTOR_BYTES // buffer.dtype.bytes else result)
+    return result
+
+
+def contiguous_width(buffer: Buffer, at: Sequence[Expr], last: Var) -> int | None:
+    """Neighbouring iterations that one aligned access can serve, up to 16 bytes' worth; 1 when
+    they are not neighbours in memory; None when the access does not depend on `last`."""
+    if not at or not any(last in variables(e) for e in at):
+        return None
+    if any(last in variables(e) for e in at[:-1]):
+        return 1
+    step = difference(substitute(at[-1], {last: arith("add", last, 1)}), at[-1])
+    if step != 1 or int_value(buffer.element_strides[-1]) != 1:
+        return 1
+    width = VECTOR_BYTES // buffer.dtype.bytes
+    if buffer.scope is Scope.GLOBAL:
+        width = min(width, max(1, (buffer.align or buffer.dtype.bytes) // buffer.dtype.bytes))
+        width = _power(width, divisor(buffer.offset))
+        for stride in buffer.element_strides[:-1]:
+            width = _power(width, divisor(stride))
+    start = substitute(at[-1], {last: arith("mul", last, 0)})
+    return _power(width, divisor(start))
+
+
+def _power(width: int, number: int) -> int:
+    return math.gcd(width, number) if number else width

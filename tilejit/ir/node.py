@@ -1,0 +1,380 @@
+"""Nodes of the tile graph: the base class, control flow, scalar memory access, synchronisation.
+
+Tile ops (copy, gemm, ...) are nodes too and live in `ops/`. A node is immutable; a pass makes a
+new one with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tilejit.errors import Span
+from tilejit.ir.buffer import Buffer, Region
+from tilejit.ir.expr import Expr, Var, const, index
+from tilejit.ir.names import Names
+
+Body = tuple["Node", ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Node:
+    """One step of a tile program, executed in order.
+
+    Passes ask a node through these properties instead of knowing its class:
+    reads, writes: buffers it touches itself (nested bodies not included).
+    exprs: scalar expressions it evaluates itself.
+    defines: variables that nodes after it (or, for loops, in its body) may use.
+    bodies: nested node lists.
+    """
+
+    span: Span | None = None
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return ()
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return ()
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return ()
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return ()
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The boxes of buffers that a tile op works on."""
+        return ()
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with a tile op's shapes, dtypes and scopes, for `verify`."""
+        return iter(())
+
+    def show(self, names: Names) -> str:
+        """A tile op as one line of text; control flow is laid out by the printer."""
+        raise AssertionError(f"{type(self).__name__} does not say how it is printed")
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        """The same node around other bodies."""
+        assert not bodies
+        return self
+
+    @property
+    def has_effect(self) -> bool:
+        """False when the node may be dropped if nothing uses what it defines."""
+        return True
+
+
+class LoopKind(StrEnum):
+    SERIAL = "serial"
+    UNROLL = "unroll"
+    VECTORIZED = "vectorized"
+    PIPELINED = "pipelined"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class For(Node):
+    """`for var in range(start, stop, step)`; step is a positive or negative constant.
+
+    num_stages: for PIPELINED: slots of each asynchronously filled buffer; 0 means serial, None
+        that the pipeline pass chooses.
+    order, stage, group: TileLang's manual schedule, one entry a statement of the body.
+    unroll_factor: for UNROLL: iterations a round, None for all.
+    """
+
+    var: Var
+    start: Expr
+    stop: Expr
+    step: int = 1
+    kind: LoopKind = LoopKind.SERIAL
+    body: Body = ()
+    num_stages: int | None = 0
+    order: tuple[int, ...] = ()
+    stage: tuple[int, ...] = ()
+    group: tuple[tuple[int, ...], ...] = ()
+    unroll_factor: int | None = None
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return self.start, self.stop
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return (self.var,)
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.body,)
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        (body,) = bodies
+        return dataclasses.replace(self, body=body)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parallel(Node):
+    """Independent iterations over a box of `extents`, spread over the block's threads.
+
+    Iterations may run in any order and must not depend on each other.
+    """
+
+    vars: tuple[Var, ...]
+    extents: tuple[int, ...]
+    body: Body = ()
+    coalesced_width: int | None = None
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return self.vars
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.body,)
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        (body,) = bodies
+        return dataclasses.replace(self, body=body)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class If(Node):
+    condition: Expr
+    then: Body = ()
+    orelse: Body = ()
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (self.condition,)
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return self.then, self.orelse
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        then, orelse = bodies
+        return dataclasses.replace(self, then=then, orelse=orelse)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class While(Node):
+    """Run `test` (loads the condition needs), leave when `condition` is false, else run `body`.
+
+    bodies are (test, body); variables defined in `test` are visible in `body`.
+    """
+
+    test: Body = ()
+    condition: Expr
+    body: Body = ()
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (self.condition,)
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return self.test, self.body
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        test, body = bodies
+        return dataclasses.replace(self, test=test, body=body)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Load(Node):
+    """`out = buffer[index]`; 0 where `when` is false or, in global memory, out of range.
+
+    A global index is out of range outside [0, extent) of any dimension; negative ones are not
+    wrapped.
+    """
+
+    out: Var
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    when: Expr | None = None
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.buffer,)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return self.index if self.when is None else (*self.index, self.when)
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return (self.out,)
+
+    @property
+    def has_effect(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Store(Node):
+    """`buffer[index] = value` (already of the buffer's dtype); dropped when out of range of a
+    global buffer."""
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    value: Expr
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.buffer,)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (*self.index, self.value)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Atomic(Node):
+    """`buffer[index] = combine(buffer[index], value)` in one step; `out` gets the old value.
+
+    combine: add, min, max, and, or, xor, exch.
+    """
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    value: Expr
+    combine: str = "add"
+    out: Var | None = None
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.buffer,)
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.buffer,)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (*self.index, self.value)
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return () if self.out is None else (self.out,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SyncThreads(Node):
+    """All of the block's user threads meet; their shared and global writes are visible after.
+
+    Inserted by the sync pass where a hazard needs it, or written as `T.sync_threads()`.
+    """
+
+    inserted: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BarrierArrive(Node):
+    """Every executing thread arrives once on `barrier[slot]` (PTX ISA, mbarrier.arrive)."""
+
+    barrier: Buffer
+    slot: Expr
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.barrier,)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (self.slot,)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BarrierWait(Node):
+    """Every executing thread waits until the phase of parity `parity` has completed
+    (PTX ISA, mbarrier.try_wait.parity)."""
+
+    barrier: Buffer
+    slot: Expr
+    parity: Expr
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return (self.barrier,)
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.barrier,)  # orders memory accesses around it
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return self.slot, self.parity
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AsyncCommit(Node):
+    """Close the group of the asynchronous copies issued since the last commit
+    (PTX ISA, cp.async.commit_group)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AsyncWait(Node):
+    """Wait until at most `pending` of the thread's newest copy groups are unfinished
+    (PTX ISA, cp.async.wait_group). Other threads' copies need a SyncThreads after it."""
+
+    pending: int = 0
+
+
+def walk(body: Body) -> Iterator[Node]:
+    """All nodes, outer before inner, in program order."""
+    for node in body:
+        yield node
+        for inner in node.bodies:
+            yield from walk(inner)
+
+
+def rewrite(body: Body, visit: Callable[[Node], Node | Body | None]) -> Body:
+    """A new body: every node, inner bodies first, replaced by what `visit` returns
+    (a node, several, or None to drop it)."""
+    result: list[Node] = []
+    for node in body:
+        fresh = tuple(rewrite(inner, visit) for inner in node.bodies)
+        changed = any(a is not b for a, b in zip(fresh, node.bodies, strict=True))
+        replaced = visit(node.with_bodies(*fresh) if changed else node)
+        if isinstance(replaced, Node):
+            result.append(replaced)
+        elif replaced is not None:
+            result.extend(replaced)
+    if len(result) == len(body) and all(a is b for a, b in zip(result, body, strict=True)):
+        return body
+    return tuple(result)
+
+
+def all_reads(node: Node) -> set[Buffer]:
+    """Buffers that the node or anything nested in it reads."""
+    found = set(node.reads)
+    for inner in node.bodies:
+        for child in inner:
+            found |= all_reads(child)
+    return found
+
+
+def all_writes(node: Node) -> set[Buffer]:
+    """Buffers that the node or anything nested in it writes."""
+    found = set(node.writes)
+    for inner in node.bodies:
+        for child in inner:
+            found |= all_writes(child)
+    return found
+
+
+def range_of(stop: int | Expr, start: int | Expr = 0) -> dict[str, Expr]:
+    """The `start` and `stop` fields of a `For`."""
+    return {"start": index(start), "stop": index(stop)}
+
+

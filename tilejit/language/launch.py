@@ -1,0 +1,189 @@
+"""`T.Kernel` and the indexes of blocks and threads.
+
+Knows grids and thread counts. Does not know loops, branches or targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tilejit.dtypes import int32
+from tilejit.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ResourceError,
+    TraceError,
+    UnsupportedError,
+    caller_span,
+)
+from tilejit.ir.analysis import interval
+from tilejit.ir.expr import Expr, VarKind, arith, int_value
+from tilejit.language.context import Context
+from tilejit.language.trace import Trace, current, current_kernel, enter, leave
+from tilejit.language.value import Value, as_index
+
+MAX_THREADS = 1024  # per block, all CUDA devices (CUDA Programming Guide, compute capabilities)
+
+
+class Kernel(Context):
+    """One kernel launch: `with T.Kernel(gx, gy, threads=128) as (bx, by):`.
+
+    Args:
+        grid: blocks along x, y and z; integers, or values of symbols and runtime scalars.
+        threads: threads of a block; an int, or up to three of them.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, ResourceError: grid or threads that cannot be.
+    """
+
+    def __init__(
+        self, *grid: Any, threads: int | Sequence[int] | None = None, prelude: object = None
+    ) -> None:
+        if prelude is not None:
+            raise UnsupportedError("T.Kernel: `prelude` is CUDA C source, which is not used here.")
+        if not 1 <= len(grid) <= 3:
+            raise ArgumentError(f"T.Kernel takes 1 to 3 grid extents, got {len(grid)}.")
+        self.grid = tuple(_grid_extent(g, d) for d, g in enumerate(grid))
+        self.threads = _threads(128 if threads is None else threads)
+        self.span = caller_span()
+        self.trace: Trace | None = None
+
+    def __enter__(self) -> Any:
+        host = current()
+        if host is None:
+            raise TraceError(
+                "T.Kernel is only allowed inside a @tilejit function.",
+                span=self.span,
+                hint="Decorate the function with @tilejit and call it.",
+            )
+        if host.is_kernel:
+            raise TraceError(
+                "A T.Kernel cannot be inside another one.",
+                span=self.span,
+                related=[(host.span, "the outer kernel")],
+                hint="Close the first kernel; several in a row run in order.",
+            )
+        trace = Trace(host.name, host, self.span)
+        trace.grid, trace.threads = self.grid, self.threads
+        trace.block_vars = tuple(
+            trace.new_var(
+                self.name(d, f"b{'xyz'[d]}"),
+                int32,
+                VarKind.BLOCK,
+                (0, arith("sub", extent, 1)),
+                self.span,
+            )
+            for d, extent in enumerate(self.grid)
+        )
+        self.trace = trace
+        enter(trace)
+        values = tuple(Value(v) for v in trace.block_vars)
+        return values[0] if len(values) == 1 else values
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        trace = self.trace
+        assert trace is not None, "left a kernel that was not entered"
+        leave(trace)
+        trace.root.is_open = False
+        if error is not None:
+            trace.host.failures.append(error)  # stays an error if somebody catches it
+            return
+        if trace.failures:
+            raise trace.failures[0]
+        trace.host.kernels.append(trace)
+
+
+def _grid_extent(extent: object, d: int) -> Expr:
+    e = as_index(extent, f"grid extent {d} of T.Kernel")
+    high = interval(e).high
+    if high is not None and high < 0:
+        raise ArgumentError(f"T.Kernel: grid extent {d} must not be negative, got {high}.")
+    return e
+
+
+def _threads(threads: object) -> tuple[int, int, int]:
+    given = list(threads) if isinstance(threads, tuple | list) else [threads]
+    if not 1 <= len(given) <= 3:
+        raise ArgumentError(f"T.Kernel: threads has 1 to 3 entries, got {len(given)}.")
+    sizes: list[int] = []
+    for n in given:
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise ArgumentTypeError(
+                f"T.Kernel: threads must be known when the kernel is traced, got {n!r}.",
+                hint="Give an int or a compile-time parameter.",
+            )
+        if n <= 0:
+            raise ArgumentError(f"T.Kernel: threads must be positive, got {n}.")
+        sizes.append(int(n))
+    x, y, z = (*sizes, 1, 1)[:3]
+    if x * y * z > MAX_THREADS:
+        raise ResourceError(
+            f"T.Kernel: {x * y * z} threads are more than the {MAX_THREADS} a block can have.",
+            hint="Use fewer threads and more blocks.",
+        )
+    return x, y, z
+
+
+def get_thread_binding(dim: int = 0) -> Value:
+    """The thread's index in its block along `dim` (0 is x)."""
+    trace = current_kernel("T.get_thread_binding")
+    _check_dim("T.get_thread_binding", dim, 3)
+    while len(trace.thread_vars) <= dim:
+        d = len(trace.thread_vars)
+        hint, bounds = f"t{'xyz'[d]}", (0, trace.threads[d] - 1)
+        inner, trace.frame = trace.frame, trace.root  # it lives as long as the kernel
+        var = trace.new_var(hint, int32, VarKind.THREAD, bounds, caller_span())
+        trace.frame = inner
+        trace.thread_vars = (*trace.thread_vars, var)
+    return Value(trace.thread_vars[dim])
+
+
+def get_thread_bindings() -> tuple[Value, Value, Value]:
+    """The thread's indexes along x, y and z."""
+    return get_thread_binding(0), get_thread_binding(1), get_thread_binding(2)
+
+
+def get_block_binding(dim: int = 0) -> Value:
+    """The block's index in the grid along `dim` (0 is x)."""
+    trace = current_kernel("T.get_block_binding")
+    _check_dim("T.get_block_binding", dim, len(trace.grid))
+    return Value(trace.block_vars[dim])
+
+
+def get_block_bindings() -> tuple[Value, ...]:
+    """The block's indexes, as many as the grid has extents."""
+    return tuple(Value(v) for v in current_kernel("T.get_block_bindings").block_vars)
+
+
+def get_thread_extent(dim: int = 0) -> int:
+    """Threads of a block along `dim`."""
+    trace = current_kernel("T.get_thread_extent")
+    _check_dim("T.get_thread_extent", dim, 3)
+    return trace.threads[dim]
+
+
+def get_thread_extents() -> tuple[int, int, int]:
+    """Threads of a block along x, y and z."""
+    return current_kernel("T.get_thread_extents").threads
+
+
+def get_block_extent(dim: int = 0) -> Any:
+    """Blocks of the grid along `dim`; an int where constant."""
+    trace = current_kernel("T.get_block_extent")
+    _check_dim("T.get_block_extent", dim, len(trace.grid))
+    constant = int_value(trace.grid[dim])
+    return constant if constant is not None else Value(trace.grid[dim])
+
+
+def _check_dim(what: str, dim: object, rank: int) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int) or not 0 <= dim < rank:
+        raise ArgumentError(f"{what}: dimension {dim!r} does not exist; there are {rank}.")

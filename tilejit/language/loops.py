@@ -1,0 +1,295 @@
+"""Device loops: `T.serial`, `T.unroll`, `T.vectorized`, `T.Pipelined`, `T.Parallel`.
+
+Knows their arguments, variables and nodes. Does not know how a `for` statement reaches them
+(`constructs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tilejit.dtypes import int32, int64
+from tilejit.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ShapeError,
+    Span,
+    TraceError,
+    UnsupportedError,
+    caller_span,
+)
+from tilejit.ir.expr import Var, VarKind, arith, int_value, same_width
+from tilejit.ir.node import For, LoopKind, Node
+from tilejit.ir.node import Parallel as ParallelNode
+from tilejit.language.context import require_read_source
+from tilejit.language.trace import FrameKind, current_kernel
+from tilejit.language.value import Value, as_index
+
+
+class DeviceLoop:
+    """What `T.serial` and its kin return: goes directly after `in` of a `for` statement."""
+
+    def __init__(self, what: str, kind: FrameKind) -> None:
+        self.what = what
+        self.kind = kind
+        self.span = caller_span()
+        self.trace = current_kernel(what)
+
+    def __iter__(self) -> Iterator[Any]:  # the type that a `for` statement wants
+        require_read_source(self.what)
+        raise TraceError(
+            f"{self.what} is a device loop, so Python cannot run through its iterations.",
+            hint=f"Write it directly after `in`: `for i in {self.what}(...):`.",
+        )
+
+    def variables(self, names: tuple[str, ...]) -> tuple[Var, ...]:
+        raise NotImplementedError
+
+    def node(self, variables: tuple[Var, ...], body: tuple[Node, ...]) -> Node:
+        raise NotImplementedError
+
+    def rounds(self, names: tuple[str, ...] = ()) -> Iterator[Any]:
+        """Open the loop's frame, give its variables once, close it."""
+        trace = current_kernel(self.what)
+        frame = trace.push(self.kind, self.span)
+        loop_vars = self.variables(names)
+        values = tuple(Value(v) for v in loop_vars)
+        try:
+            yield values[0] if len(values) == 1 else values
+        except GeneratorExit:
+            trace.failures.append(left_early(self.what, self.span))
+            if frame.is_open:
+                trace.pop(frame)
+            raise
+        trace.add(self.node(loop_vars, tuple(trace.pop(frame))))
+
+
+def left_early(what: str, span: Span | None) -> TraceError:
+    """A device loop was left by `break` or `return`."""
+    return TraceError(
+        f"The loop over {what} is left by `break` or `return`, which tracing sees only once.",
+        span=span,
+        hint="Use `with T.While(cond):`, or do the rest of the body under `with T.If(cond):`.",
+    )
+
+
+class RangeLoop(DeviceLoop):
+    """A loop with a start, a stop and a constant step."""
+
+    def __init__(
+        self, what: str, start: object, stop: object, step: object, kind: LoopKind, **fields: Any
+    ) -> None:
+        super().__init__(what, FrameKind.LOOP)
+        if stop is None:
+            start, stop = 0, start
+        low, high = as_index(start, f"start of {what}"), as_index(stop, f"stop of {what}")
+        self.start, self.stop = same_width(low, high)
+        self.step = _step(what, step)
+        self.loop_kind = kind
+        self.fields = fields
+
+    def variables(self, names: tuple[str, ...]) -> tuple[Var, ...]:
+        if self.step > 0:
+            bounds = (self.start, arith("sub", self.stop, 1))
+        else:
+            bounds = (arith("add", self.stop, 1), self.start)
+        dtype = int64 if self.start.dtype is int64 else int32
+        name = names[0] if names else "i"
+        return (self.trace.new_var(name, dtype, VarKind.LOOP, bounds, self.span),)
+
+    def node(self, variables: tuple[Var, ...], body: tuple[Node, ...]) -> Node:
+        return For(
+            var=variables[0],
+            start=self.start,
+            stop=self.stop,
+            step=self.step,
+            kind=self.loop_kind,
+            body=body,
+            span=self.span,
+            **self.fields,
+        )
+
+
+def _step(what: str, step: object) -> int:
+    if step is None:
+        return 1
+    constant = int_value(as_index(step, f"step of {what}"))
+    if constant is None:
+        raise ArgumentTypeError(
+            f"{what}: the step must be a constant.",
+            hint="Loop with step 1 and multiply the variable.",
+        )
+    if constant == 0:
+        raise ArgumentError(f"{what}: the step must not be 0.")
+    return constant
+
+
+def _refuse(what: str, **given: object) -> None:
+    """Arguments that are in the signature for TileLang's sake, and mean nothing here."""
+    for name, value in given.items():
+        if value is not None:
+            raise UnsupportedError(f"{what}: `{name}` is not supported.", hint="Leave it out.")
+
+
+def serial(
+    start: Any, stop: Any = None, step: Any = None, *, annotations: object = None
+) -> DeviceLoop:
+    """An ordinary loop: `for i in T.serial(n)`, with `range`'s arguments.
+
+    start, stop: integers or traced values; step: a constant other than 0.
+    """
+    _refuse("T.serial", annotations=annotations)
+    return RangeLoop("T.serial", start, stop, step, LoopKind.SERIAL)
+
+
+def unroll(
+    start: Any,
+    stop: Any = None,
+    step: Any = None,
+    *,
+    explicit: bool = False,
+    unroll_factor: int | None = None,
+    annotations: object = None,
+) -> DeviceLoop:
+    """A loop whose body is repeated in the code, `unroll_factor` rounds at a time or all.
+
+    Raises:
+        ArgumentError: bounds that are not constant, without an `unroll_factor`.
+    """
+    _refuse("T.unroll", annotations=annotations)
+    if unroll_factor is not None and (not isinstance(unroll_factor, int) or unroll_factor < 1):
+        raise ArgumentError(f"T.unroll: unroll_factor must be positive, got {unroll_factor!r}.")
+    loop = RangeLoop("T.unroll", start, stop, step, LoopKind.UNROLL, unroll_factor=unroll_factor)
+    is_constant = int_value(loop.start) is not None and int_value(loop.stop) is not None
+    if not is_constant and unroll_factor is None:
+        raise ArgumentError(
+            "T.unroll: the number of rounds must be constant.",
+            hint="Give `unroll_factor=4`, or use T.serial.",
+        )
+    return loop
+
+
+def vectorized(start: Any, stop: Any = None, *, annotations: object = None) -> DeviceLoop:
+    """A loop of constant extent whose rounds are to become one vector access."""
+    _refuse("T.vectorized", annotations=annotations)
+    loop = RangeLoop("T.vectorized", start, stop, None, LoopKind.VECTORIZED)
+    if int_value(arith("sub", loop.stop, loop.start)) is None:
+        raise ArgumentError(
+            "T.vectorized: the number of rounds must be constant.", hint="Use T.serial."
+        )
+    return loop
+
+
+def Pipelined(
+    start: Any,
+    stop: Any = None,
+    num_stages: int | None = None,
+    order: Sequence[int] | None = None,
+    stage: Sequence[int] | None = None,
+    sync: object = None,
+    group: Sequence[Sequence[int]] | None = None,
+    annotations: object = None,
+) -> DeviceLoop:
+    """A loop whose copies into shared memory run ahead of its arithmetic.
+
+    num_stages: slots of each tile that is filled ahead; 0 is a plain loop, None lets the cost
+        model choose. order, stage: a schedule of the body's statements by hand.
+    """
+    _refuse("T.Pipelined", sync=sync, annotations=annotations)
+    if num_stages is not None and (
+        isinstance(num_stages, bool) or not isinstance(num_stages, int | np.integer)
+    ):
+        raise ArgumentTypeError(f"T.Pipelined: num_stages must be an int, got {num_stages!r}.")
+    if num_stages is not None and num_stages < 0:
+        raise ArgumentError(f"T.Pipelined: num_stages must not be negative, got {num_stages}.")
+    steps, stages = tuple(order or ()), tuple(stage or ())
+    if len(steps) != len(stages):
+        raise ArgumentError(
+            f"T.Pipelined: order has {len(steps)} entries and stage has {len(stages)}.",
+            hint="Give one entry of each for every statement of the body.",
+        )
+    return RangeLoop(
+        "T.Pipelined",
+        start,
+        stop,
+        None,
+        LoopKind.PIPELINED,
+        num_stages=None if num_stages is None else int(num_stages),
+        order=steps,
+        stage=stages,
+        group=tuple(tuple(g) for g in group or ()),
+    )
+
+
+class ParallelLoop(DeviceLoop):
+    """Independent iterations over a box of constant extents."""
+
+    def __init__(self, extents: tuple[object, ...], coalesced_width: int | None) -> None:
+        super().__init__("T.Parallel", FrameKind.PARALLEL)
+        outer = self.trace.enclosing(FrameKind.PARALLEL)
+        if outer is not None:
+            raise TraceError(
+                "A T.Parallel cannot be inside another one.",
+                related=[(outer.span, "the outer loop")],
+                hint="Write one loop over both: `for i, j in T.Parallel(m, n):`.",
+            )
+        if not extents:
+            raise ArgumentError("T.Parallel needs at least one extent.")
+        self.extents = tuple(_parallel_extent(e, d) for d, e in enumerate(extents))
+        self.coalesced_width = coalesced_width
+
+    def variables(self, names: tuple[str, ...]) -> tuple[Var, ...]:
+        defaults = ("i", "j", "k", "l", *(f"i{d}" for d in range(4, len(self.extents))))
+        chosen = names if len(names) == len(self.extents) else defaults
+        return tuple(
+            self.trace.new_var(name, int32, VarKind.PARALLEL, (0, extent - 1), self.span)
+            for name, extent in zip(chosen, self.extents, strict=False)
+        )
+
+    def node(self, variables: tuple[Var, ...], body: tuple[Node, ...]) -> Node:
+        return ParallelNode(
+            vars=variables,
+            extents=self.extents,
+            body=body,
+            coalesced_width=self.coalesced_width,
+            span=self.span,
+        )
+
+
+def _parallel_extent(extent: object, d: int) -> int:
+    constant = int_value(as_index(extent, f"extent {d} of T.Parallel"))
+    if constant is None:
+        raise ShapeError(
+            f"T.Parallel: extent {d} must be a constant, got `{extent!r}`.",
+            hint="Loop over a constant tile and guard with `with T.If(i < n):`.",
+        )
+    if constant <= 0:
+        raise ShapeError(f"T.Parallel: extent {d} must be positive, got {constant}.")
+    return constant
+
+
+def Parallel(
+    *extents: Any,
+    coalesced_width: int | None = None,
+    loop_layout: object = None,
+    prefer_async: object = None,
+    annotations: object = None,
+) -> DeviceLoop:
+    """Independent iterations over a box, spread over the block's threads.
+
+    extents: positive constants. Gives one variable an extent: `for i, j in T.Parallel(m, n)`.
+    coalesced_width: elements that a thread takes side by side.
+    """
+    _refuse(
+        "T.Parallel", loop_layout=loop_layout, prefer_async=prefer_async, annotations=annotations
+    )
+    if coalesced_width is not None and (
+        not isinstance(coalesced_width, int) or coalesced_width < 1
+    ):
+        raise ArgumentError(
+            f"T.Parallel: coalesced_width must be positive, got {coalesced_width!r}."
+        )
+    return ParallelLoop(extents, coalesced_width)

@@ -1,0 +1,153 @@
+"""From a finished trace to a `Program`: kernels, their parameters, results.
+
+Knows which arguments a kernel uses and which of them nothing else writes. Does not know how the
+trace was made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilejit.errors import TraceError
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, variables
+from tilejit.ir.kernel import Kernel, Param, ParamKind, Program
+from tilejit.ir.node import Body, walk
+from tilejit.language.finish import finish_body, shape_variables, used_variables
+from tilejit.language.handle import BufferHandle
+from tilejit.language.trace import Trace
+
+
+def make_program(
+    host: Trace, result: Any, overlaps: dict[Expr, frozenset[str]], fast_math: bool
+) -> Program:
+    if not host.kernels:
+        raise TraceError(
+            f"`{host.name}` opens no kernel, so a call would do nothing.",
+            span=host.span,
+            hint="Put the work under `with T.Kernel(...) as ...:`.",
+        )
+    kernels = []
+    for position, trace in enumerate(host.kernels):
+        name = host.name if len(host.kernels) == 1 else f"{host.name}_{position}"
+        kernels.append(_kernel(host, trace, name, overlaps, fast_math))
+    results, returns_tuple = _results(host, result)
+    return Program(
+        name=host.name,
+        kernels=tuple(kernels),
+        arguments=tuple(host.arguments),
+        outputs=tuple(host.outputs),
+        results=results,
+        returns_tuple=returns_tuple,
+        span=host.span,
+    )
+
+
+def _results(host: Trace, result: Any) -> tuple[tuple[Buffer, ...], bool]:
+    if result is None:
+        return (), False
+    items = list(result) if isinstance(result, tuple | list) else [result]
+    known = [*host.outputs, *(a for a in host.arguments if isinstance(a, Buffer))]
+    buffers = []
+    for item in items:
+        if not isinstance(item, BufferHandle) or item.buffer not in known:
+            raise TraceError(
+                f"`{host.name}` returns `{item!r}`, which is no tensor of the call.",
+                span=host.span,
+                hint="Return what T.empty made, or a tensor argument.",
+            )
+        buffers.append(item.buffer)
+    return tuple(buffers), isinstance(result, tuple | list)
+
+
+def _kernel(
+    host: Trace,
+    trace: Trace,
+    name: str,
+    overlaps: dict[Expr, frozenset[str]],
+    fast_math: bool,
+) -> Kernel:
+    body = finish_body(trace.root.nodes)
+    return Kernel(
+        name=name,
+        params=_params(host, trace, body, overlaps),
+        grid=trace.grid,
+        threads=trace.threads,
+        block_vars=trace.block_vars,
+        thread_vars=trace.thread_vars,
+        body=body,
+        fast_math=fast_math,
+        span=trace.span,
+    )
+
+
+def _params(
+    host: Trace, trace: Trace, body: Body, overlaps: dict[Expr, frozenset[str]]
+) -> tuple[Param, ...]:
+    """The parameters the kernel uses: arguments in call order, outputs, symbols."""
+    used = used_variables(body)
+    tensors = [a for a in (*host.arguments, *host.outputs) if isinstance(a, Buffer)]
+    symbols = list(dict.fromkeys(v for b in tensors for v in shape_variables(b)))
+    symbols = [v for v in symbols if v.kind is VarKind.SYMBOL]
+    _check_symbols(trace, used, symbols)
+    names: set[str] = set()
+    params: list[Param] = []
+    readable = _noalias(tensors, body, overlaps)
+    for item in (*host.arguments, *host.outputs, *symbols):
+        var = item.data if isinstance(item, Buffer) else item
+        assert isinstance(var, Var), f"{item} has no address"
+        if var not in used:
+            continue
+        text, n = var.name, 0
+        while text in names:
+            n += 1
+            text = f"{var.name}_{n}"
+        names.add(text)
+        is_tensor = isinstance(item, Buffer)
+        params.append(
+            Param(
+                name=text,
+                kind=ParamKind.TENSOR if is_tensor else _PARAM_KINDS[var.kind],
+                var=var,
+                buffer=item if isinstance(item, Buffer) else None,
+                noalias=var in readable,
+            )
+        )
+    return tuple(params)
+
+
+_PARAM_KINDS = {
+    VarKind.POINTER: ParamKind.POINTER,
+    VarKind.SCALAR: ParamKind.SCALAR,
+    VarKind.SYMBOL: ParamKind.SYMBOL,
+}
+
+
+def _check_symbols(trace: Trace, used: set[Var], symbols: list[Var]) -> None:
+    needed = set(used)
+    for e in trace.grid:
+        needed |= variables(e)
+    for var in sorted(needed, key=lambda v: v.serial):
+        if var.kind is VarKind.SYMBOL and var not in symbols:
+            raise TraceError(
+                f"The symbol `{var.name}` stands in no argument's shape, so a call cannot know it.",
+                span=trace.span,
+                hint=f'Declare an argument with it: `A: T.Tensor(({var.name},), "float32")`.',
+            )
+
+
+def _noalias(tensors: list[Buffer], body: Body, overlaps: dict[Expr, frozenset[str]]) -> set[Expr]:
+    """Addresses of tensors that are never written and share no byte with what is."""
+    written = {
+        b.root.data for node in walk(body) for b in node.writes if b.root.scope is Scope.GLOBAL
+    }
+    own = {b.data for b in tensors}
+    if written - own:  # through a raw pointer, which may point anywhere
+        return set()
+    changed = {b.name for b in tensors if b.data in written}
+    result: set[Expr] = set()
+    for b in tensors:
+        assert isinstance(b.data, Var), f"{b.name} has no address"
+        if b.data not in written and not changed & overlaps.get(b.data, frozenset()):
+            result.add(b.data)
+    return result

@@ -1,0 +1,1 @@
+"""Pure index maths: fragment maps and shared-memory layouts."""

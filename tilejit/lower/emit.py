@@ -1,0 +1,402 @@
+"""Emitters: what each node of a kernel does, written against a `Machine`.
+
+Knows nodes, layouts and offsets that passes decided. Does not know LLVM, Numba or NumPy: the same
+code makes the GPU's instructions and runs on the simulator's lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tilejit.dtypes import DType, bool_, float32, int32, int64, uint32, uint64
+from tilejit.errors import InternalError
+from tilejit.ir.analysis import divisor, interval, linear
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import (
+    BINARY,
+    COMPARE,
+    Const,
+    Expr,
+    Op,
+    Var,
+    VarKind,
+    arith,
+    index,
+    int_value,
+    substitute,
+)
+from tilejit.ir.kernel import Kernel
+from tilejit.isa.machine import Address, Machine, Value
+from tilejit.layout.fragment import FragmentLayout
+from tilejit.lower.facts import Facts
+from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
+
+_SMALL_FLOAT_BITS = 16
+_WHOLE = frozenset(
+    "add sub mul floordiv floormod min max and or xor shl shr select neg".split()
+)
+
+
+@dataclass
+class Point:
+    """One iteration that a statement is emitted for.
+
+    mapping: loop variables and loaded values of this iteration.
+    bounds: false for padding iterations, which must touch no memory; None is true.
+    condition: conjunction of the enclosing branches' conditions; None is true.
+    """
+
+    mapping: dict[Var, Expr] = field(default_factory=dict)
+    bounds: Value | None = None
+    condition: Value | None = None
+
+    def sub(self, e: Expr) -> Expr:
+        return substitute(e, self.mapping) if self.mapping else e
+
+
+@dataclass
+class Points:
+    """The iterations that a thread runs, in register order.
+
+    layout, variables: the T.Parallel loop they belong to; None for statements outside one.
+    vector: that many consecutive points (from multiples of it) step `axis` by one.
+    once: true in one of the threads that run copies of the same iteration; None is true.
+    registers: the layout's register of each point; None when they are all, in order.
+    constants: what enclosing unrolled loops' variables are.
+    """
+
+    points: list[Point]
+    layout: FragmentLayout | None = None
+    variables: tuple[Var, ...] = ()
+    vector: int = 1
+    axis: Var | None = None
+    once: Value | None = None
+    registers: list[int] | None = None
+    constants: dict[Var, Expr] = field(default_factory=dict)
+
+    @property
+    def is_single(self) -> bool:
+        return self.layout is None and len(self.points) == 1
+
+    def with_constant(self, var: Var, value: Expr) -> Points:
+        points = [
+            Point({**p.mapping, var: value}, p.bounds, p.condition) for p in self.points
+        ]
+        return replace(self, points=points, constants={**self.constants, var: value})
+
+
+class EmitterBase:
+    """Expressions, addresses and the values known at the current place."""
+
+    def __init__(self, machine: Machine, kernel: Kernel, facts: Facts) -> None:
+        self.m = machine
+        self.kernel = kernel
+        self.facts = facts
+        self.state: dict[Any, list[Value]] = {}
+        self.bases: dict[Any, Value] = {}
+        self._values: list[dict[Expr, Value]] = [{}]
+        self._indexes: list[dict[Expr, tuple[Value, int]]] = [{}]
+        self._guards: list[dict[tuple[Expr, Expr], Value]] = [{}]
+        self.divergent = 0
+        assert kernel.target is not None, "lowering needs a target"
+        self.target = kernel.target
+
+    # ---- scopes -----------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Values computed inside (a branch or loop body) are forgotten outside."""
+        self._values.append({})
+        self._indexes.append({})
+        self._guards.append({})
+        try:
+            yield
+        finally:
+            self._values.pop()
+            self._indexes.pop()
+            self._guards.pop()
+
+    def forget(self) -> None:
+        """Forget what was computed in the innermost scope."""
+        for layers in (self._values, self._indexes, self._guards):
+            layers[-1].clear()  # type: ignore[attr-defined]
+
+    def bind(self, var: Var, value: Value) -> None:
+        self._values[-1][var] = value
+
+    def _lookup(self, e: Expr) -> Value | None:
+        for layer in reversed(self._values):
+            if e in layer:
+                return layer[e]
+        return None
+
+    # ---- expressions ------------------------------------------------------------------------
+
+    @property
+    def thread(self) -> Var:
+        """The linear thread index as an index expression."""
+        return self._thread_var
+
+    def start(self, thread_var: Var) -> None:
+        """Give the machine's thread index a name in expressions; bind threadIdx variables."""
+        self._thread_var = thread_var
+        self.bind(thread_var, self.m.thread_index())
+        x, y, _ = self.kernel.threads
+        parts = (
+            _remainder(thread_var, x, self.kernel.num_threads),
+            _remainder(arith("floordiv", thread_var, x), y, self.kernel.num_threads // x),
+            arith("floordiv", thread_var, x * y),
+        )
+        for var, part in zip(self.kernel.thread_vars, parts, strict=False):
+            self.bind(var, self.index_value(part, 32)[0])
+
+    def value(self, e: Expr) -> Value:
+        """The value of an expression, in its dtype."""
+        found = self._lookup(e)
+        if found is not None:
+            return found
+        stack = [e]
+        while stack:
+            node = stack[-1]
+            if self._lookup(node) is not None:
+                stack.pop()
+                continue
+            missing = [c for c in node.children if self._lookup(c) is None]
+            if missing:
+                stack.extend(missing)
+                continue
+            self._values[-1][node] = self._compute(node)
+            stack.pop()
+        result = self._lookup(e)
+        assert result is not None
+        return result
+
+    def _compute(self, e: Expr) -> Value:
+        m = self.m
+        if isinstance(e, Const):
+            return m.const(e.value, e.dtype)
+        if isinstance(e, Var):
+            raise InternalError(f"`{e.name}` is used where it has no value.", span=None)
+        assert isinstance(e, Op)
+        args = [self._lookup(c) for c in e.children]
+        source = e.children[0].dtype
+        if e.op == "select":
+            return m.select(*args)
+        if e.op == "cast":
+            return m.cast(args, source, e.dtype)[0]
+        if e.op == "bitcast":
+            return m.bitcast(args[0], source, e.dtype)
+        narrow = source.is_float and source.bits <= _SMALL_FLOAT_BITS
+        dtype = float32 if narrow or source.name == "tfloat32" else source
+        if narrow:
+            args = m.cast(args, source, float32)
+        if e.op in BINARY or e.op in COMPARE:
+            result = m.binary(e.op, args[0], args[1], dtype)
+        else:
+            result = m.unary(e.op, args[0], dtype)
+        if narrow and not e.dtype.is_bool:
+            return m.cast([result], float32, e.dtype)[0]
+        return result
+
+    def values(self, exprs: Sequence[Expr]) -> list[Value]:
+        """Values of several expressions; conversions of the same kind go together."""
+        pending = [
+            e for e in dict.fromkeys(exprs)
+            if isinstance(e, Op) and e.op == "cast" and self._lookup(e) is None
+        ]  # fmt: skip
+        kinds = {(e.children[0].dtype, e.dtype) for e in pending}
+        for source, target in sorted(kinds, key=str):
+            group = [e for e in pending if (e.children[0].dtype, e.dtype) == (source, target)]
+            inner = self.values([e.children[0] for e in group])
+            for e, converted in zip(group, self.m.cast(inner, source, target), strict=True):
+                self._values[-1][e] = converted
+        return [self.value(e) for e in exprs]
+
+    def index_value(self, e: Expr, bits: int | None = None) -> tuple[Value, int]:
+        """The value of an index expression as if computed in whole numbers, and its width: 32
+        bits where its bounds prove that they hold it, else 64. `bits` asks for a width."""
+        result = self._index(e)
+        if bits is None or result[1] == bits:
+            return result
+        source, target = (int32, int64) if bits == 64 else (int64, int32)
+        return self.m.cast([result[0]], source, target)[0], bits
+
+    def _index(self, e: Expr) -> tuple[Value, int]:
+        for layer in reversed(self._indexes):
+            if e in layer:
+                return layer[e]
+        result = self._compute_index(e)
+        self._indexes[-1][e] = result
+        return result
+
+    def _compute_index(self, e: Expr) -> tuple[Value, int]:
+        m = self.m
+        if isinstance(e, Const):
+            small = int32.min <= int(e.value) <= int32.max
+            return m.const(int(e.value), int32 if small else int64), 32 if small else 64
+        if isinstance(e, Op) and e.op == "cast" and e.dtype.is_integer:
+            child = e.children[0]
+            inner, outer = interval(child), e.dtype
+            if child.dtype.is_integer and inner.low is not None and inner.high is not None:
+                if inner.low >= outer.min and inner.high <= outer.max:
+                    return self._index(child)
+        if isinstance(e, Op) and e.op in _WHOLE and e.dtype.is_integer:
+            return self._whole_op(e)
+        value = self.value(e)
+        if e.dtype is int32 or e.dtype is int64:
+            return value, e.dtype.bits
+        fits = interval(e).fits_int32
+        target = int32 if fits else int64
+        return m.cast([value], e.dtype, target)[0], target.bits
+
+    def _whole_op(self, e: Op) -> tuple[Value, int]:
+        operands = e.children[1:] if e.op == "select" else e.children
+        parts = [self._index(c) for c in operands]
+        bits = max([32 if interval(e).fits_int32 else 64, *(b for _, b in parts)])
+        args = [self.index_value(c, bits)[0] for c in operands]
+        dtype = int32 if bits == 32 else int64
+        if e.op == "select":
+            return self.m.select(self.value(e.children[0]), *args), bits
+        if e.op == "neg":
+            return self.m.unary("neg", args[0], dtype), bits
+        low = interval(operands[0]).low
+        if e.op in ("floordiv", "floormod") and low is not None and low >= 0:
+            divisor_low = interval(operands[1]).low
+            if divisor_low is not None and divisor_low >= 0:
+                return self.unsigned(e.op, args[0], args[1], bits), bits
+        return self.m.binary(e.op, args[0], args[1], dtype), bits
+
+    def unsigned(self, op: str, a: Value, b: Value, bits: int) -> Value:
+        """The operation on signed values taken as unsigned ones; comparisons stay bool."""
+        signed, dtype = (int32, uint32) if bits == 32 else (int64, uint64)
+        x, y = self.m.cast([a, b], signed, dtype)
+        result = self.m.binary(op, x, y, dtype)
+        return result if op in COMPARE else self.m.cast([result], dtype, signed)[0]
+
+    # ---- predicates -------------------------------------------------------------------------
+
+    def both(self, *conditions: Value | None) -> Value | None:
+        """Conjunction; None is true."""
+        result: Value | None = None
+        for condition in conditions:
+            if condition is None or condition is result:
+                continue
+            result = (
+                condition if result is None else self.m.binary("and", result, condition, bool_)
+            )
+        return result
+
+    def inside(self, e: Expr, extent: Expr) -> Value | None:
+        """Whether 0 <= e < extent; None when that is proven."""
+        bounds, limit = interval(e), interval(extent)
+        above = bounds.low is not None and bounds.low >= 0
+        below = bounds.high is not None and limit.low is not None and bounds.high < limit.low
+        if above and below:
+            return None
+        for layer in reversed(self._guards):
+            if (e, extent) in layer:
+                return layer[e, extent]
+        left, right = self.index_value(e), self.index_value(extent)
+        bits = max(left[1], right[1])
+        a, b = self.index_value(e, bits)[0], self.index_value(extent, bits)[0]
+        # one unsigned comparison: a negative index is a huge unsigned number
+        result = self.unsigned("lt", a, b, bits)
+        self._guards[-1][e, extent] = result
+        return result
+
+    def guard(self, buffer: Buffer, at: Sequence[Expr]) -> Value | None:
+        """Whether a global index is in range; None when that is proven."""
+        if buffer.scope is not Scope.GLOBAL:
+            return None
+        tests = []
+        for e, extent in zip(at, buffer.shape, strict=True):
+            if buffer.broadcasts and int_value(extent) == 1:
+                continue
+            tests.append(self.inside(e, extent))
+        return self.both(*tests)
+
+    # ---- addresses --------------------------------------------------------------------------
+
+    def address(self, buffer: Buffer, at: Sequence[Expr]) -> Address:
+        """The address of an element of a global, shared or local-memory buffer."""
+        if buffer.scope is Scope.GLOBAL:
+            assert isinstance(buffer.data, Expr)
+            offset = global_offset(buffer, at)
+            align = power_of_two_divisor(buffer.align or buffer.dtype.bytes, 16)
+            written = buffer in self.written
+            return self._split(
+                "global", self.value(buffer.data), offset, align, not written and self.is_readonly(
+                    buffer)
+            )
+        root = buffer.root
+        if buffer.scope.is_shared:
+            layout = self.kernel.shared[root]
+            if buffer is root:
+                offset = shared_offset(layout, at)
+            else:
+                offset = arith("mul", self.view_element(buffer, at), buffer.dtype.bytes)
+            offset = arith("add", offset, self.kernel.offsets[root])
+            return self._split("shared", None, offset, 16, False)
+        offset = arith("mul", self.view_element(buffer, at), buffer.dtype.bytes)
+        return self._split("local", self.bases[root], offset, 16, False)
+
+    def view_element(self, buffer: Buffer, at: Sequence[Expr]) -> Expr:
+        """Linear element number of an index, counted from the root buffer's first element in
+        elements of the view."""
+        result: Expr = index(0)
+        for i, stride in zip(at, buffer.element_strides, strict=True):
+            result = arith("add", result, arith("mul", i, stride))
+        inner = buffer
+        scale = buffer.dtype.bytes
+        while True:
+            skipped = arith("mul", inner.offset, inner.dtype.bytes)
+            result = arith("add", result, arith("floordiv", skipped, scale))
+            if not isinstance(inner.data, Buffer):
+                return result
+            inner = inner.data
+
+    def _split(
+        self, space: str, base: Value | None, offset: Expr, align: int, readonly: bool
+    ) -> Address:
+        terms, constant = linear(offset)
+        variable = total(terms, 0)
+        align = power_of_two_divisor(divisor(variable) if terms else 0, align)
+        align = power_of_two_divisor(constant, align)
+        value: Value | None = None
+        if terms:  # shared and local memory are small: an offset in range fits 32 bits
+            value = self.index_value(variable, None if space == "global" else 32)[0]
+        return Address(space, base, value, constant, align, readonly)
+
+    @property
+    def written(self) -> frozenset[Buffer]:
+        if not hasattr(self, "_written"):
+            self._written = self.kernel.written
+        return self._written
+
+    def is_readonly(self, buffer: Buffer) -> bool:
+        """True when nothing in the kernel can write the buffer's memory."""
+        return any(p.buffer is buffer and p.noalias for p in self.kernel.params)
+
+    # ---- private arrays ---------------------------------------------------------------------
+
+    def private_slot(self, buffer: Buffer, at: Sequence[Expr]) -> int | Expr:
+        """Which element of the root's register list an index means; an expression when it is
+        known only at run time."""
+        if buffer.root.dtype is not buffer.dtype:
+            raise InternalError(f"`{buffer.name}` views registers as another dtype.")
+        element = self.view_element(buffer, at)
+        number = int_value(element)
+        return element if number is None else number
+
+
+def _remainder(e: Expr, size: int, limit: int) -> Expr:
+    return e if size >= limit else arith("floormod", e, size)
+
+
+def new_value(name: str, dtype: DType) -> Var:
+    return Var(name, dtype, VarKind.VALUE)
+
+

@@ -1,0 +1,111 @@
+"""What lowering needs to know of a whole kernel before it emits a node.
+
+Knows divergence, which thread-private arrays need addressable memory, which loops must unroll.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.divergence import Divergence, divergence
+from tilejit.ir.expr import Expr, Var, const_value, int_value, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, Store, walk
+from tilejit.ops.copy import Copy, Fill
+
+# A private array up to this many elements that is indexed by a runtime value is still kept in
+# registers and selected from; beyond it goes to local memory.
+SELECT_LIMIT = 8
+UNROLL_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Facts:
+    """threads: user threads of a block; in_memory: private arrays that live in local memory;
+    unrolled: variables of loops that are unrolled where they are emitted."""
+
+    divergence: Divergence
+    in_memory: frozenset[Buffer]
+    unrolled: frozenset[Var]
+
+
+def facts(kernel: Kernel) -> Facts:
+    unrolled = _unrolled_loops(kernel)
+    in_memory = set()
+    for node, at, buffer in _private_accesses(kernel.body):
+        root = buffer.root
+        free = {v for e in at for v in variables(e)} - unrolled
+        if free and root.extents and _elements(root) > SELECT_LIMIT:
+            in_memory.add(root)
+        del node
+    return Facts(divergence(kernel), frozenset(in_memory), frozenset(unrolled))
+
+
+def _elements(buffer: Buffer) -> int:
+    size = 1
+    for extent in buffer.extents:
+        size *= extent
+    return size
+
+
+def trip_count(node: For) -> int | None:
+    """Iterations of a loop with constant bounds."""
+    start, stop = int_value(node.start), int_value(node.stop)
+    if start is None or stop is None:
+        return None
+    return len(range(start, stop, node.step))
+
+
+def _unrolled_loops(kernel: Kernel) -> set[Var]:
+    """Loops written as T.unroll or T.vectorized, and short ones that index registers."""
+    result: set[Var] = set()
+    for node in walk(kernel.body):
+        if not isinstance(node, For):
+            continue
+        count = trip_count(node)
+        if count is None:
+            continue
+        if node.kind is LoopKind.VECTORIZED or (
+            node.kind is LoopKind.UNROLL and node.unroll_factor is None
+        ):
+            result.add(node.var)
+        elif count <= UNROLL_LIMIT and _indexes_registers(node):
+            result.add(node.var)
+    return result
+
+
+def _indexes_registers(loop: For) -> bool:
+    for node in walk(loop.body):
+        if isinstance(node, Load | Store | Atomic):
+            if node.buffer.scope in (Scope.FRAGMENT, Scope.LOCAL):
+                if any(loop.var in variables(e) for e in node.index):
+                    return True
+        elif isinstance(node, Copy):
+            for region in (node.src, node.dst):
+                if region.buffer.scope in (Scope.FRAGMENT, Scope.LOCAL):
+                    if any(loop.var in variables(e) for e in region.starts):
+                        return True
+        elif isinstance(node, Fill) and node.dst.buffer.scope in (Scope.FRAGMENT, Scope.LOCAL):
+            if any(loop.var in variables(e) for e in node.dst.starts):
+                return True
+    return False
+
+
+def _private_accesses(body: Body) -> list[tuple[Node, Sequence[Expr], Buffer]]:
+    result: list[tuple[Node, Sequence[Expr], Buffer]] = []
+    for node in walk(body):
+        if isinstance(node, Load | Store | Atomic) and node.buffer.scope is Scope.LOCAL:
+            result.append((node, node.index, node.buffer))
+        elif isinstance(node, Copy):
+            for region in (node.src, node.dst):
+                if region.buffer.scope is Scope.LOCAL:
+                    result.append((node, region.starts, region.buffer))
+        elif isinstance(node, Fill) and node.dst.buffer.scope is Scope.LOCAL:
+            result.append((node, node.dst.starts, node.dst.buffer))
+    return result
+
+
+def is_true(e: Expr) -> bool:
+    return const_value(e) is True

@@ -1,0 +1,340 @@
+"""Emitters of T.gemm: matrix instructions fed by ldmatrix, and plain multiply-adds.
+
+Knows operand layouts and how registers of fragments become operand words. Does not know how the
+instruction was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilejit.dtypes import DType, float32, int32, uint32
+from tilejit.errors import InternalError
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, index
+from tilejit.ir.node import Node
+from tilejit.isa.atom import GemmAtom, MmaInstruction
+from tilejit.isa.ldmatrix import ldmatrix
+from tilejit.isa.machine import Value
+from tilejit.isa.mma import WARP, fragment_a, fragment_b
+from tilejit.isa.special import TF32_FROM_F32
+from tilejit.layout.fragment import FragmentLayout
+from tilejit.lower.emit import Point, Points
+from tilejit.lower.index import coordinates, thread_part
+from tilejit.lower.tiles import TileEmitter
+from tilejit.ops.gemm import Gemm, left_layout
+
+FMA_STEP = 4  # values of k that one round of the plain multiply unrolls
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A shared operand seen as (outer, k): outer is m for A, n for B.
+
+    is_k_major: k runs along the region's last dimension.
+    """
+
+    region: Region
+    is_k_major: bool
+    point: Point
+
+    def at(self, outer: Expr, k: Expr) -> tuple[Expr, ...]:
+        """The buffer index of an element."""
+        pair = (outer, k) if self.is_k_major else (k, outer)
+        result = [self.point.sub(e) for e in self.region.starts]
+        for d, coordinate in zip(self.region.kept, pair, strict=True):
+            result[d] = arith("add", result[d], coordinate)
+        return tuple(result)
+
+
+class MatmulEmitter(TileEmitter):
+    """All nodes."""
+
+    def emit_tile(self, node: Node, points: Points) -> None:
+        if isinstance(node, Gemm):
+            assert node.atom is not None, "select did not run"
+            with self.scope():
+                if node.atom.mma is None:
+                    self.emit_fma(node, points.points[0])
+                else:
+                    self.emit_mma(node, node.atom, node.atom.mma, points.points[0])
+        else:
+            super().emit_tile(node, points)
+
+    # ---- matrix instructions ----------------------------------------------------------------
+
+    def emit_mma(self, node: Gemm, atom: GemmAtom, mma: MmaInstruction, point: Point) -> None:
+        """For each step of k: load the operands of this warp's tile, multiply all pairs."""
+        m = self.m
+        acc = self.state[node.acc.buffer]
+        rows = node.m // (atom.warps_m * mma.m)
+        columns = node.n // (atom.warps_n * mma.n)
+        lane = arith("floormod", self.thread, WARP)
+        warp = arith("floordiv", self.thread, WARP)
+        warp = arith("floormod", warp, atom.warps_m * atom.warps_n)
+        warp_m = arith("floordiv", warp, atom.warps_n)
+        warp_n = arith("floormod", warp, atom.warps_n)
+        origin_m = arith("mul", warp_m, rows * mma.m)
+        origin_n = arith("mul", warp_n, columns * mma.n)
+        words = self.acc_words(mma, acc, node)
+        a_words = self._a_source(node, mma, rows, lane, origin_m, point)
+        b_side = Operand(node.b, node.transpose_b, point)
+        for step in range(node.k // mma.k):
+            a = [self.rounded(a_words(i, step), mma) for i in range(rows)]
+            b = self.load_b(b_side, mma, columns, lane, origin_n, step * mma.k)
+            b = [self.rounded(words, mma) for words in b]
+            for j in range(columns):
+                for i in range(rows):
+                    place = i * columns + j
+                    words[place] = m.issue(mma.instruction, [*a[i], *b[j], *words[place]])
+        self.store_acc(mma, acc, words)
+
+    def acc_words(self, mma: MmaInstruction, acc: list[Value], node: Gemm) -> list[list[Value]]:
+        """The accumulator's registers, grouped by instruction (m outer, n inner)."""
+        per = mma.m * mma.n // WARP
+        if node.clear:
+            zero = self.m.const(0, mma.acc)
+            acc = [zero] * len(acc)
+        groups = [acc[k : k + per] for k in range(0, len(acc), per)]
+        if mma.acc.bits == 16:
+            return [[self.m.pack(g[k : k + 2], mma.acc) for k in (0, 2)] for g in groups]
+        return [list(g) for g in groups]
+
+    def store_acc(self, mma: MmaInstruction, acc: list[Value], words: list[list[Value]]) -> None:
+        flat = [w for group in words for w in group]
+        if mma.acc.bits == 16:
+            flat = [v for w in flat for v in self.m.unpack(w, mma.acc)]
+        acc[:] = flat
+
+    def _a_source(
+        self, node: Gemm, mma: MmaInstruction, rows: int, lane: Expr, origin: Expr, point: Point
+    ) -> Callable[[int, int], list[Value]]:
+        """A function (row of instructions, step of k) -> the operand words of A."""
+        if node.a.buffer.scope is not Scope.FRAGMENT:
+            side = Operand(node.a, not node.transpose_a, point)
+            return lambda i, step: self.load_a(
+                side, mma, lane, arith("add", origin, i * mma.m), step * mma.k
+            )
+        held = self.state[node.a.buffer]
+        steps = node.k // mma.k
+        assert node.atom is not None
+        wanted = left_layout(node, node.atom, self.kernel.num_threads)
+        place = wanted.register_of(self.kernel.fragments[node.a.buffer])
+        per = mma.m * mma.k // WARP
+        per_word = max(1, 32 // mma.a.bits)
+
+        def words(i: int, step: int) -> list[Value]:
+            first = (i * steps + step) * per
+            mine = [held[place[first + k]] for k in range(per)]
+            return [
+                self.operand_word(mine[k : k + per_word], node.a.buffer.dtype)
+                for k in range(0, per, per_word)
+            ]
+
+        return words
+
+    def operand_word(self, values: Sequence[Value], dtype: DType) -> Value:
+        """A register of a matrix instruction from the elements it holds."""
+        if dtype.bits == 32:
+            return self.m.bitcast(values[0], dtype, uint32)
+        return self.m.pack(values, dtype)
+
+    def rounded(self, words: list[Value], mma: MmaInstruction) -> list[Value]:
+        """tf32 operands rounded: the instruction itself would cut them off, twice the error."""
+        if mma.a.name != "tfloat32":
+            return words
+        floats = [self.m.bitcast(w, uint32, float32) for w in words]
+        return [self.m.issue(TF32_FROM_F32, [f])[0] for f in floats]
+
+    def load_a(
+        self, side: Operand, mma: MmaInstruction, lane: Expr, row: Expr, k: int
+    ) -> list[Value]:
+        """The operand words of A at instruction row `row`, from shared memory."""
+        bytes_ = mma.a.bytes
+        per_chunk = 16 // bytes_
+        halves = mma.k // per_chunk  # 16-byte chunks along k: one word column each
+        if self.can_ldmatrix(side, mma.a):
+            if side.is_k_major:
+                r = arith("floormod", lane, 16)
+                c = arith("mul", arith("floordiv", lane, 16), per_chunk)
+                if halves == 1:
+                    c = index(0)
+                return self._ldmatrix(side, arith("add", row, r), arith("add", c, k), 2 * halves)
+            r = arith("mul", arith("floormod", arith("floordiv", lane, 8), 2), 8)
+            low = arith("floormod", lane, 8)
+            c = arith("add", low, arith("mul", arith("floordiv", lane, 16), 8))
+            if halves == 1:
+                c = low
+            return self._ldmatrix(
+                side, arith("add", row, r), arith("add", c, k), 2 * halves, transposed=True
+            )
+        layout = fragment_a(mma)
+        return self._gather(side, layout, mma.a, lane, row, k, is_outer_first=True)
+
+    def load_b(
+        self, side: Operand, mma: MmaInstruction, columns: int, lane: Expr, column: Expr, k: int
+    ) -> list[list[Value]]:
+        """The operand words of B for each of `columns` instructions along n."""
+        per_chunk = 16 // mma.b.bytes
+        halves = mma.k // per_chunk
+        if not self.can_ldmatrix(side, mma.b):
+            layout = fragment_b(mma)
+            return [
+                self._gather(
+                    side, layout, mma.b, lane, arith("add", column, j * mma.n), k, False
+                )
+                for j in range(columns)
+            ]
+        result: list[list[Value]] = []
+        j = 0
+        while j < columns:
+            width = min(4 // halves, columns - j)
+            width = 1 << (width.bit_length() - 1)
+            n0 = arith("add", column, j * mma.n)
+            # matrix index of the lane: halves of k fastest, then instructions along n
+            matrix = arith("floordiv", lane, 8)
+            row = arith("floormod", lane, 8)
+            half = arith("floormod", matrix, halves) if halves > 1 else index(0)
+            tile = arith("floordiv", matrix, halves) if halves > 1 else matrix
+            tile = arith("floormod", tile, width) if width > 1 else index(0)
+            if side.is_k_major:
+                outer = arith("add", arith("mul", tile, 8), row)
+                inner = arith("mul", half, per_chunk)
+            else:
+                outer = arith("mul", tile, 8)
+                inner = arith("add", arith("mul", half, 8), row)
+            words = self._ldmatrix(
+                side,
+                arith("add", n0, outer),
+                arith("add", inner, k),
+                width * halves,
+                transposed=not side.is_k_major,
+            )
+            result += [words[t * halves : (t + 1) * halves] for t in range(width)]
+            j += width
+        return result
+
+    def can_ldmatrix(self, side: Operand, dtype: DType) -> bool:
+        """Whether rows of 16 bytes lie where ldmatrix reads them."""
+        if not side.is_k_major and dtype.bits != 16:
+            return False
+        return matrix_rows_aligned(self.shared_layout(side.region.buffer))
+
+    def shared_layout(self, buffer: Buffer) -> Any:
+        return self.kernel.shared[buffer.root] if buffer is buffer.root else None
+
+    def _ldmatrix(
+        self, side: Operand, outer: Expr, k: Expr, count: int, transposed: bool = False
+    ) -> list[Value]:
+        address = self.address(side.region.buffer, side.at(outer, k))
+        if address.align < 16:
+            raise InternalError(f"ldmatrix on `{side.region.buffer.name}` is not aligned.")
+        return self.m.issue(ldmatrix(count, transposed), [self.m.address(address)])
+
+    def _gather(
+        self,
+        side: Operand,
+        layout: FragmentLayout,
+        dtype: DType,
+        lane: Expr,
+        outer: Expr,
+        k: int,
+        is_outer_first: bool,
+    ) -> list[Value]:
+        """Operand words element by element, for operands that ldmatrix cannot read."""
+        parts = thread_part(layout, lane)
+        values = []
+        for register in range(layout.registers):
+            first, second = coordinates(layout, parts, register)
+            o, kk = (first, second) if is_outer_first else (second, first)
+            at = side.at(arith("add", outer, o), arith("add", kk, k))
+            source = side.region.buffer
+            values += self.m.load(self.address(source, at), source.dtype)
+        per_word = max(1, 32 // dtype.bits)
+        return [
+            self.operand_word(values[i : i + per_word], dtype)
+            for i in range(0, len(values), per_word)
+        ]
+
+    # ---- plain multiply-adds ----------------------------------------------------------------
+
+    def emit_fma(self, node: Gemm, point: Point) -> None:
+        """acc[r] += a[row(r), k] * b[k, column(r)] for every register, in a loop over k."""
+        m, acc_dtype = self.m, node.acc.buffer.dtype
+        compute = acc_dtype if acc_dtype.bits >= 32 else float32
+        layout = self.kernel.fragments[node.acc.buffer]
+        parts = thread_part(layout, self.thread)
+        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
+        acc = self.state[node.acc.buffer]
+        if node.clear:
+            acc[:] = [m.const(0, acc_dtype)] * len(acc)
+        acc[:] = m.cast(acc, acc_dtype, compute) if compute is not acc_dtype else acc
+        a_side = Operand(node.a, not node.transpose_a, point)
+        b_side = Operand(node.b, node.transpose_b, point)
+        state = {node.acc.buffer: acc}
+        unit = FMA_STEP if node.k % FMA_STEP == 0 else 1
+
+        def one(k: Expr) -> None:
+            a_row = self._operand_rows(a_side, [p[0] for p in places], node.m, k, unit, compute)
+            b_row = self._operand_rows(b_side, [p[1] for p in places], node.n, k, unit, compute)
+            for r, (row, column) in enumerate(places):
+                total = acc[r]
+                for u in range(unit):
+                    total = m.fma(a_row[row][u], b_row[column][u], total, compute)
+                acc[r] = total
+
+        if node.k == unit:
+            with self.scope():
+                one(index(0))
+        else:
+            k_var = Var("k", int32, VarKind.LOOP, index(0), index(node.k // unit - 1))
+
+            def body(value: Value) -> None:
+                with self.scope():
+                    self.bind(k_var, value)
+                    one(arith("mul", k_var, unit))
+
+            m.loop(
+                m.const(0, int32), m.const(node.k // unit, int32), 1, int32, body, state
+            )
+        if compute is not acc_dtype:
+            acc[:] = m.cast(acc, compute, acc_dtype)
+
+    def _operand_rows(
+        self,
+        side: Operand,
+        outers: Sequence[Expr],
+        extent: int,
+        k: Expr,
+        unit: int,
+        compute: DType,
+    ) -> dict[Expr, list[Value]]:
+        """For each distinct row (A) or column (B): `unit` values along k, in the compute type."""
+        buffer = side.region.buffer
+        result: dict[Expr, list[Value]] = {}
+        for outer in dict.fromkeys(outers):
+            inside = self.inside(outer, index(extent))  # padding of the layout reads nothing
+            # neighbours along k are neighbours in memory only within a swizzle's 16-byte chunk
+            width = min(unit, 16 // buffer.dtype.bytes) if side.is_k_major else 1
+            loaded: list[Value] = []
+            for u in range(0, unit, width):
+                address = self.address(buffer, side.at(outer, arith("add", k, u)))
+                loaded += self.m.load(address, buffer.dtype, width, inside)
+            if buffer.dtype is not compute:
+                loaded = self.m.cast(loaded, buffer.dtype, compute)
+            result[outer] = loaded
+        return result
+
+
+def matrix_rows_aligned(layout: Any) -> bool:
+    """Whether every 16 bytes of a row start at a multiple of 16."""
+    if layout is None:
+        return False
+    if layout.strides is not None:
+        *outer, last = layout.strides
+        return last == 1 and all(s * layout.itemsize % 16 == 0 for s in outer)
+    return bool(layout.pitch * layout.itemsize % 16 == 0)
+
+

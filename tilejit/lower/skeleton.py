@@ -1,0 +1,587 @@
+"""The generated kernel: a short Python function with the user's loops and one call per tile op.
+
+Knows which nodes become Python control flow and which one call, what passes between the calls and
+how it is packed. Does not know what a call emits, Numba or LLVM.
+"""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tilejit.dtypes import DType, bool_, int32, int64, uint8, uint32
+from tilejit.errors import Span
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, const, index, variables
+from tilejit.ir.kernel import Kernel, ParamKind
+from tilejit.ir.node import (
+    AsyncCommit,
+    AsyncWait,
+    Atomic,
+    BarrierArrive,
+    BarrierWait,
+    Body,
+    For,
+    If,
+    Load,
+    Node,
+    Parallel,
+    Store,
+    SyncThreads,
+    While,
+    walk,
+)
+from tilejit.isa import barrier as isa_barrier
+from tilejit.isa import mbarrier as isa_mbarrier
+from tilejit.isa.atom import CopyMethod
+from tilejit.isa.machine import Granule, Lowered, Machine, Slot, Value
+from tilejit.isa.mma import WARP
+from tilejit.lower.facts import Facts, facts, trip_count
+from tilejit.lower.matmul import MatmulEmitter
+from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.gemm import Gemm
+
+COMMENT_COLUMN = 60
+Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
+
+
+def lower_kernel(kernel: Kernel) -> Lowered:
+    """Generate the Python source of a kernel that all passes have been over, and its granules."""
+    return _Skeleton(kernel).lower()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """How a piece of per-thread state passes between calls.
+
+    count: registers; slot: the type of the Python variable.
+    """
+
+    dtype: DType
+    count: int
+    slot: Slot
+
+    def pack(self, machine: Machine, values: Sequence[Value]) -> Any:
+        if self.slot.count is None:
+            return values[0]
+        if self.slot.dtype is self.dtype:
+            return list(values)
+        dtype, values = self._storage(machine, values)
+        per = 32 // dtype.bits
+        padded = [*values, *[machine.const(0, dtype)] * (-len(values) % per)]
+        return [machine.pack(padded[i : i + per], dtype) for i in range(0, len(padded), per)]
+
+    def unpack(self, machine: Machine, held: Any) -> list[Value]:
+        if self.slot.count is None:
+            return [held]
+        if self.slot.dtype is self.dtype:
+            return list(held)
+        dtype = uint8 if self.dtype.is_bool else self.dtype
+        values = [v for word in held for v in machine.unpack(word, dtype)][: self.count]
+        return machine.cast(values, uint8, bool_) if self.dtype.is_bool else values
+
+    def _storage(
+        self, machine: Machine, values: Sequence[Value]
+    ) -> tuple[DType, Sequence[Value]]:
+        if self.dtype.is_bool:
+            return uint8, machine.cast(values, bool_, uint8)
+        return self.dtype, values
+
+
+def _held(dtype: DType, count: int, is_scalar: bool) -> _Held:
+    if is_scalar:
+        return _Held(dtype, 1, Slot(dtype))
+    if dtype.bits >= 32 and dtype.name != "tfloat32":
+        return _Held(dtype, count, Slot(dtype, count))
+    if dtype.bits == 32:
+        return _Held(dtype, count, Slot(uint32, count))
+    per = 4 if dtype.is_bool else 32 // dtype.bits
+    return _Held(dtype, count, Slot(uint32, -(-count // per)))
+
+
+class _Skeleton:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.facts: Facts = facts(kernel)
+        self.lines: list[str] = []
+        self.granules: dict[str, Granule] = {}
+        self.names: dict[Any, str] = {}
+        self.taken: set[str] = {"cuda"}
+        self.depth = 1
+        self.thread_var = Var(
+            "thread", int32, VarKind.THREAD, index(0), index(kernel.num_threads - 1)
+        )
+        self.held = {key: self._held_of(key) for key in self._keys(kernel.body)}
+        self.uses = _count_uses(kernel)
+
+    # ---- names ------------------------------------------------------------------------------
+
+    def name(self, thing: Any, hint: str) -> str:
+        """The Python variable of a Var, buffer or granule, made up at first use."""
+        found = self.names.get(thing)
+        if found is None:
+            found = self.names[thing] = self.fresh(hint)
+        return found
+
+    def fresh(self, hint: str) -> str:
+        base = re.sub(r"\W", "_", hint) or "x"
+        if base[0].isdigit() or keyword.iskeyword(base):
+            base = f"_{base}"
+        name, number = base, 1
+        while name in self.taken:
+            number += 1
+            name = f"{base}_{number}"
+        self.taken.add(name)
+        return name
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def _held_of(self, key: Key) -> _Held:
+        if key.scope is Scope.FRAGMENT:
+            return _held(key.dtype, self.kernel.fragments[key].registers, False)
+        return _held(key.dtype, math.prod(key.extents), key.scope is Scope.VAR)
+
+    def _keys(self, body: Body) -> list[Key]:
+        """State that the nodes touch, in order of first use."""
+        found: dict[Key, None] = {}
+        for node in walk(body):
+            for buffer in (*node.reads, *node.writes):
+                if buffer.scope is Scope.FRAGMENT:
+                    found.setdefault(buffer)
+                elif buffer.scope.is_per_thread and buffer.root not in self.facts.in_memory:
+                    found.setdefault(buffer.root)
+        return list(found)
+
+    # ---- the whole kernel -------------------------------------------------------------------
+
+    def lower(self) -> Lowered:
+        kernel = self.kernel
+        entry = self.fresh(kernel.name)
+        parameters: list[tuple[str, Slot]] = []
+        for param in kernel.params:
+            is_address = param.kind is ParamKind.TENSOR
+            slot = Slot(int64 if is_address else param.var.dtype, address=is_address)
+            parameters.append((self.name(param.var, param.name), slot))
+        for var, axis in zip(kernel.block_vars, "xyz", strict=False):
+            if self.uses.get(var):
+                self.line(f"{self.name(var, var.name)} = cuda.blockIdx.{axis}")
+        self._init_barriers()
+        for key in self.held:
+            if not self._is_defined_first(key):
+                self._define(key)
+        self.body(self._merged(kernel.body))
+        if not self.lines:
+            self.line("pass")
+        signature = ", ".join(name for name, _ in parameters)
+        source = "\n".join([f"def {entry}({signature}):", *self.lines]) + "\n"
+        return Lowered(
+            source=source,
+            entry=entry,
+            parameters=tuple(parameters),
+            noalias=tuple(p.noalias for p in kernel.params),
+            granules=self.granules,
+            threads=kernel.threads,
+            shared_bytes=kernel.shared_bytes,
+            fast_math=kernel.fast_math,
+            lanes=self._lanes(),
+        )
+
+    def _lanes(self) -> int:
+        """Warps run apart in the simulator when a branch of some threads waits for others."""
+        threads = self.kernel.num_threads
+        if threads % WARP:
+            return threads
+        for node in walk(self.kernel.body):
+            if isinstance(node, If | While) and self.facts.divergence.of(node.exprs):
+                if any(isinstance(n, BarrierWait) for n in walk((node,))):
+                    return WARP
+        return threads
+
+    def _init_barriers(self) -> None:
+        """One thread sets the counts of all mbarriers before any thread goes on."""
+        barriers = [b for b in self.kernel.scoped(Scope.BARRIER) if not b.is_view]
+        if not barriers:
+            return
+
+        def emit(emitter: MatmulEmitter) -> None:
+            m = emitter.m
+            first = emitter.inside_first_thread()
+            for barrier in barriers:
+                for number, count in enumerate(barrier.arrive_counts):
+                    where = emitter.barrier_address(
+                        barrier, index(number), emitter.single().points[0]
+                    )
+                    m.issue(isa_mbarrier.INIT, [where, m.const(count, uint32)], first)
+            m.issue(isa_barrier.FENCE_BLOCK)
+            m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
+
+        self.call("init_barriers", (), emit, (), (), [], None)
+
+    def _merged(self, body: Body) -> list[Body]:
+        """The top-level nodes in granule-sized groups: nodes between which memory of the thread's
+        own stays alive belong to one."""
+        touching = [
+            position
+            for position, node in enumerate(body)
+            if any(b.root in self.facts.in_memory for n in walk((node,)) for b in (
+                *n.reads, *n.writes))
+        ]
+        if not touching:
+            return [(node,) for node in body]
+        first, last = touching[0], touching[-1]
+        return [
+            *((node,) for node in body[:first]),
+            body[first : last + 1],
+            *((node,) for node in body[last + 1 :]),
+        ]
+
+    def _is_defined_first(self, key: Key) -> bool:
+        """True when the first use of the state sets all of it, in the same body as, or around,
+        all other uses."""
+
+        def search(body: Body) -> bool | None:
+            users = [n for n in body if key in self._keys((n,))]
+            if not users:
+                return None
+            if _defines_all(users[0], key):
+                return True
+            if len(users) == 1 and users[0].bodies and not isinstance(users[0], Parallel):
+                inner = [b for b in users[0].bodies if any(key in self._keys((n,)) for n in b)]
+                if len(inner) == 1 and isinstance(users[0], For):
+                    return search(inner[0])
+            return False
+
+        return bool(search(self.kernel.body))
+
+    def _define(self, key: Key) -> None:
+        """Zeros: reading what was never written is no accident waiting to happen."""
+        held = self.held[key]
+
+        def emit(machine: Machine, inputs: list[Any]) -> list[Any]:
+            return [held.pack(machine, [machine.const(0, held.dtype)] * held.count)]
+
+        variable = self.name(key, key.name)
+        name = self.fresh(f"empty_{variable}")
+        self.granules[name] = Granule(name, (), (held.slot,), emit)
+        self.line(f"{variable} = {name}()", key.span)
+
+    # ---- lines ------------------------------------------------------------------------------
+
+    def line(self, text: str, span: Span | None = None) -> None:
+        indented = "    " * self.depth + text
+        user = linecache.getline(span.filename, span.line).strip() if span else ""
+        if user:
+            indented = f"{indented:<{COMMENT_COLUMN}}  # {span.line if span else 0}: {user}"
+        self.lines.append(indented)
+
+    def body(self, groups: Iterable[Body]) -> None:
+        """Nodes one after the other: neighbouring small ones share a call."""
+        pending: list[Node] = []
+        for group in groups:
+            if len(group) == 1 and self._is_control(group[0]):
+                self.flush(pending)
+                self.control(group[0])
+            elif pending and len(group) == 1 and _share_call(pending[-1], group[0]):
+                pending += group
+            else:
+                self.flush(pending)
+                pending += group
+        self.flush(pending)
+
+    def flush(self, pending: list[Node]) -> None:
+        if pending:
+            self.granule(tuple(pending))
+            pending.clear()
+
+    def _is_control(self, node: Node) -> bool:
+        """True when the node becomes Python control flow: every thread goes the same way, and it
+        holds more than a few scalar statements."""
+        if isinstance(node, For):
+            if node.var in self.facts.unrolled or trip_count(node) == 1:
+                return False
+        elif not isinstance(node, If | While):
+            return False
+        if self.facts.divergence.of(node.exprs) or _is_pipeline_step(node):
+            return False
+        return any(not isinstance(n, Load | Store | Atomic) for b in node.bodies for n in b)
+
+    def control(self, node: Node) -> None:
+        if isinstance(node, For):
+            self._for(node)
+        elif isinstance(node, If):
+            self._if(node)
+        else:
+            assert isinstance(node, While)
+            self._while(node)
+
+    def _nested(self, body: Body) -> None:
+        self.depth += 1
+        before = len(self.lines)
+        self.body((n,) for n in body)
+        if len(self.lines) == before:
+            self.line("pass")
+        self.depth -= 1
+
+    def _for(self, node: For) -> None:
+        var = node.var
+        name = self.name(var, var.name)
+        hint = name
+        step = const(node.step, var.dtype)
+        start = self.expression(f"first_{hint}", lambda e: _as(e, node.start, var.dtype),
+                                [node.start], var.dtype)
+        self.line(f"{name} = {start}", node.span)
+        more = self.expression(
+            f"more_{hint}",
+            lambda e: _compare(e, var, node.stop, node.step),
+            [var, node.stop],
+            bool_,
+        )
+        self.line(f"while {more}:")
+        self._nested(node.body)
+        self.depth += 1
+        following = self.expression(
+            f"next_{hint}",
+            lambda e: e.m.binary("add", e.value(var), e.value(step), var.dtype),
+            [var],
+            var.dtype,
+        )
+        self.line(f"{name} = {following}")
+        self.depth -= 1
+
+    def _if(self, node: If) -> None:
+        condition = self.expression(
+            "is_true", lambda e: e.value(node.condition), [node.condition], bool_
+        )
+        self.line(f"if {condition}:", node.span)
+        self._nested(node.then)
+        if node.orelse:
+            self.line("else:")
+            self._nested(node.orelse)
+
+    def _while(self, node: While) -> None:
+        self.line("while True:", node.span)
+        self.depth += 1
+        self.body((n,) for n in node.test)
+        condition = self.expression(
+            "is_over",
+            lambda e: e.m.unary("not", e.value(node.condition), bool_),
+            [node.condition],
+            bool_,
+        )
+        self.line(f"if {condition}:")
+        self.lines.append("    " * (self.depth + 1) + "break")
+        self.body((n,) for n in node.body)
+        self.depth -= 1
+
+    # ---- calls ------------------------------------------------------------------------------
+
+    def expression(
+        self,
+        hint: str,
+        compute: Callable[[MatmulEmitter], Value],
+        exprs: Sequence[Expr],
+        dtype: DType,
+    ) -> str:
+        """The text of a call that evaluates a scalar."""
+        inputs = self._inputs({v for e in exprs for v in variables(e)})
+
+        def emit(machine: Machine, values: list[Any]) -> list[Any]:
+            emitter = self._emitter(machine)
+            for var, value in zip(inputs, values, strict=True):
+                emitter.bind(var, value)
+            return [compute(emitter)]
+
+        name = self.fresh(hint)
+        slots = tuple(Slot(v.dtype) for v in inputs)
+        self.granules[name] = Granule(name, slots, (Slot(dtype),), emit)
+        return f"{name}({', '.join(self.names[v] for v in inputs)})"
+
+    def _emitter(self, machine: Machine) -> MatmulEmitter:
+        emitter = MatmulEmitter(machine, self.kernel, self.facts)
+        emitter.start(self.thread_var)
+        return emitter
+
+    def _inputs(self, used: set[Var]) -> list[Var]:
+        """Variables that come from outside, in a fixed order; threads find their own index."""
+        return sorted(
+            (v for v in used if v in self.names), key=lambda v: v.serial
+        )
+
+    def granule(self, nodes: Body) -> None:
+        """One call that does the nodes."""
+        defined = {v for n in walk(nodes) for v in n.defines}
+        used = {v for n in walk(nodes) for v in used_variables(n)} - defined
+        inputs = self._inputs(used)
+        keys = self._keys(nodes)
+        read = [k for k in keys if not _defines_all(nodes[0], k)]
+        written = {b.root if b.scope is not Scope.FRAGMENT else b for n in walk(nodes)
+                   for b in n.writes}
+        changed = [k for k in keys if k in written]
+        inside = _count_uses_in(nodes)
+        outputs = [
+            v
+            for n in nodes
+            for v in n.defines
+            if not n.bodies and self.uses.get(v, 0) > inside.get(v, 0)
+        ]
+        in_memory = sorted(
+            {b.root for n in walk(nodes) for b in (*n.reads, *n.writes)
+             if b.root in self.facts.in_memory},
+            key=lambda b: b.name,
+        )
+
+        def emit(emitter: MatmulEmitter) -> None:
+            for buffer in in_memory:
+                size = math.prod(buffer.extents) * buffer.dtype.bytes
+                emitter.bases[buffer] = emitter.m.alloc_local(-(-size // 16) * 16, 16)
+            for node in nodes:
+                emitter.emit_node(node, emitter.single())
+
+        self.call(_call_name(nodes), inputs, emit, read, changed, outputs, nodes[0].span)
+
+    def call(
+        self,
+        hint: str,
+        inputs: Sequence[Var],
+        emit: Callable[[MatmulEmitter], None],
+        read: Sequence[Key],
+        changed: Sequence[Key],
+        outputs: Sequence[Var],
+        span: Span | None,
+    ) -> None:
+        """A line `outputs, state = name(inputs, state)` and its granule."""
+        held = self.held
+
+        def run(machine: Machine, values: list[Any]) -> list[Any]:
+            emitter = self._emitter(machine)
+            for var, value in zip(inputs, values, strict=False):
+                emitter.bind(var, value)
+            for key, value in zip(read, values[len(inputs) :], strict=True):
+                emitter.state[key] = held[key].unpack(machine, value)
+            for key in changed:
+                if key not in emitter.state:
+                    zero = machine.const(0, held[key].dtype)
+                    emitter.state[key] = [zero] * held[key].count
+            emit(emitter)
+            results: list[Any] = [emitter.value(v) for v in outputs]
+            return results + [held[k].pack(machine, emitter.state[k]) for k in changed]
+
+        name = self.fresh(hint)
+        arguments = [self.names[v] for v in inputs] + [self.name(k, k.name) for k in read]
+        results = [self.name(v, v.name) for v in outputs]
+        results += [self.name(k, k.name) for k in changed]
+        slots = [self._slot(v) for v in inputs] + [held[k].slot for k in read]
+        out_slots = [Slot(v.dtype) for v in outputs] + [held[k].slot for k in changed]
+        self.granules[name] = Granule(name, tuple(slots), tuple(out_slots), run)
+        target = f"{', '.join(results)} = " if results else ""
+        self.line(f"{target}{name}({', '.join(arguments)})", span)
+
+    def _slot(self, var: Var) -> Slot:
+        for param in self.kernel.params:
+            if param.var is var and param.kind is ParamKind.TENSOR:
+                return Slot(int64, address=True)
+        return Slot(var.dtype)
+
+
+def _as(emitter: MatmulEmitter, e: Expr, dtype: DType) -> Value:
+    return emitter.index_value(e, dtype.bits)[0]
+
+
+def _compare(emitter: MatmulEmitter, var: Var, stop: Expr, step: int) -> Value:
+    left, right = emitter.index_value(var), emitter.index_value(stop)
+    bits = max(left[1], right[1])
+    a, b = emitter.index_value(var, bits)[0], emitter.index_value(stop, bits)[0]
+    return emitter.m.binary("lt" if step > 0 else "gt", a, b, int32 if bits == 32 else int64)
+
+
+def used_variables(node: Node) -> set[Var]:
+    """Variables that a node's own expressions and the buffers it touches mention."""
+    exprs: list[Expr] = list(node.exprs)
+    for buffer in (*node.reads, *node.writes):
+        while True:
+            exprs += [*buffer.shape, *buffer.element_strides, buffer.offset]
+            if not isinstance(buffer.data, Buffer):
+                break
+            buffer = buffer.data
+        if isinstance(buffer.data, Expr):
+            exprs.append(buffer.data)
+    return {v for e in exprs for v in variables(e)}
+
+
+def _count_uses_in(nodes: Iterable[Node]) -> dict[Var, int]:
+    counts: dict[Var, int] = {}
+    for node in walk(tuple(nodes)):
+        for var in used_variables(node):
+            counts[var] = counts.get(var, 0) + 1
+    return counts
+
+
+def _count_uses(kernel: Kernel) -> dict[Var, int]:
+    """How many nodes use each variable."""
+    return _count_uses_in(kernel.body)
+
+
+def _defines_all(node: Node, key: Key) -> bool:
+    """True when the node sets every element of the state without reading it."""
+    if isinstance(node, Fill | Copy):
+        if not isinstance(node.dst.buffer, Buffer) or node.dst.buffer is not key:
+            return False
+        return node.dst.is_whole and key not in node.reads
+    if isinstance(node, Gemm):
+        return node.clear and node.acc.buffer is key and node.acc.is_whole
+    if isinstance(node, Store):
+        return node.buffer is key and math.prod(key.extents) == 1
+    return False
+
+
+def _is_pipeline_step(node: Node) -> bool:
+    """Part of a pipeline's machinery: waits, meetings and copies that run ahead."""
+    if isinstance(node, AsyncCommit | AsyncWait):
+        return True
+    if isinstance(node, SyncThreads):
+        return node.inserted
+    if isinstance(node, Copy):
+        return node.atom is not None and node.atom.method is CopyMethod.CP_ASYNC
+    return isinstance(node, If) and all(
+        _is_pipeline_step(n) or isinstance(n, Load) for b in node.bodies for n in b
+    )
+
+
+def _is_scalar(node: Node) -> bool:
+    if isinstance(node, If | For | While):
+        return all(_is_scalar(n) for b in node.bodies for n in b)
+    return isinstance(node, Load | Store | Atomic | BarrierArrive | BarrierWait)
+
+
+def _share_call(before: Node, node: Node) -> bool:
+    return (_is_scalar(before) and _is_scalar(node)) or (
+        _is_pipeline_step(before) and _is_pipeline_step(node)
+    )
+
+
+def _call_name(nodes: Body) -> str:
+    """A name that says what the call does, with the user's buffer names."""
+    if all(_is_pipeline_step(n) for n in nodes):
+        filled = dict.fromkeys(
+            n.dst.buffer.name for n in walk(nodes) if isinstance(n, Copy)
+        )
+        if filled:
+            return "_".join(["fill", *filled])
+        return "sync" if isinstance(nodes[0], SyncThreads) else "wait"
+    node = nodes[0]
+    if isinstance(node, Copy):
+        return f"copy_{node.src.buffer.name}_{node.dst.buffer.name}"
+    if isinstance(node, Fill):
+        return f"fill_{node.dst.buffer.name}"
+    if isinstance(node, Gemm):
+        return f"gemm_{node.a.buffer.name}_{node.b.buffer.name}"
+    if isinstance(node, SyncThreads):
+        return "sync"
+    written = dict.fromkeys(b.name for n in walk(nodes) for b in n.writes)
+    kind = "parallel" if isinstance(node, Parallel) else "scalars" if _is_scalar(node) else "block"
+    return "_".join([kind, *list(written)[:3]])

@@ -1,0 +1,485 @@
+"""Emitters of control flow and scalar statements, in and outside T.Parallel.
+
+Knows how the iterations of a loop that a thread runs are unrolled, predicated and vectorised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tilejit.dtypes import bool_, int32, int64
+from tilejit.errors import InternalError
+from tilejit.ir.access import local_registers
+from tilejit.ir.analysis import difference, divisor
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Const, Expr, Var, arith, binary, const, int_value, variables
+from tilejit.ir.node import (
+    AsyncCommit,
+    AsyncWait,
+    Atomic,
+    BarrierArrive,
+    BarrierWait,
+    Body,
+    For,
+    If,
+    Load,
+    LoopKind,
+    Node,
+    Store,
+    SyncThreads,
+    While,
+    all_writes,
+    walk,
+)
+from tilejit.isa import barrier as isa_barrier
+from tilejit.isa import cp_async as isa_cp_async
+from tilejit.isa import mbarrier as isa_mbarrier
+from tilejit.isa.machine import Value
+from tilejit.layout.shared import SharedLayout
+from tilejit.lower.emit import EmitterBase, Point, Points, new_value
+from tilejit.lower.facts import trip_count
+
+# Registers that one round of a T.Parallel loop handles: enough loads in flight, and code of a
+# loop over a large tile in memory stays small.
+ROUND = 128
+
+
+class StatementEmitter(EmitterBase):
+    """Bodies, loops, branches, loads and stores."""
+
+    def single(self) -> Points:
+        return Points([Point()])
+
+    def emit_body(self, body: Body, points: Points) -> None:
+        for node in body:
+            self.emit_node(node, points)
+
+    def emit_node(self, node: Node, points: Points) -> None:
+        if isinstance(node, Load):
+            self.emit_load(node, points)
+        elif isinstance(node, Store):
+            self.emit_store(node, points)
+        elif isinstance(node, Atomic):
+            self.emit_atomic(node, points)
+        elif isinstance(node, For):
+            self.emit_for(node, points)
+        elif isinstance(node, If):
+            self.emit_if(node, points)
+        elif isinstance(node, While):
+            self.emit_while(node, points)
+        else:
+            self.emit_tile(node, points)
+
+    def emit_tile(self, node: Node, points: Points) -> None:
+        """Nodes that all threads of the block execute together."""
+        if not points.is_single:
+            raise InternalError(f"{type(node).__name__} inside T.Parallel.", span=node.span)
+        m, block = self.m, self.kernel.num_threads
+        if isinstance(node, SyncThreads):
+            m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, block))
+        elif isinstance(node, AsyncCommit):
+            m.issue(isa_cp_async.COMMIT_GROUP)
+        elif isinstance(node, AsyncWait):
+            m.issue(isa_cp_async.wait_group(node.pending))
+        elif isinstance(node, BarrierArrive):
+            address = self.barrier_address(node.barrier, node.slot, points.points[0])
+            m.issue(isa_mbarrier.ARRIVE, [address])
+        elif isinstance(node, BarrierWait):
+            address = self.barrier_address(node.barrier, node.slot, points.points[0])
+            parity = self.value(points.points[0].sub(node.parity))
+            m.issue(isa_mbarrier.wait_parity(self.target), [address, parity])
+        else:
+            raise InternalError(f"No emitter for {type(node).__name__}.", span=node.span)
+
+    def barrier_address(self, barrier: Buffer, slot: Expr, point: Point) -> Value:
+        offset = arith("mul", point.sub(slot), 8)
+        offset = arith("add", offset, self.kernel.offsets[barrier.root])
+        return self.m.address(self._split("shared", None, offset, 8, False))
+
+    # ---- loads ------------------------------------------------------------------------------
+
+    def emit_load(self, node: Load, points: Points) -> None:
+        scope = node.buffer.scope
+        if scope is Scope.FRAGMENT:
+            registers = self.fragment_access(node.buffer, node.index, points)
+            held = self.state[node.buffer]
+            self._bind_each(node.out, points, [held[r] for r in registers])
+        elif scope.is_per_thread and node.buffer.root not in self.facts.in_memory:
+            results = [self._load_private(node, point) for point in points.points]
+            self._bind_each(node.out, points, results)
+        else:
+            self._load_memory(node, points)
+
+    def _bind_each(self, out: Var, points: Points, values: Sequence[Value]) -> None:
+        if points.is_single:
+            self.bind(out, values[0])
+            return
+        fresh: dict[int, Var] = {}
+        for point, value in zip(points.points, values, strict=True):
+            var = fresh.get(id(value))
+            if var is None:
+                var = fresh[id(value)] = new_value(out.name, out.dtype)
+                self.bind(var, value)
+            point.mapping[out] = var
+
+    def _load_private(self, node: Load, point: Point) -> Value:
+        held = self.state[node.buffer.root]
+        slot = self.private_slot(node.buffer, [point.sub(e) for e in node.index])
+        if isinstance(slot, int):
+            return held[slot]
+        number, bits = self.index_value(slot)
+        dtype = int32 if bits == 32 else int64
+        result = held[0]
+        for k in range(1, len(held)):
+            hit = self.m.binary("eq", number, self.m.const(k, dtype), dtype)
+            result = self.m.select(hit, held[k], result)
+        return result
+
+    def _load_memory(self, node: Load, points: Points) -> None:
+        done: dict[Any, tuple[list[Value], int]] = {}
+        results: list[Value] = []
+        width = self.access_width(node.buffer, node.index, points)
+        for number, point in enumerate(points.points):
+            lane = number % width
+            at = tuple(point.sub(e) for e in node.index)
+            if lane:
+                results.append(done_values[lane])
+                continue
+            when_expr = None if node.when is None else point.sub(node.when)
+            key = (at, when_expr, id(point.bounds), id(point.condition))
+            if key in done:
+                done_values = done[key][0]
+            else:
+                when = self.both(
+                    self.guard(node.buffer, at),
+                    point.bounds,
+                    point.condition,
+                    None if when_expr is None else self.value(when_expr),
+                )
+                address = self.address(node.buffer, at)
+                done_values = self.m.load(address, node.buffer.dtype, width, when)
+                done[key] = (done_values, width)
+            results.append(done_values[0])
+        self._bind_each(node.out, points, results)
+
+    # ---- stores -----------------------------------------------------------------------------
+
+    def emit_store(self, node: Store, points: Points) -> None:
+        scope = node.buffer.scope
+        values = self.values([point.sub(node.value) for point in points.points])
+        if scope is Scope.FRAGMENT:
+            registers = self.fragment_access(node.buffer, node.index, points)
+            held = self.state[node.buffer]
+            for register, value, point in zip(registers, values, points.points, strict=True):
+                held[register] = self._merge(point.condition, value, held[register])
+        elif scope.is_per_thread and node.buffer.root not in self.facts.in_memory:
+            for value, point in zip(values, points.points, strict=True):
+                self._store_private(node, point, value)
+        else:
+            self._store_memory(node, points, values)
+
+    def _merge(self, condition: Value | None, new: Value, old: Value) -> Value:
+        return new if condition is None else self.m.select(condition, new, old)
+
+    def _store_private(self, node: Store, point: Point, value: Value) -> None:
+        held = self.state[node.buffer.root]
+        condition = self.both(point.bounds, point.condition)
+        slot = self.private_slot(node.buffer, [point.sub(e) for e in node.index])
+        if isinstance(slot, int):
+            held[slot] = self._merge(condition, value, held[slot])
+            return
+        number, bits = self.index_value(slot)
+        dtype = int32 if bits == 32 else int64
+        for k in range(len(held)):
+            hit = self.m.binary("eq", number, self.m.const(k, dtype), dtype)
+            held[k] = self._merge(self.both(condition, hit), value, held[k])
+
+    def _store_memory(self, node: Store, points: Points, values: list[Value]) -> None:
+        width = self.access_width(node.buffer, node.index, points)
+        once = self.once(node, points)
+        for first in range(0, len(points.points), width):
+            point = points.points[first]
+            at = tuple(point.sub(e) for e in node.index)
+            when = self.both(
+                self.guard(node.buffer, at), point.bounds, point.condition, once
+            )
+            group = values[first : first + width]
+            self.m.store(self.address(node.buffer, at), group, node.buffer.dtype, when)
+
+    def once(self, node: Node, points: Points) -> Value | None:
+        """Restriction to one thread, for effects on memory that all threads would repeat."""
+        if points.layout is not None:
+            return points.once
+        per_thread = any(b.scope.is_per_thread for b in node.writes)
+        if per_thread or self.divergent or self.facts.divergence.of(node.exprs):
+            return None
+        return self.inside_first_thread()
+
+    def inside_first_thread(self) -> Value | None:
+        return self.value(binary("eq", self.thread, const(0)))
+
+    def emit_atomic(self, node: Atomic, points: Points) -> None:
+        once = self.once(node, points)
+        results: list[Value] = []
+        for point in points.points:
+            at = tuple(point.sub(e) for e in node.index)
+            if node.buffer.scope not in (Scope.GLOBAL, Scope.SHARED):
+                raise InternalError("An atomic on private memory.", span=node.span)
+            when = self.both(
+                self.guard(node.buffer, at), point.bounds, point.condition, once
+            )
+            value = self.value(point.sub(node.value))
+            address = self.address(node.buffer, at)
+            old = self.m.atomic(
+                address, node.combine, value, node.buffer.dtype, when, node.out is not None
+            )
+            results.append(old)
+        if node.out is not None:
+            self._bind_each(node.out, points, results)
+
+    # ---- which register, how wide -----------------------------------------------------------
+
+    def fragment_access(
+        self, buffer: Buffer, at: Sequence[Expr], points: Points
+    ) -> tuple[int, ...]:
+        """For each point the register of a fragment element."""
+        layout = self.kernel.fragments[buffer]
+        substituted = tuple(Point(points.constants).sub(e) for e in at)
+        key = (buffer, substituted, id(points.layout))
+        memo = self._accesses
+        if key not in memo:
+            memo[key] = local_registers(layout, points.layout, points.variables, substituted)
+        registers = memo[key]
+        if registers is None:
+            raise InternalError(f"`{buffer.name}` is not held where it is used.", span=buffer.span)
+        if points.layout is None:
+            return registers * len(points.points)
+        return tuple(registers[r] for r in points_registers(points))
+
+    @property
+    def _accesses(self) -> dict[Any, tuple[int, ...] | None]:
+        if not hasattr(self, "_access_memo"):
+            self._access_memo: dict[Any, tuple[int, ...] | None] = {}
+        return self._access_memo
+
+    def access_width(self, buffer: Buffer, at: Sequence[Expr], points: Points) -> int:
+        """How many consecutive points one memory access serves: their elements are consecutive
+        and in range or not together."""
+        width, axis = points.vector, points.axis
+        if width == 1 or axis is None or not at:
+            return 1
+        first = points.points[0]
+        substituted = [first.sub(e) for e in at]
+        for d, e in enumerate(at):
+            if d < len(at) - 1 and axis in variables(Point(points.constants).sub(e)):
+                return 1
+        for k in range(1, width):
+            other = points.points[k]
+            if difference(other.sub(at[-1]), substituted[-1]) != k:
+                return 1
+            if points.points[k].condition is not first.condition:
+                return 1
+        if buffer.scope is Scope.GLOBAL:
+            return self._global_width(buffer, at, points, width)
+        root = buffer.root
+        if buffer.scope.is_shared and buffer is root:
+            return self._shared_width(self.kernel.shared[root], points, at, width)
+        return width if int_value(buffer.element_strides[-1]) == 1 else 1
+
+    def _global_width(
+        self, buffer: Buffer, at: Sequence[Expr], points: Points, width: int
+    ) -> int:
+        if int_value(buffer.element_strides[-1]) != 1:
+            return 1
+        extent = int_value(buffer.shape[-1])
+        proven = all(
+            self.inside(p.sub(at[-1]), buffer.shape[-1]) is None
+            for p in points.points
+        )
+        if not proven:
+            # a vector is wholly inside or outside when it starts and the extent ends at its multiple
+            starts = 0
+            for first in range(0, len(points.points), points.vector):
+                starts = math.gcd(starts, divisor(points.points[first].sub(at[-1])))
+            known = divisor(buffer.shape[-1]) if extent is None else extent
+            width = math.gcd(width, math.gcd(starts, known))
+        return width
+
+    def _shared_width(
+        self, layout: SharedLayout, points: Points, at: Sequence[Expr], width: int
+    ) -> int:
+        if layout.is_linear:
+            return width if layout.linear_strides[-1:] == (1,) else 1
+        # consecutive within a swizzle chunk, and within a panel
+        starts = 0
+        for first in range(0, len(points.points), points.vector):
+            starts = math.gcd(starts, divisor(points.points[first].sub(at[-1])))
+        chunk = 16 // layout.itemsize if layout.swizzle > 1 else layout.panel
+        return math.gcd(width, math.gcd(starts, chunk)) if starts else math.gcd(width, chunk)
+
+    # ---- control flow -----------------------------------------------------------------------
+
+    def changed(self, *bodies: Body) -> dict[Any, list[Value]]:
+        """The part of the state that the bodies may change."""
+        written: set[Buffer] = set()
+        for body in bodies:
+            for node in body:
+                written |= all_writes(node)
+        keys = {b for b in written} | {b.root for b in written}
+        return {key: held for key, held in self.state.items() if key in keys}
+
+    def emit_for(self, node: For, points: Points) -> None:
+        starts = [p.sub(node.start) for p in points.points]
+        stops = [p.sub(node.stop) for p in points.points]
+        if any(e is not starts[0] for e in starts) or any(e is not stops[0] for e in stops):
+            for one in split_points(points):
+                self.emit_for(node, one)
+            return
+        fixed = replace(node, start=starts[0], stop=stops[0])
+        count = trip_count(fixed)
+        if count is not None and (node.var in self.facts.unrolled or count == 1):
+            self._emit_unrolled(fixed, count, points)
+            return
+        start, stop = self.index_value(fixed.start), self.index_value(fixed.stop)
+        bits = max(start[1], stop[1], node.var.dtype.bits)
+        dtype = int32 if bits == 32 else int64
+        divergent = points.is_single and self.facts.divergence.of((fixed.start, fixed.stop))
+        self.divergent += divergent
+
+        def body(value: Value) -> None:
+            with self.scope():
+                if dtype is not node.var.dtype:
+                    value = self.m.cast([value], dtype, node.var.dtype)[0]
+                self.bind(node.var, value)
+                self.emit_body(node.body, copy_points(points))
+
+        self.m.loop(
+            self.index_value(fixed.start, bits)[0],
+            self.index_value(fixed.stop, bits)[0],
+            node.step,
+            dtype,
+            body,
+            self.changed(node.body),
+        )
+        self.divergent -= divergent
+
+    def _emit_unrolled(self, node: For, count: int, points: Points) -> None:
+        start = int_value(node.start)
+        assert start is not None
+        steps = [const(start + k * node.step, node.var.dtype) for k in range(count)]
+        if node.kind is LoopKind.VECTORIZED and points.is_single and count > 1:
+            self._emit_vectorized(node, steps, points)
+            return
+        for value in steps:
+            with self.scope():
+                self.emit_body(node.body, copy_points(points).with_constant(node.var, value))
+
+    def _emit_vectorized(self, node: For, steps: list[Const], points: Points) -> None:
+        """Independent iterations of one thread: statement by statement, neighbours together."""
+        (outer,) = points.points
+        if writes_shared_temporary(node.body, (node.var,)):
+            for value in steps:
+                with self.scope():
+                    self.emit_body(node.body, copy_points(points).with_constant(node.var, value))
+            return
+        inner = [
+            Point({**outer.mapping, node.var: value}, outer.bounds, outer.condition)
+            for value in steps
+        ]
+        vector = len(steps) & -len(steps) if node.step == 1 else 1
+        self.emit_body(
+            node.body,
+            Points(inner, vector=vector, axis=node.var, constants=dict(points.constants)),
+        )
+
+    def emit_if(self, node: If, points: Points) -> None:
+        conditions = [p.sub(node.condition) for p in points.points]
+        if all(c is conditions[0] for c in conditions):
+            self._emit_branch(node, conditions[0], points)
+            return
+        for body, negate in ((node.then, False), (node.orelse, True)):
+            if not body:
+                continue
+            arm = copy_points(points)
+            for point, condition in zip(arm.points, conditions, strict=True):
+                value = self.value(condition)
+                if negate:
+                    value = self.m.unary("not", value, bool_)
+                point.condition = self.both(point.condition, value)
+            self.emit_body(body, arm)
+
+    def _emit_branch(self, node: If, condition: Expr, points: Points) -> None:
+        if isinstance(condition, Const):
+            self.emit_body(node.then if condition.value else node.orelse, copy_points(points))
+            return
+        divergent = points.is_single and self.facts.divergence.of((condition,))
+        self.divergent += divergent
+
+        def arm(body: Body) -> None:
+            with self.scope():
+                self.emit_body(body, copy_points(points))
+
+        self.m.branch(
+            self.value(condition),
+            lambda: arm(node.then),
+            (lambda: arm(node.orelse)) if node.orelse else None,
+            self.changed(node.then, node.orelse),
+        )
+        self.divergent -= divergent
+
+    def emit_while(self, node: While, points: Points) -> None:
+        if len(points.points) > 1:
+            for one in split_points(points):
+                self.emit_while(node, one)
+            return
+        divergent = points.is_single and self.facts.divergence.of((node.condition,))
+        self.divergent += divergent
+        inner = copy_points(points)
+
+        def test() -> Value:
+            self.forget()  # a machine that executes comes here once a round
+            (point,) = inner.points
+            point.mapping = dict(points.points[0].mapping)
+            self.emit_body(node.test, inner)
+            return self.both(self.value(point.sub(node.condition)), point.condition)
+
+        def body() -> None:
+            self.emit_body(node.body, inner)
+
+        with self.scope():
+            self.m.loop_while(test, body, self.changed(node.test, node.body))
+        self.divergent -= divergent
+
+
+def copy_points(points: Points) -> Points:
+    """The same iterations; what one body binds is not seen by another."""
+    fresh = [replace(p, mapping=dict(p.mapping)) for p in points.points]
+    return replace(points, points=fresh)
+
+
+def split_points(points: Points) -> list[Points]:
+    """Each iteration on its own."""
+    return [
+        replace(points, points=[point], vector=1, axis=None, registers=[register])
+        for point, register in zip(points.points, points_registers(points), strict=True)
+    ]
+
+
+def points_registers(points: Points) -> list[int]:
+    """The loop layout's register of each point."""
+    if points.registers is not None:
+        return points.registers
+    return list(range(len(points.points)))
+
+
+def writes_shared_temporary(body: Body, loop: Sequence[Var]) -> bool:
+    """True when iterations use the same private variable or array element for their own values:
+    they must then run one after the other."""
+    for node in walk(body):
+        if isinstance(node, Store | Atomic) and node.buffer.scope.is_per_thread:
+            if not any(v in variables(e) for e in node.index for v in loop):
+                return True
+    return False

@@ -1,0 +1,170 @@
+"""Emitters of T.Parallel loops and of copies: a tile's elements spread over threads.
+
+Knows loop layouts, vector groups and asynchronous copies. Does not know matrix instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilejit.dtypes import bool_, int32, uint32
+from tilejit.errors import InternalError
+from tilejit.ir.analysis import interval
+from tilejit.ir.expr import Const, Expr, arith, binary, const, index, int_value
+from tilejit.ir.loops import loop_layout
+from tilejit.ir.node import Node, Parallel
+from tilejit.isa import cp_async as isa_cp_async
+from tilejit.isa.atom import CopyMethod
+from tilejit.isa.machine import Value
+from tilejit.layout.fragment import FragmentLayout, blocked
+from tilejit.lower.emit import Point, Points
+from tilejit.lower.index import coordinates, thread_digit, thread_part
+from tilejit.lower.statements import (
+    ROUND,
+    StatementEmitter,
+    split_points,
+    writes_shared_temporary,
+)
+from tilejit.ops.copy import Copy
+from tilejit.ops.elementwise import as_parallel, loop_variables, place
+
+
+class TileEmitter(StatementEmitter):
+    """T.Parallel, copies and fills."""
+
+    def emit_tile(self, node: Node, points: Points) -> None:
+        if isinstance(node, Copy) and node.atom and node.atom.method is CopyMethod.CP_ASYNC:
+            self.emit_async_copy(node, points)
+            return
+        parallel = as_parallel(node)
+        if parallel is None:
+            super().emit_tile(node, points)
+        elif points.layout is not None or len(points.points) != 1:
+            raise InternalError("T.Parallel inside T.Parallel.", span=node.span)
+        else:
+            self.emit_parallel(parallel, points)
+
+    def emit_parallel(self, node: Parallel, outer: Points) -> None:
+        """Unroll the iterations of this thread, a round of registers at a time."""
+        layout = loop_layout(node, self.kernel)
+        (around,) = outer.points
+        parts = thread_part(layout, self.thread)
+        once = self.replica(layout)
+        one_by_one = writes_shared_temporary(node.body, node.vars)
+        size = max(layout.vector, ROUND // layout.vector * layout.vector)
+        for first in range(0, layout.registers, size):
+            registers = list(range(first, min(first + size, layout.registers)))
+            with self.scope():
+                points = self._points(node, layout, parts, registers, around)
+                points.once = once
+                points.constants = outer.constants
+                rounds = split_points(points) if one_by_one else [points]
+                for part in rounds:
+                    self.emit_body(node.body, part)
+
+    def _points(
+        self,
+        node: Parallel,
+        layout: FragmentLayout,
+        parts: tuple[Expr, ...],
+        registers: list[int],
+        around: Point,
+    ) -> Points:
+        points = []
+        for register in registers:
+            at = coordinates(layout, parts, register)
+            bounds = self.bounds(layout, at)
+            mapping = {**around.mapping, **dict(zip(node.vars, at, strict=True))}
+            points.append(Point(mapping, bounds, around.condition))
+        vector = layout.vector if not layout.flat else _flat_vector(layout)
+        axis = node.vars[-1] if node.vars else None
+        return Points(points, layout, node.vars, vector, axis, registers=registers)
+
+    def bounds(self, layout: FragmentLayout, at: tuple[Expr, ...]) -> Value | None:
+        """Whether coordinates exist; None when they surely do."""
+        if not layout.is_padded:
+            return None
+        return self.both(
+            *(self.inside(e, index(n)) for e, n in zip(at, layout.shape, strict=True))
+        )
+
+    def replica(self, layout: FragmentLayout) -> Value | None:
+        """True in the first of the threads that hold copies."""
+        conditions: list[Value | None] = []
+        for digit in layout.replica_digits:
+            value = thread_digit(self.thread, digit.stride, digit.size, layout.threads)
+            conditions.append(self.value(binary("eq", value, const(0))))
+        return self.both(*conditions)
+
+    # ---- asynchronous copies ----------------------------------------------------------------
+
+    def emit_async_copy(self, node: Copy, outer: Points) -> None:
+        """cp.async of `vector` elements a time; what lies outside the tensor becomes zero."""
+        assert node.atom is not None
+        vector = node.atom.vector
+        source, target = node.src.buffer, node.dst.buffer
+        size = vector * source.dtype.bytes
+        layout = blocked(node.src.shape, self.kernel.num_threads, vector)
+        variables = loop_variables(node.src.shape)
+        from_index, to_index = place(node.src, variables), place(node.dst, variables)
+        parts = thread_part(layout, self.thread)
+        once = self.replica(layout)
+        (around,) = outer.points
+        for register in range(0, layout.registers, vector):
+            at = coordinates(layout, parts, register)
+            point = Point({**around.mapping, **dict(zip(variables, at, strict=True))})
+            when = self.both(self.bounds(layout, at), around.condition, once)
+            source_at = tuple(point.sub(e) for e in from_index)
+            target_at = tuple(point.sub(e) for e in to_index)
+            shared = self.address(target, target_at)
+            memory = self.address(source, source_at)
+            if shared.align < size or memory.align < size:
+                raise InternalError(
+                    f"An asynchronous copy of {size} bytes from `{source.name}` is not aligned.",
+                    span=node.span,
+                )
+            inputs = [
+                self.m.address(shared),
+                self.m.address(memory),
+                self.valid_bytes(node, source_at, vector),
+            ]
+            self.m.issue(isa_cp_async.cp_async(size), inputs, when)
+
+    def valid_bytes(self, node: Copy, at: tuple[Expr, ...], vector: int) -> Value:
+        """Bytes of a vector that lie inside the tensor."""
+        source = node.src.buffer
+        size = vector * source.dtype.bytes
+        full = self.m.const(size, uint32)
+        rows = self.guard_leading(node, at)
+        extent, column = source.shape[-1], at[-1]
+        left = arith("sub", extent, column)
+        bounds = interval(left)
+        last = arith("add", column, vector - 1)
+        if self.inside(last, extent) is None:
+            count = full
+        else:
+            elements = arith("min", arith("max", left, 0), vector)
+            count = self.index_value(arith("mul", elements, source.dtype.bytes), 32)[0]
+            count = self.m.cast([count], int32, uint32)[0]
+            low = interval(column).low
+            if low is None or low < 0:
+                rows = self.both(rows, self.inside(column, extent))
+        del bounds
+        return count if rows is None else self.m.select(rows, count, self.m.const(0, uint32))
+
+    def guard_leading(self, node: Copy, at: tuple[Expr, ...]) -> Value | None:
+        """Whether all indices but the last are in range."""
+        shape = node.src.buffer.shape
+        return self.both(
+            *(self.inside(e, n) for e, n in zip(at[:-1], shape[:-1], strict=True))
+        )
+
+
+def _flat_vector(layout: FragmentLayout) -> int:
+    """Consecutive flat indices are consecutive last coordinates when the vector divides it."""
+    vector = layout.vector
+    while vector > 1 and layout.shape[-1] % vector:
+        vector //= 2
+    return vector
+
+

@@ -1,0 +1,143 @@
+"""Matrix multiply of tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr
+from tilejit.ir.names import Names
+from tilejit.ir.node import Node
+from tilejit.isa.atom import GemmAtom
+from tilejit.isa.mma import tile_a, tile_acc
+from tilejit.layout.fragment import FragmentLayout, blocked, register, thread
+
+
+class GemmWarpPolicy(IntEnum):
+    """How the warps share the accumulator tile."""
+
+    Square = 0
+    FullRow = 1
+    FullCol = 2
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gemm(Node):
+    """acc += op(a) @ op(b) on one tile; with `clear`, acc = op(a) @ op(b).
+
+    a: (M, K), or (K, M) with transpose_a; shared or fragment.
+    b: (K, N), or (N, K) with transpose_b; shared.
+    acc: (M, N) fragment, updated in place.
+    atom: decided by `select`, None before.
+    """
+
+    a: Region
+    b: Region
+    acc: Region
+    transpose_a: bool = False
+    transpose_b: bool = False
+    policy: GemmWarpPolicy = GemmWarpPolicy.Square
+    clear: bool = False
+    atom: GemmAtom | None = None
+
+    @property
+    def m(self) -> int:
+        return self.acc.shape[0]
+
+    @property
+    def n(self) -> int:
+        return self.acc.shape[1]
+
+    @property
+    def k(self) -> int:
+        return self.a.shape[0 if self.transpose_a else 1]
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        inputs = (self.a.buffer, self.b.buffer)
+        return inputs if self.clear else (*inputs, self.acc.buffer)
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.acc.buffer,)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (*self.a.starts, *self.b.starts, *self.acc.starts)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return self.a, self.b, self.acc
+
+    def problems(self) -> Iterator[str]:
+        shapes = (self.a.shape, self.b.shape, self.acc.shape)
+        if any(len(shape) != 2 for shape in shapes):
+            yield f"multiplies tiles of shapes {shapes}"
+            return
+        a = shapes[0][::-1] if self.transpose_a else shapes[0]
+        b = shapes[1][::-1] if self.transpose_b else shapes[1]
+        if a[1] != b[0] or (a[0], b[1]) != shapes[2]:
+            yield f"multiplies {a} by {b} into {shapes[2]}"
+        if self.a.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
+            yield f"takes `a` from {self.a.buffer.scope.value}"
+        if self.b.buffer.scope is not Scope.SHARED:
+            yield f"takes `b` from {self.b.buffer.scope.value}"
+        if self.acc.buffer.scope is not Scope.FRAGMENT:
+            yield f"accumulates in {self.acc.buffer.scope.value}"
+
+    def show(self, names: Names) -> str:
+        text = ", ".join(names.region(region) for region in self.regions)
+        for flag in ("transpose_a", "transpose_b"):
+            if getattr(self, flag):
+                text += f", {flag[:-1]}{flag[-1].upper()}=True"
+        if self.policy is not GemmWarpPolicy.Square:
+            text += f", policy=T.GemmWarpPolicy.{self.policy.name}"
+        if self.clear:
+            text += ", clear_accum=True"
+        return f"T.gemm({text})" + (f"  # {self.atom}" if self.atom else "")
+
+
+def acc_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+    """Where the accumulator lives; warps beyond those of the atom hold copies."""
+    if atom.mma is None:
+        return fma_layout(node.m, node.n, threads)
+    layout = tile_acc(atom.mma, node.m, node.n, atom.warps_m, atom.warps_n)
+    return dataclasses.replace(layout, threads=threads)
+
+
+def left_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+    """Where A must live when it comes from a fragment."""
+    assert atom.mma is not None, "plain multiply-adds read A from shared memory"
+    layout = tile_a(atom.mma, node.m, node.k, atom.warps_m, atom.warps_n)
+    return dataclasses.replace(layout, threads=threads)
+
+
+def fma_layout(m: int, n: int, threads: int) -> FragmentLayout:
+    """A tile for plain multiply-adds: each thread a patch as square as divisibility allows, its
+    columns in vectors of 4, so that a value loaded serves a whole row or column of the patch."""
+    vector = math.gcd(n, 4)
+    best: tuple[int, int] | None = None
+    for across in _divisors(math.gcd(n // vector, threads)):
+        down = threads // across
+        if threads % across or m % down:
+            continue
+        loads = m // down + n // across
+        if best is None or loads < best[0]:
+            best = (loads, across)
+    if best is None:
+        return blocked((m, n), threads, 1)
+    across = best[1]
+    down = threads // across
+    patches = n // (vector * across)
+    rows = (register(m // down, vector * patches), thread(down, across))
+    columns = (register(patches, vector), thread(across, 1), register(vector, 1))
+    dims = tuple(tuple(d for d in dim if d.size > 1) for dim in (rows, columns))
+    return FragmentLayout((m, n), dims, threads)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

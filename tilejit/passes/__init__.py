@@ -1,0 +1,46 @@
+"""The compiler: a kernel as traced, one decision after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilejit import config
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.verify import verify
+from tilejit.passes.allocate import allocate_memory
+from tilejit.passes.layouts import infer_layouts
+from tilejit.passes.pipeline import pipeline_loops
+from tilejit.passes.select import select_atoms
+from tilejit.passes.sync import insert_sync
+from tilejit.target import Target
+
+Pass = Callable[[Kernel], Kernel]
+
+# After select_atoms (which also takes the target), in this order:
+PASSES: tuple[Pass, ...] = (
+    infer_layouts,  # layouts depend on the instructions
+    pipeline_loops,  # how many slots fit depends on the layouts' bytes
+    insert_sync,  # hazards depend on what runs ahead
+    allocate_memory,  # last: every buffer, slot and scratch is known
+)
+
+
+def stages(kernel: Kernel, target: Target) -> list[tuple[str, Kernel]]:
+    """The kernel after every pass, with the pass's name."""
+    result = [("trace", kernel)]
+    check = config.current().verify
+    kernel = select_atoms(kernel, target)
+    result.append(("select_atoms", kernel))
+    for apply in PASSES:
+        if check:
+            verify(kernel)
+        kernel = apply(kernel)
+        result.append((getattr(apply, "__name__", "pass"), kernel))
+    if check:
+        verify(kernel)
+    return result
+
+
+def run(kernel: Kernel, target: Target) -> Kernel:
+    """All passes: the kernel ready to be lowered for `target`."""
+    return stages(kernel, target)[-1][1]

@@ -1,0 +1,67 @@
+"""Gives every shared buffer its place in the block's shared memory.
+
+Knows sizes and the chip's limit. Does not know what the buffers are for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilejit.errors import ResourceError
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.kernel import Kernel
+
+# 128-byte swizzles repeat every 1024 bytes and count from an address with the low bits zero
+# (PTX ISA, "Swizzling modes"); other buffers only need the widest access.
+SWIZZLED_ALIGN = 1024
+PLAIN_ALIGN = 16
+BARRIER_BYTES = 8
+
+
+def allocate_memory(kernel: Kernel) -> Kernel:
+    """Decide the offset of each shared buffer and barrier.
+
+    Needs: shared layouts and slots. Decides: `offsets`, `shared_bytes`.
+    Raises ResourceError with the table of who uses what when the target has less.
+    """
+    assert kernel.target is not None, "select did not run"
+    sizes: list[tuple[Buffer, int, int]] = []
+    for buffer in kernel.scoped(Scope.SHARED):
+        if not buffer.is_view:
+            layout = kernel.shared[buffer]
+            align = SWIZZLED_ALIGN if layout.swizzle > 1 else PLAIN_ALIGN
+            sizes.append((buffer, layout.bytes, max(align, buffer.align)))
+    for buffer in kernel.scoped(Scope.BARRIER):
+        if not buffer.is_view:
+            sizes.append((buffer, BARRIER_BYTES * len(buffer.arrive_counts), BARRIER_BYTES))
+    sizes.sort(key=lambda entry: -entry[2])  # strictest alignment first: no gaps
+    offsets: dict[Buffer, int] = {}
+    end = 0
+    for buffer, size, align in sizes:
+        start = -(-end // align) * align
+        offsets[buffer] = start
+        end = start + size
+    if end > kernel.target.shared_bytes:
+        raise _too_much(kernel, sizes, end)
+    return replace(kernel, offsets=offsets, shared_bytes=end)
+
+
+def _too_much(kernel: Kernel, sizes: list[tuple[Buffer, int, int]], total: int) -> ResourceError:
+    assert kernel.target is not None
+    rows = sorted(sizes, key=lambda entry: -entry[1])
+    table = [
+        f"{size:>9} bytes  {buffer.name}: "
+        + ("barriers" if buffer.scope is Scope.BARRIER else _shape(buffer))
+        for buffer, size, _ in rows
+    ]
+    return ResourceError(
+        f"Kernel `{kernel.name}` needs {total} bytes of shared memory; "
+        f"{kernel.target} has {kernel.target.shared_bytes} for a block.",
+        span=rows[0][0].span or kernel.span,
+        notes=table,
+        hint="Use smaller tiles or fewer stages.",
+    )
+
+
+def _shape(buffer: Buffer) -> str:
+    return f"{'x'.join(map(str, buffer.extents))} {buffer.dtype}"

@@ -1,0 +1,407 @@
+"""Decides where every fragment's elements and every shared buffer's bytes lie.
+
+Knows what atoms ask for and how layouts spread through elementwise loops. Does not know PTX,
+pipelines or offsets in shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tilejit.errors import ResourceError, Span
+from tilejit.ir.access import local_registers
+from tilejit.ir.buffer import Buffer, Region, Scope, whole
+from tilejit.ir.expr import Expr, Var, const, int_value, substitute, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.loops import accesses, layout_from_fragments, loop_layout, loop_vector
+from tilejit.ir.node import Atomic, Body, For, Load, Node, Parallel, Store, walk
+from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.layout.fragment import FragmentLayout, blocked, replicated
+from tilejit.layout.shared import SharedLayout
+from tilejit.ops.copy import Copy
+from tilejit.ops.elementwise import as_parallel
+from tilejit.ops.gemm import Gemm, acc_layout, left_layout
+from tilejit.passes.select import shared_scratch
+
+# Words of a fragment a thread may hold: more cannot stay in 255 registers, and the compile time
+# of tuples grows with the square (256 words 0.5 s, 512 words 1.7 s).
+MAX_WORDS = 256
+
+
+def infer_layouts(kernel: Kernel) -> Kernel:
+    """Decide a layout for each fragment and shared buffer.
+
+    Needs: atoms. Decides: `fragments`, `shared`. A fragment that is used where its layout does
+    not have it is copied through shared memory by explicit nodes.
+    Raises ResourceError when a fragment is too large for the registers of its threads.
+    """
+    inference = _Inference(kernel)
+    inference.run()
+    kernel = replace(
+        kernel,
+        fragments=inference.layouts,
+        notes=(*kernel.notes, *inference.notes),
+    )
+    kernel = _convert_conflicts(kernel)
+    _check_registers(kernel)
+    return replace(kernel, shared=_shared_layouts(kernel))
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """A layout that an atom asks of a fragment."""
+
+    buffer: Buffer
+    layout: FragmentLayout
+    span: Span | None
+
+
+class _Inference:
+    """Layouts spread from atoms outward through elementwise loops until nothing changes; then one
+    undecided fragment gets a default and they spread again."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.threads = kernel.num_threads
+        self.layouts: dict[Buffer, FragmentLayout] = {}
+        self.notes: list[str] = []
+        self.loops = [
+            loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None
+        ]
+        self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
+
+    def run(self) -> None:
+        for node in self.gemms:
+            assert node.atom is not None, "select did not run"
+            self.layouts.setdefault(
+                node.acc.buffer, acc_layout(node, node.atom, self.threads)
+            )
+        self.spread()
+        for node in self.gemms:  # an operand that nothing else decides is laid out as asked
+            if node.a.buffer.scope is Scope.FRAGMENT and node.a.buffer not in self.layouts:
+                assert node.atom is not None
+                self.layouts[node.a.buffer] = left_layout(node, node.atom, self.threads)
+                self.spread()
+        undecided = [
+            b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts
+        ]
+        for buffer in sorted(undecided, key=lambda b: -math.prod(b.extents)):
+            if buffer not in self.layouts:
+                self.layouts[buffer] = self.default(buffer)
+                self.spread()
+
+    def spread(self) -> None:
+        """Give fragments the layout of the loops that index them."""
+        changed = True
+        while changed:
+            changed = False
+            for loop in self.loops:
+                changed |= self.spread_loop(loop)
+
+    def spread_loop(self, loop: Parallel) -> bool:
+        layout = layout_from_fragments(loop, self.layouts, self.threads)
+        if layout is None:
+            return False
+        changed = False
+        for _, buffer, at in accesses(loop):
+            if buffer.scope is Scope.FRAGMENT and buffer not in self.layouts:
+                derived = derive(layout, loop, buffer, at)
+                if derived is not None:
+                    self.layouts[buffer] = derived
+                    changed = True
+        return changed
+
+    def default(self, buffer: Buffer) -> FragmentLayout:
+        """Every element in every thread for what is only used by constant index outside loops,
+        else an even spread as wide as the memory accesses around it allow."""
+        shape = buffer.extents
+        vectors = []
+        for loop in self.loops:
+            mine = [at for _, b, at in accesses(loop) if b is buffer]
+            for at in mine:
+                if at and at[-1] is loop.vars[-1] if loop.vars else False:
+                    vectors.append(loop_vector(loop, self.threads))
+                else:
+                    vectors.append(1)
+        if not vectors:
+            return replicated(shape, self.threads)
+        vector = math.gcd(min(vectors), shape[-1]) if shape else 1
+        return blocked(shape, self.threads, max(1, vector))
+
+
+def derive(
+    layout: FragmentLayout, loop: Parallel, buffer: Buffer, at: Sequence[Expr]
+) -> FragmentLayout | None:
+    """The layout of a fragment indexed in a loop, when its index is loop variables over their
+    whole extents (or 0 in a dimension of 1)."""
+    keep: list[int] = []
+    shape = buffer.extents
+    for e, extent in zip(at, shape, strict=True):
+        if isinstance(e, Var) and e in loop.vars:
+            d = loop.vars.index(e)
+            if loop.extents[d] != extent:
+                return None
+            keep.append(d)
+        elif extent != 1 or int_value(e) != 0:
+            return None
+    if len(set(keep)) != len(keep):
+        return None
+    if layout.flat:
+        return layout if keep == list(range(len(layout.shape))) and len(shape) == len(
+            keep) else None
+    projected = layout.project(keep)
+    dims = iter(zip(projected.shape, projected.dims, strict=True))
+    full_shape, full_dims = [], []
+    for e in at:
+        if isinstance(e, Var):
+            n, digits = next(dims)
+            full_shape.append(n)
+            full_dims.append(digits)
+        else:
+            full_shape.append(1)
+            full_dims.append(())
+    return FragmentLayout(tuple(full_shape), tuple(full_dims), layout.threads)
+
+
+# ---- conversions --------------------------------------------------------------------------------
+
+
+def _convert_conflicts(kernel: Kernel) -> Kernel:
+    """Send fragments through shared memory where a loop or operand needs them elsewhere."""
+    converter = _Converter(kernel)
+    body = converter.visit(kernel.body, {})
+    return replace(
+        kernel,
+        body=body,
+        fragments=converter.layouts,
+        notes=(*kernel.notes, *dict.fromkeys(converter.notes)),
+    )
+
+
+class _Converter:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.threads = kernel.num_threads
+        self.layouts = dict(kernel.fragments)
+        self.notes: list[str] = []
+        self.scratch: dict[Buffer, Buffer] = {}
+
+    def visit(self, body: Body, steps: dict[Var, Sequence[int]]) -> Body:
+        """steps: values of the enclosing loops that can be unrolled."""
+        result: list[Node] = []
+        for node in body:
+            loop = as_parallel(node)
+            if loop is not None:
+                result += self.loop(node, loop, steps)
+            elif isinstance(node, Gemm):
+                result += self.gemm(node)
+            elif isinstance(node, Load | Store | Atomic):
+                result += self.scalar(node, steps)
+            else:
+                inner = dict(steps)
+                if isinstance(node, For):
+                    start, stop = int_value(node.start), int_value(node.stop)
+                    if start is not None and stop is not None:
+                        inner[node.var] = range(start, stop, node.step)
+                fresh = tuple(self.visit(child, inner) for child in node.bodies)
+                result.append(node.with_bodies(*fresh))
+        return tuple(result)
+
+    def scratch_of(self, buffer: Buffer) -> Buffer:
+        if buffer not in self.scratch:
+            self.scratch[buffer] = shared_scratch(buffer)
+        return self.scratch[buffer]
+
+    def moved(self, node: Node, buffer: Buffer, *, back: bool) -> Copy:
+        """A whole-fragment copy to its scratch buffer, or back."""
+        pair = [whole(buffer), whole(self.scratch_of(buffer))]
+        source, target = reversed(pair) if back else pair
+        return Copy(
+            src=source, dst=target, atom=CopyAtom(CopyMethod.REGISTERS, 1), span=node.span
+        )
+
+    def loop(self, node: Node, loop: Parallel, steps: dict[Var, Sequence[int]]) -> list[Node]:
+        layout = loop_layout(loop, replace(self.kernel, fragments=self.layouts))
+        away: dict[Buffer, None] = {}
+        for inner, buffer, at in accesses(loop):
+            if buffer.scope is Scope.FRAGMENT and buffer not in away:
+                local = steps | inner_steps(loop.body)
+                if not self.is_local(self.layouts[buffer], layout, loop, at, local):
+                    away[buffer] = None
+            del inner
+        if not away:
+            return [node]
+        self.notes += [
+            f"fragment {b.name} goes through shared memory for the loop at {node.span}"
+            for b in away
+        ]
+        replaced = replace(loop, body=_redirect(loop.body, {b: self.scratch_of(b) for b in away}))
+        before = [self.moved(node, b, back=False) for b in away]
+        written = {b for n, b, _ in accesses(loop) if isinstance(n, Store | Atomic)}
+        after = [self.moved(node, b, back=True) for b in away if b in written]
+        return [*before, replaced, *after]
+
+    def is_local(
+        self,
+        fragment: FragmentLayout,
+        layout: FragmentLayout | None,
+        loop: Parallel | None,
+        at: Sequence[Expr],
+        steps: dict[Var, Sequence[int]],
+    ) -> bool:
+        """Whether the access is local for every value of the unrolled loops around it."""
+        names = loop.vars if loop else ()
+        free = {v for e in at for v in variables(e)} - set(names)
+        if not free:
+            return local_registers(fragment, layout, names, at) is not None
+        if len(free) > 1 or not free <= set(steps):
+            return False
+        (var,) = free
+        if len(steps[var]) > 64:
+            return False
+        return all(
+            local_registers(
+                fragment,
+                layout,
+                names,
+                [substitute(e, {var: const(value, var.dtype)}) for e in at],
+            )
+            is not None
+            for value in steps[var]
+        )
+
+    def scalar(self, node: Load | Store | Atomic, steps: dict[Var, Sequence[int]]) -> list[Node]:
+        """An access outside T.Parallel: local when every thread holds the element."""
+        buffer = node.buffer
+        if buffer.scope is not Scope.FRAGMENT:
+            return [node]
+        if self.is_local(self.layouts[buffer], None, None, node.index, steps):
+            return [node]
+        scratch = self.scratch_of(buffer)
+        self.notes.append(
+            f"fragment {buffer.name} goes through shared memory for the access at {node.span}"
+        )
+        result: list[Node] = [self.moved(node, buffer, back=False), replace(node, buffer=scratch)]
+        if not isinstance(node, Load):
+            result.append(self.moved(node, buffer, back=True))
+        return result
+
+    def gemm(self, node: Gemm) -> list[Node]:
+        assert node.atom is not None
+        result: list[Node] = []
+        if node.a.buffer.scope is Scope.FRAGMENT:
+            held = self.layouts[node.a.buffer]
+            wanted = left_layout(node, node.atom, self.threads)
+            if not held.same_places(wanted):
+                self.notes.append(
+                    f"fragment {node.a.buffer.name} goes through shared memory to be the left "
+                    f"operand at {node.span}"
+                )
+                result.append(self.moved(node, node.a.buffer, back=False))
+                scratch = self.scratch_of(node.a.buffer)
+                node = replace(node, a=replace(node.a, buffer=scratch))
+        assert node.atom is not None
+        wanted = acc_layout(node, node.atom, self.threads)
+        held = self.layouts[node.acc.buffer]
+        if held != wanted:
+            own = Buffer(
+                name=f"{node.acc.buffer.name}_acc",
+                shape=node.acc.buffer.shape,
+                dtype=node.acc.buffer.dtype,
+                scope=Scope.FRAGMENT,
+                span=node.acc.buffer.span,
+            )
+            self.layouts[own] = wanted
+            self.notes.append(
+                f"accumulator {node.acc.buffer.name} goes through shared memory to the matrix "
+                f"multiply at {node.span}"
+            )
+            shared = self.scratch_of(node.acc.buffer)
+            registers = CopyAtom(CopyMethod.REGISTERS, 1)
+            fetch = Copy(src=whole(shared), dst=whole(own), atom=registers, span=node.span)
+            keep = Copy(src=whole(own), dst=whole(shared), atom=registers, span=node.span)
+            if not node.clear:
+                result += [self.moved(node, node.acc.buffer, back=False), fetch]
+            moved_acc = Region(own, node.acc.starts, node.acc.extents, node.acc.dropped)
+            result += [
+                replace(node, acc=moved_acc),
+                keep,
+                self.moved(node, node.acc.buffer, back=True),
+            ]
+            return result
+        return [*result, node]
+
+
+def inner_steps(body: Body) -> dict[Var, Sequence[int]]:
+    """Values of the loops with constant bounds inside a body."""
+    result: dict[Var, Sequence[int]] = {}
+    for node in walk(body):
+        if isinstance(node, For):
+            start, stop = int_value(node.start), int_value(node.stop)
+            if start is not None and stop is not None:
+                result[node.var] = range(start, stop, node.step)
+    return result
+
+
+def _redirect(body: Body, moved: dict[Buffer, Buffer]) -> Body:
+    result: list[Node] = []
+    for node in body:
+        if isinstance(node, Load | Store | Atomic) and node.buffer in moved:
+            result.append(replace(node, buffer=moved[node.buffer]))
+        else:
+            inner = tuple(_redirect(child, moved) for child in node.bodies)
+            result.append(node.with_bodies(*inner))
+    return tuple(result)
+
+
+def _check_registers(kernel: Kernel) -> None:
+    for buffer, layout in kernel.fragments.items():
+        words = -(-layout.registers * buffer.dtype.bytes // 4)
+        if words > MAX_WORDS:
+            raise ResourceError(
+                f"Fragment `{buffer.name}` of {'x'.join(map(str, buffer.extents))} {buffer.dtype} "
+                f"needs {words} registers in each of {kernel.num_threads} threads; "
+                f"{MAX_WORDS} is the most.",
+                span=buffer.span,
+                hint="Use a smaller tile, more threads, or alloc_shared.",
+            )
+
+
+# ---- shared memory ------------------------------------------------------------------------------
+
+
+def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
+    """Swizzled where a matrix multiply reads it, plain rows elsewhere and under views."""
+    operands: set[Buffer] = set()
+    for node in walk(kernel.body):
+        if isinstance(node, Gemm):
+            operands |= {node.a.buffer, node.b.buffer}
+    viewed = {b.root for b in kernel.buffers if b.is_view}
+    result: dict[Buffer, SharedLayout] = {}
+    for buffer in kernel.scoped(Scope.SHARED):
+        if buffer.is_view:
+            continue
+        shape, itemsize = buffer.extents, buffer.dtype.bytes
+        if buffer.strides is not None:
+            strides = tuple(int_value(s) for s in buffer.strides)
+            assert None not in strides, f"{buffer.name} has runtime strides"
+            result[buffer] = SharedLayout(shape, itemsize, strides=strides)  # type: ignore[arg-type]
+        elif buffer in operands and buffer not in viewed and len(shape) >= 2:
+            result[buffer] = operand_layout(shape, itemsize)
+        else:
+            result[buffer] = SharedLayout(shape, itemsize)
+    return result
+
+
+def operand_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
+    """The widest swizzle whose panels divide a row. Rows that none divides are an odd number of
+    16-byte chunks: 8 of them below each other already lie in different banks."""
+    row_bytes = shape[-1] * itemsize
+    for chunks in (8, 4, 2):
+        if row_bytes % (16 * chunks) == 0:
+            return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
+    return SharedLayout(shape, itemsize)
+
+

@@ -1,0 +1,333 @@
+"""Turns T.Pipelined loops into software pipelines: several slots a buffer, copies ahead of use.
+
+Knows which copies may run ahead and how many slots fit the chip. Does not know layouts or PTX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tilejit.dtypes import bool_
+from tilejit.errors import UnsupportedError
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import (
+    Expr,
+    Var,
+    VarKind,
+    arith,
+    cast,
+    index,
+    int_value,
+    substitute,
+    variables,
+)
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import (
+    AsyncCommit,
+    AsyncWait,
+    Atomic,
+    Body,
+    For,
+    If,
+    Load,
+    LoopKind,
+    Node,
+    Store,
+    SyncThreads,
+    all_reads,
+    all_writes,
+    rewrite,
+    walk,
+)
+from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.layout.shared import SharedLayout
+from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.gemm import Gemm
+
+DEFAULT_STAGES = 3
+
+
+def pipeline_loops(kernel: Kernel) -> Kernel:
+    """Decide which copies of each T.Pipelined loop run ahead, and how many slots they fill.
+
+    Needs: atoms, layouts. Decides: `slots`; replaces the loop by prologue, steady state and
+    waits. A copy that cannot run ahead stays where it is, through registers.
+    """
+    pipeliner = _Pipeliner(kernel)
+    body = pipeliner.visit(kernel.body)
+    return replace(
+        kernel,
+        body=body,
+        slots=pipeliner.slots,
+        shared=pipeliner.shared,
+        notes=(*kernel.notes, *pipeliner.notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """ahead: nodes that run ahead, in order; rest: the others; buffers: what the former fill."""
+
+    ahead: tuple[Node, ...]
+    rest: tuple[Node, ...]
+    buffers: tuple[Buffer, ...]
+
+
+class _Pipeliner:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.slots: dict[Buffer, int] = {}
+        self.shared = dict(kernel.shared)
+        self.notes: list[str] = []
+
+    def visit(self, body: Body) -> Body:
+        result: list[Node] = []
+        for node in body:
+            fresh = node.with_bodies(*(self.visit(inner) for inner in node.bodies))
+            if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED:
+                result += self.loop(fresh)
+            else:
+                result.append(fresh)
+        return tuple(result)
+
+    def loop(self, node: For) -> list[Node]:
+        where = f"pipelined loop at {node.span}" if node.span else "pipelined loop"
+        if node.order or node.stage or node.group:
+            raise UnsupportedError(
+                "T.Pipelined: a schedule by hand (order, stage, group) is not supported yet.",
+                span=node.span,
+                hint="Give num_stages; the copies that can run ahead then do.",
+            )
+        split = self.split(node)
+        stages = node.num_stages
+        if stages is None:
+            stages = self.stages_that_fit(split)
+        if stages < 2 or not split.ahead:
+            reason = "no copy can run ahead" if stages >= 2 else f"num_stages is {stages}"
+            self.notes.append(f"{where}: serial, {reason}")
+            return [_synchronous(replace(node, kind=LoopKind.SERIAL))]
+        names = ", ".join(b.name for b in split.buffers)
+        self.notes.append(f"{where}: {stages} slots of {names}")
+        return self.expand(node, split, stages)
+
+    # ---- what may run ahead -----------------------------------------------------------------
+
+    def split(self, node: For) -> _Split:
+        """Asynchronous copies into buffers that only this loop uses, from memory that the loop
+        does not write, with the loads that their indices need."""
+        written = set().union(*(all_writes(n) for n in node.body)) if node.body else set()
+        written_roots = {b.root for b in written}
+        chosen: dict[Node, None] = {}
+        buffers: list[Buffer] = []
+        for position, child in enumerate(node.body):
+            if not isinstance(child, Copy) or child.atom is None:
+                continue
+            if child.atom.method is not CopyMethod.CP_ASYNC:
+                continue
+            target = child.dst.buffer
+            needed = self.needed_loads(node.body, position, child)
+            if needed is None or not self.is_private(node, child):
+                continue
+            sources = {child.src.buffer.root, *(n.buffer.root for n in needed)}
+            if sources & written_roots or target in buffers:
+                continue
+            for load in needed:
+                chosen.setdefault(load)
+            chosen.setdefault(child)
+            buffers.append(target)
+        ahead = tuple(n for n in node.body if n in chosen)
+        used = {v for n in node.body if n not in chosen for m in walk((n,)) for e in m.exprs
+                for v in variables(e)}
+        rest = tuple(
+            n for n in node.body
+            if n not in chosen or (isinstance(n, Load) and n.out in used)
+        )  # fmt: skip
+        return _Split(ahead, rest, tuple(buffers))
+
+    def needed_loads(self, body: Body, position: int, copy: Copy) -> list[Load] | None:
+        """The loads in the loop's body whose values the copy's indices use; None when something
+        else in the body makes one."""
+        defined = {v: n for n in body[:position] for v in n.defines}
+        needed: list[Load] = []
+        pending = [v for e in copy.exprs for v in variables(e)]
+        while pending:
+            maker = defined.get(pending.pop())
+            if maker is None:
+                continue
+            if not isinstance(maker, Load) or maker.buffer.scope is not Scope.GLOBAL:
+                return None
+            if maker not in needed:
+                needed.append(maker)
+                pending += [v for e in maker.exprs for v in variables(e)]
+        return needed
+
+    def is_private(self, node: For, copy: Copy) -> bool:
+        """True when the copy alone fills its buffer, each iteration anew, before any use, and
+        nothing outside the loop touches it."""
+        target = copy.dst.buffer
+        if not copy.dst.is_whole or target.is_view or target in self.slots:
+            return False
+        seen = False
+        for child in node.body:
+            if child is copy:
+                seen = True
+                continue
+            touched = all_writes(child) | (set() if seen else all_reads(child))
+            if any(b.root is target for b in touched):
+                return False
+            if any(b.root is target and b is not target for b in all_reads(child)):
+                return False
+        inside = {id(n) for n in walk(node.body)}
+        for other in walk(self.kernel.body):
+            if id(other) in inside:
+                continue
+            if any(b.root is target for b in (*other.reads, *other.writes)):
+                return False
+        return True
+
+    def stages_that_fit(self, split: _Split) -> int:
+        """The default number of slots, fewer where shared memory is short."""
+        assert self.kernel.target is not None
+        free = self.kernel.target.shared_bytes - sum(
+            layout.bytes for b, layout in self.shared.items() if b not in split.buffers
+        )
+        one = sum(self.shared[b].bytes for b in split.buffers)
+        return min(DEFAULT_STAGES, free // one) if one else 0
+
+    # ---- the pipeline -----------------------------------------------------------------------
+
+    def expand(self, node: For, split: _Split, stages: int) -> list[Node]:
+        """Prologue: fill all slots but one. Each iteration: wait for its slot, meet (everyone has
+        then left the slot used before), start filling that one, work on its own."""
+        slotted = {b: self.with_slots(b, stages) for b in split.buffers}
+        iteration = self.iteration(node)
+        prologue: list[Node] = []
+        for s in range(stages - 1):
+            value = arith("add", node.start, s * node.step)
+            filled = self.ahead_at(split, node, slotted, value, index(s))
+            prologue += [*self.guarded(node, value, filled), AsyncCommit(span=node.span)]
+        later = arith("add", node.var, (stages - 1) * node.step)
+        next_slot = arith("floormod", arith("add", iteration, stages - 1), stages)
+        filled = self.ahead_at(split, node, slotted, self.existing(node, later), next_slot)
+        own = arith("floormod", iteration, stages)
+        work = tuple(_into_slot(n, slotted, own) for n in split.rest)
+        body: Body = (
+            AsyncWait(pending=stages - 2, span=node.span),
+            SyncThreads(inserted=True, span=node.span),
+            *self.guarded(node, later, filled),
+            AsyncCommit(span=node.span),
+            *(_synchronous(n) for n in work),
+        )
+        steady = replace(node, kind=LoopKind.SERIAL, body=body, num_stages=0)
+        return [*prologue, steady, AsyncWait(pending=0, span=node.span)]
+
+    def iteration(self, node: For) -> Expr:
+        """How many iterations came before this one."""
+        done = arith("sub", node.var, node.start)
+        return done if node.step == 1 else arith("floordiv", done, node.step)
+
+    def with_slots(self, buffer: Buffer, stages: int) -> Buffer:
+        """The buffer with a leading dimension of slots; it replaces the old one."""
+        fresh = replace(buffer, shape=(index(stages), *buffer.shape), strides=None)
+        layout = self.shared.pop(buffer)
+        if layout.strides is not None:
+            step = -(-layout.bytes // layout.itemsize)
+            strides: tuple[int, ...] | None = (step, *layout.strides)
+        else:
+            strides = None
+        self.shared[fresh] = SharedLayout(
+            (stages, *layout.shape),
+            layout.itemsize,
+            layout.panel,
+            layout.pitch,
+            layout.swizzle,
+            strides,
+        )
+        self.slots[fresh] = stages
+        return fresh
+
+    def ahead_at(
+        self, split: _Split, node: For, slotted: dict[Buffer, Buffer], value: Expr, slot: Expr
+    ) -> Body:
+        """The nodes that run ahead, for the iteration with loop variable `value`."""
+        mapping: dict[Var, Expr] = {node.var: cast(value, node.var.dtype)}
+        result = []
+        for child in split.ahead:
+            if isinstance(child, Load):
+                fresh = Var(child.out.name, child.out.dtype, VarKind.VALUE)
+                moved = _substitute_load(child, mapping, fresh)
+                mapping[child.out] = fresh
+                result.append(moved)
+            else:
+                assert isinstance(child, Copy)
+                moved_copy = replace(
+                    child, src=_substitute_region(child.src, mapping), dst=child.dst
+                )
+                result.append(_into_slot(moved_copy, slotted, slot))
+        return tuple(result)
+
+    def existing(self, node: For, value: Expr) -> Expr:
+        """The value of an iteration that is only run where it exists, written so that its bounds
+        show: copies then need no test against the end of the tensor."""
+        return arith("min", value, arith("sub", node.stop, 1)) if node.step == 1 else value
+
+    def guarded(self, node: For, value: Expr, body: Body) -> Body:
+        """`body` where the iteration exists."""
+        exists = arith("lt" if node.step > 0 else "gt", value, node.stop)
+        if int_value(exists) is not None and exists.dtype is bool_:
+            return body if int_value(exists) else ()
+        return (If(condition=exists, then=body, span=node.span),)
+
+
+def _substitute_region(region: Region, mapping: dict[Var, Expr]) -> Region:
+    starts = tuple(substitute(e, mapping) for e in region.starts)
+    return replace(region, starts=starts)
+
+
+def _substitute_load(node: Load, mapping: dict[Var, Expr], out: Var) -> Load:
+    at = tuple(substitute(e, mapping) for e in node.index)
+    when = None if node.when is None else substitute(node.when, mapping)
+    return replace(node, index=at, when=when, out=out)
+
+
+def _into_slot(node: Node, slotted: dict[Buffer, Buffer], slot: Expr) -> Node:
+    """The node with every use of a pipelined buffer pointed at one of its slots."""
+
+    def region(old: Region) -> Region:
+        fresh = slotted.get(old.buffer)
+        if fresh is None:
+            return old
+        return Region(
+            fresh,
+            (slot, *old.starts),
+            (1, *old.extents),
+            frozenset({0, *(d + 1 for d in old.dropped)}),
+        )
+
+    def visit(n: Node) -> Node:
+        if isinstance(n, Copy):
+            return replace(n, src=region(n.src), dst=region(n.dst))
+        if isinstance(n, Fill):
+            return replace(n, dst=region(n.dst))
+        if isinstance(n, Gemm):
+            return replace(n, a=region(n.a), b=region(n.b))
+        if isinstance(n, Load | Store | Atomic) and n.buffer in slotted:
+            return replace(n, buffer=slotted[n.buffer], index=(slot, *n.index))
+        return n
+
+    (result,) = rewrite((node,), visit)
+    return result
+
+
+def _synchronous(node: Node) -> Node:
+    """The node with the asynchronous copies in it done through registers."""
+
+    def visit(n: Node) -> Node:
+        if isinstance(n, Copy) and n.atom and n.atom.method is CopyMethod.CP_ASYNC:
+            return replace(n, atom=CopyAtom(CopyMethod.REGISTERS, 1))
+        return n
+
+    (result,) = rewrite((node,), visit)
+    return result
+
+

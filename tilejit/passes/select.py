@@ -1,0 +1,320 @@
+"""Chooses how each tile op is done: the Atom of every copy and matrix multiply.
+
+Knows op kinds, dtypes, alignment and which instructions a target has. Does not know layouts of
+buffers, pipelines or PTX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+from tilejit.errors import TraceError, UnsupportedError
+from tilejit.ir.analysis import divisor
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.divergence import Divergence, divergence
+from tilejit.dtypes import bool_, int32
+from tilejit.ir.expr import (
+    Expr,
+    Var,
+    VarKind,
+    binary,
+    const,
+    index,
+    int_value,
+    is_const,
+    variables,
+)
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import (
+    Atomic,
+    Body,
+    For,
+    If,
+    Load,
+    LoopKind,
+    Node,
+    Parallel,
+    Store,
+    SyncThreads,
+    While,
+    walk,
+)
+from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction
+from tilejit.isa.mma import MMA, WARP, find_mma
+from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.elementwise import as_loops, is_private
+from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.target import Feature, Target
+
+
+def select_atoms(kernel: Kernel, target: Target) -> Kernel:
+    """Decide the atom of every Gemm and Copy; make explicit what one thread does for all.
+
+    Needs: shapes and dtypes. Decides: `target`, `node.atom`. Also turns a fragment operand that
+    no instruction takes into a copy through shared memory, and an atomic whose old value all
+    threads use into one thread's work and a broadcast.
+    Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
+    not all threads take.
+    """
+    kernel = _with_thread_vars(kernel)
+    selector = _Selector(kernel, target)
+    body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
+    return replace(
+        kernel, target=target, body=body, notes=(*kernel.notes, *dict.fromkeys(selector.notes))
+    )
+
+
+def _with_thread_vars(kernel: Kernel) -> Kernel:
+    """All three threadIdx variables, named or not, so that passes can test for the first thread."""
+    missing = tuple(
+        Var(f"t{'xyz'[d]}", int32, VarKind.THREAD, index(0), index(kernel.threads[d] - 1))
+        for d in range(len(kernel.thread_vars), 3)
+    )
+    return replace(kernel, thread_vars=(*kernel.thread_vars, *missing))
+
+
+class _Selector:
+    def __init__(self, kernel: Kernel, target: Target) -> None:
+        self.kernel = kernel
+        self.target = target
+        self.threads = kernel.num_threads
+        self.divergence: Divergence = divergence(kernel)
+        self.notes: list[str] = []
+        self.used = _used_variables(kernel.body)
+
+    def visit(self, body: Body, *, is_divergent: bool, is_pipelined: bool) -> Body:
+        result: list[Node] = []
+        for node in body:
+            if is_divergent and needs_all_threads(node):
+                raise TraceError(
+                    f"{_spelling(node)} needs all threads of the block, but it stands in a branch "
+                    "or loop that not all of them take.",
+                    span=node.span,
+                    hint="Move it out, or make the condition the same for the whole block.",
+                )
+            if isinstance(node, Parallel):
+                result.append(node)
+            elif isinstance(node, Copy | Fill) and is_private(node):
+                result += as_loops(node)
+            elif isinstance(node, Copy):
+                result.append(replace(node, atom=self.copy_atom(node, is_pipelined)))
+            elif isinstance(node, Gemm):
+                result += self.gemm(node)
+            elif isinstance(node, Atomic):
+                result += self.atomic(node, is_divergent)
+            else:
+                inner = [
+                    self.visit(
+                        child,
+                        is_divergent=is_divergent or self.splits(node),
+                        is_pipelined=isinstance(node, For) and node.kind is LoopKind.PIPELINED,
+                    )
+                    for child in node.bodies
+                ]
+                result.append(node.with_bodies(*inner))
+        return tuple(result)
+
+    def splits(self, node: Node) -> bool:
+        """True when threads may go different ways through the node's bodies."""
+        return isinstance(node, If | While | For) and self.divergence.of(node.exprs)
+
+    # ---- copies -----------------------------------------------------------------------------
+
+    def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:
+        source, target = node.src.buffer, node.dst.buffer
+        vector = self._async_vector(node) if is_pipelined else 0
+        if vector:
+            return CopyAtom(CopyMethod.CP_ASYNC, vector)
+        if is_pipelined and source.scope is Scope.GLOBAL and target.scope is Scope.SHARED:
+            self.notes.append(
+                f"copy {source.name} -> {target.name}: through registers, not asynchronous "
+                f"({self._why_not_async(node)})"
+            )
+        return CopyAtom(CopyMethod.REGISTERS, 1)
+
+    def _async_vector(self, node: Copy) -> int:
+        """Elements of one cp.async, 0 when it cannot do the copy."""
+        source, target = node.src.buffer, node.dst.buffer
+        if (source.scope, target.scope) != (Scope.GLOBAL, Scope.SHARED):
+            return 0
+        if source.dtype.bytes != target.dtype.bytes or not _same_bits(source, target):
+            return 0
+        if not self.target.has(Feature.CP_ASYNC) or not node.src.shape or node.prefer == "sync":
+            return 0
+        if node.pad is not None and not is_const(node.pad, 0):
+            return 0
+        if source.rank - 1 in node.src.dropped or target.rank - 1 in node.dst.dropped:
+            return 0
+        for size in (16, 8, 4):
+            vector = size // source.dtype.bytes
+            if vector and self._fits(node, vector):
+                return vector
+        return 0
+
+    def _fits(self, node: Copy, vector: int) -> bool:
+        source, target = node.src.buffer, node.dst.buffer
+        size = vector * source.dtype.bytes
+        if node.coalesced_width and vector > node.coalesced_width:
+            return False
+        if node.src.shape[-1] % vector or max(source.align, source.dtype.bytes) % size:
+            return False
+        for buffer, region in ((source, node.src), (target, node.dst)):
+            strides = buffer.element_strides
+            if int_value(strides[-1]) != 1 or divisor(region.starts[-1]) % vector:
+                return False
+            if buffer.scope is Scope.GLOBAL or buffer.strides is not None:
+                if any(divisor(s) % vector for s in strides[:-1]):
+                    return False
+            if buffer.scope is Scope.SHARED and divisor(buffer.shape[-1]) % vector:
+                return False
+            if divisor(buffer.offset) % vector:
+                return False
+        return True
+
+    def _why_not_async(self, node: Copy) -> str:
+        if not _same_bits(node.src.buffer, node.dst.buffer):
+            return f"it converts {node.src.buffer.dtype} to {node.dst.buffer.dtype}"
+        return "rows are not provably aligned to 4, 8 or 16 bytes"
+
+    # ---- matrix multiply --------------------------------------------------------------------
+
+    def gemm(self, node: Gemm) -> list[Node]:
+        atom, reasons = choose_gemm(node, self.target, self.threads)
+        name = f"gemm {node.a.buffer.name} @ {node.b.buffer.name} -> {node.acc.buffer.name}"
+        if node.a.buffer.scope is Scope.FRAGMENT and (atom.mma is None or node.transpose_a):
+            scratch = shared_scratch(node.a.buffer)
+            copied = Copy(
+                src=node.a,
+                dst=dataclasses.replace(node.a, buffer=scratch),
+                atom=CopyAtom(CopyMethod.REGISTERS, 1),
+                span=node.span,
+            )
+            node = replace(node, a=copied.dst)
+            atom, reasons = choose_gemm(node, self.target, self.threads)
+            self.notes.append(f"{name}: {copied.src.buffer.name} goes through shared memory")
+            self._note_gemm(name, atom, reasons)
+            return [copied, replace(node, atom=atom)]
+        self._note_gemm(name, atom, reasons)
+        return [replace(node, atom=atom)]
+
+    def _note_gemm(self, name: str, atom: GemmAtom, reasons: list[str]) -> None:
+        self.notes.append(f"{name}: {atom}" + "".join(f"; not {r}" for r in reasons))
+
+    # ---- atomics ----------------------------------------------------------------------------
+
+    def atomic(self, node: Atomic, is_divergent: bool) -> list[Node]:
+        """An atomic executed once a block whose old value every thread may use."""
+        if node.out is None or is_divergent or self.divergence.of(node.exprs):
+            return [node]
+        if node.out not in self.used:
+            return [replace(node, out=None)]
+        scratch = Buffer(
+            name="previous", shape=(index(1),), dtype=node.buffer.dtype, scope=Scope.SHARED
+        )
+        old = Var(node.out.name, node.out.dtype, VarKind.VALUE)
+        thread = self.first_thread()
+        keep = Store(buffer=scratch, index=(index(0),), value=old, span=node.span)
+        return [
+            If(condition=thread, then=(replace(node, out=old), keep), span=node.span),
+            Load(out=node.out, buffer=scratch, index=(index(0),), span=node.span),
+        ]
+
+    def first_thread(self) -> Expr:
+        condition: Expr = const(True, bool_)
+        for var in self.kernel.thread_vars:
+            condition = binary("and", condition, binary("eq", var, const(0, var.dtype)))
+        return condition
+
+
+def needs_all_threads(node: Node) -> bool:
+    """True for tile ops, whose work is shared by the block's threads."""
+    if isinstance(node, Copy | Fill):
+        return not is_private(node)
+    return isinstance(node, Gemm | Parallel | SyncThreads)
+
+
+def _spelling(node: Node) -> str:
+    names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel"}
+    return names.get(type(node), "T.sync_threads")
+
+
+def _same_bits(source: Buffer, target: Buffer) -> bool:
+    """True when copying needs no conversion."""
+    pair = {source.dtype.name, target.dtype.name}
+    return source.dtype is target.dtype or pair == {"float32", "tfloat32"}
+
+
+def shared_scratch(like: Buffer) -> Buffer:
+    """A shared buffer that a fragment can be copied to."""
+    return Buffer(
+        name=f"{like.name}_shared",
+        shape=like.shape,
+        dtype=like.dtype,
+        scope=Scope.SHARED,
+        span=like.span,
+    )
+
+
+def choose_gemm(node: Gemm, target: Target, threads: int) -> tuple[GemmAtom, list[str]]:
+    """The atom of a tile multiply, and why faster ones were passed over."""
+    a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
+    reasons: list[str] = []
+    candidates = find_mma(a, b, acc, target)
+    for mma in candidates:
+        reason = _misfit(node, mma, threads)
+        split = warp_split(node, mma, threads // WARP) if not reason else None
+        if split is not None:
+            return GemmAtom(mma, *split), reasons
+        reasons.append(f"{mma.name} ({reason or 'no split of the warps fits the tile'})")
+    if not candidates:
+        reasons += [
+            f"{mma.name} (needs {', '.join(sorted(mma.needs))}, which {target} lacks)"
+            for mma in MMA
+            if (mma.a, mma.b, mma.acc) == (a, b, acc)
+        ]
+    if acc.is_integer and not (a.is_integer and b.is_integer):
+        raise UnsupportedError(
+            f"T.gemm: nothing on {target} multiplies {a} and {b} tiles into {acc}.",
+            span=node.span,
+            notes=reasons,
+        )
+    return GemmAtom(None, 1, 1), reasons
+
+
+def _misfit(node: Gemm, mma: MmaInstruction, threads: int) -> str:
+    if threads % WARP:
+        return f"{threads} threads are not whole warps"
+    tile = f"the tile is {node.m}x{node.n}x{node.k}"
+    if node.m % mma.m or node.n % mma.n or node.k % mma.k:
+        return f"{tile}, not a multiple of {mma.m}x{mma.n}x{mma.k}"
+    return ""
+
+
+def warp_split(node: Gemm, mma: MmaInstruction, warps: int) -> tuple[int, int] | None:
+    """How many warps go along m and n: all of them if the tile can be cut so, each then loading
+    as few operand rows as possible; else as many as divide it, the others doing the same work."""
+    best: tuple[tuple[int, int, int], tuple[int, int]] | None = None
+    for down in range(1, warps + 1):
+        for across in range(1, warps // down + 1):
+            if warps % (down * across):
+                continue
+            if node.m % (mma.m * down) or node.n % (mma.n * across):
+                continue
+            if node.policy is GemmWarpPolicy.FullRow:
+                preference = -down
+            elif node.policy is GemmWarpPolicy.FullCol:
+                preference = -across
+            else:
+                preference = 0
+            rows, columns = node.m // down, node.n // across
+            odd = (columns // mma.n) % 2  # pairs of instructions share one ldmatrix
+            cost = (-down * across, preference, 2 * (rows + columns) + odd)
+            if best is None or cost < best[0]:
+                best = (cost, (down, across))
+    return best[1] if best else None
+
+
+def _used_variables(body: Body) -> set[Var]:
+    return {v for node in walk(body) for e in node.exprs for v in variables(e)}
+

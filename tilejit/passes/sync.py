@@ -1,0 +1,244 @@
+"""Puts block barriers where one thread uses memory that another has used.
+
+Knows which buffers nodes read and write, and when two accesses surely go from each thread to its
+own elements. Does not know slots' contents or PTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from tilejit.dtypes import int32
+from tilejit.ir.analysis import linear
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.divergence import Divergence, divergence
+from tilejit.ir.expr import Expr, Var, VarKind, substitute, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.loops import accesses, loop_layout
+from tilejit.ir.node import (
+    Atomic,
+    Body,
+    For,
+    If,
+    Load,
+    LoopKind,
+    Node,
+    Parallel,
+    Store,
+    SyncThreads,
+    While,
+    all_reads,
+    all_writes,
+)
+from tilejit.isa.atom import CopyMethod
+from tilejit.layout.fragment import FragmentLayout
+from tilejit.ops.copy import Copy
+from tilejit.ops.elementwise import as_parallel
+
+
+def insert_sync(kernel: Kernel) -> Kernel:
+    """Decide where the block's threads must meet.
+
+    Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes. After it, between any two
+    accesses to a shared or global buffer of which one writes there is a barrier, unless they
+    belong to one node, or each thread surely comes back to its own elements, or they are to a
+    pipeline's slots (which the pipeline orders itself).
+    """
+    synchroniser = _Synchroniser(kernel)
+    body, _ = synchroniser.body(kernel.body, _Pending())
+    return replace(kernel, body=body)
+
+
+# Says which thread an access takes to which element: equal owners, same thread for an element.
+Owner = tuple[object, ...]
+Touched = Mapping[Buffer, Owner | None]  # None: any thread may touch any element
+
+
+def _merge(a: Touched, b: Touched) -> dict[Buffer, Owner | None]:
+    result = dict(a)
+    for buffer, owner in b.items():
+        result[buffer] = owner if buffer not in result or result[buffer] == owner else None
+    return result
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Buffers touched since the threads last met."""
+
+    reads: Touched = field(default_factory=dict)
+    writes: Touched = field(default_factory=dict)
+
+    def conflicts(self, reads: Touched, writes: Touched) -> bool:
+        pairs = ((writes, self.reads), (writes, self.writes), (reads, self.writes))
+        return any(
+            before[b] is None or before[b] != owner
+            for now, before in pairs
+            for b, owner in now.items()
+            if b in before
+        )
+
+    def after(self, reads: Touched, writes: Touched) -> _Pending:
+        return _Pending(_merge(self.reads, reads), _merge(self.writes, writes))
+
+
+class _Synchroniser:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.divergence: Divergence = divergence(kernel)
+        written = kernel.written
+        self.exempt = frozenset(kernel.slots)
+        self.constant = frozenset(
+            b.root for b in kernel.buffers if b.scope is Scope.GLOBAL and b.root not in written
+        )
+        self.aliases = _aliases(kernel)
+        # Variables that have one value for a block's whole life
+        self.fixed = {*kernel.block_vars, *(p.var for p in kernel.params)}
+
+    def body(self, nodes: Body, pending: _Pending) -> tuple[Body, _Pending]:
+        result: list[Node] = []
+        for node in nodes:
+            before, fresh, pending = self.node(node, pending)
+            result += [*before, fresh]
+        return tuple(result), pending
+
+    def node(self, node: Node, pending: _Pending) -> tuple[list[Node], Node, _Pending]:
+        if isinstance(node, SyncThreads):
+            return [], node, _Pending()
+        if self.is_entered(node):
+            before, pending = self.meet(
+                node, pending, self.shared(node.reads), self.shared(node.writes)
+            )
+            fresh, pending = self.inside(node, pending)
+            return before, fresh, pending
+        before, pending = self.meet(node, pending, *self.touched(node))
+        return before, node, pending
+
+    def is_entered(self, node: Node) -> bool:
+        """True when barriers may stand inside the node: all threads take the same way through
+        its bodies."""
+        if isinstance(node, For) and node.kind is LoopKind.VECTORIZED:
+            return False
+        return isinstance(node, For | If | While) and not self.divergence.of(node.exprs)
+
+    def meet(
+        self, node: Node, pending: _Pending, reads: Touched, writes: Touched
+    ) -> tuple[list[Node], _Pending]:
+        """A barrier if the accesses need one, and what is pending after the node."""
+        if pending.conflicts(reads, writes):
+            barrier = SyncThreads(inserted=True, span=node.span)
+            return [barrier], _Pending().after(reads, writes)
+        return [], pending.after(reads, writes)
+
+    # ---- what a node touches ----------------------------------------------------------------
+
+    def touched(self, node: Node) -> tuple[Touched, Touched]:
+        """What a node and all in it read and write, with owners where they are sure."""
+        reads = dict.fromkeys(self.shared(all_reads(node)), None)
+        writes = dict.fromkeys(self.shared(all_writes(node)), None)
+        owners: dict[Buffer, set[Owner | None]] = {}
+        for buffer, owner in self.owners(node):
+            owners.setdefault(self.standing_for(buffer), set()).add(owner)
+        for touched in (reads, writes):
+            for buffer in touched:
+                found = owners.get(buffer, {None})
+                if len(found) == 1:
+                    touched[buffer] = next(iter(found))  # type: ignore[assignment]
+        return reads, writes
+
+    def owners(self, node: Node) -> Iterator[tuple[Buffer, Owner | None]]:
+        """Every access in the node with its owner."""
+        is_async = isinstance(node, Copy) and node.atom is not None and (
+            node.atom.method is CopyMethod.CP_ASYNC
+        )
+        loop = None if is_async else as_parallel(node)
+        if loop is not None:
+            layout = loop_layout(loop, self.kernel)
+            for _, buffer, at in accesses(loop):
+                yield buffer, self.loop_owner(loop, layout, at)
+        elif isinstance(node, Load | Store | Atomic):
+            yield node.buffer, self.thread_owner(node.index)
+        elif isinstance(node, If | While | For):
+            for inner in node.bodies:
+                for child in inner:
+                    yield from self.owners(child)
+        else:
+            for buffer in (*node.reads, *node.writes):
+                yield buffer, None
+
+    def loop_owner(
+        self, loop: Parallel, layout: FragmentLayout, at: tuple[Expr, ...]
+    ) -> Owner | None:
+        """Loops spread alike that use the same index go from a thread to the same elements. Not
+        so where threads run copies of an iteration: one stores and all load."""
+        if layout.replicas > 1:
+            return None
+        mapping: dict[Var, Expr] = dict(zip(loop.vars, _PLACES, strict=False))
+        canonical = tuple(substitute(e, mapping) for e in at)
+        allowed = {*self.fixed, *_PLACES}
+        if any(v not in allowed for e in canonical for v in variables(e)):
+            return None
+        return ("loop", layout, canonical)
+
+    def thread_owner(self, at: tuple[Expr, ...]) -> Owner | None:
+        """Outside loops: an index that differs from thread to thread in one dimension, and only
+        by the thread, never takes two threads to one element."""
+        if self.kernel.threads[1:] != (1, 1) or not self.kernel.thread_vars:
+            return None
+        thread = self.kernel.thread_vars[0]
+        for d, e in enumerate(at):
+            if variables(e) <= {thread, *self.fixed} and linear(e)[0].get(thread):
+                return ("thread", d, e)
+        return None
+
+    def shared(self, buffers: set[Buffer] | tuple[Buffer, ...]) -> dict[Buffer, None]:
+        """The buffers that several threads may touch and that something writes."""
+        return {
+            self.standing_for(b): None
+            for b in buffers
+            if b.scope in (Scope.SHARED, Scope.GLOBAL)
+            and b.root not in self.exempt
+            and self.standing_for(b) not in self.constant
+        }
+
+    def standing_for(self, buffer: Buffer) -> Buffer:
+        return self.aliases.get(buffer.root, buffer.root)
+
+    # ---- control flow -----------------------------------------------------------------------
+
+    def inside(self, node: Node, pending: _Pending) -> tuple[Node, _Pending]:
+        if isinstance(node, If):
+            then, after_then = self.body(node.then, pending)
+            orelse, after_else = self.body(node.orelse, pending)
+            fresh = replace(node, then=then, orelse=orelse)
+            return fresh, after_then.after(after_else.reads, after_else.writes)
+        # What the last round left pending meets the first accesses of the next.
+        _, once = self.bodies(node, pending)
+        entry = pending.after(once.reads, once.writes)
+        again, after = self.bodies(node, entry)
+        return again, entry.after(after.reads, after.writes)
+
+    def bodies(self, node: Node, pending: _Pending) -> tuple[Node, _Pending]:
+        fresh = []
+        for inner in node.bodies:
+            changed, pending = self.body(inner, pending)
+            fresh.append(changed)
+        return node.with_bodies(*fresh), pending
+
+
+# Stand for the variables of any T.Parallel loop, by position.
+_PLACES = tuple(Var(f"place{d}", int32, VarKind.PARALLEL) for d in range(16))
+
+
+def _aliases(kernel: Kernel) -> dict[Buffer, Buffer]:
+    """Global buffers that may share memory, each mapped to one that stands for all of them: what
+    the kernel writes, and what is not known to lie apart from it."""
+    own = {p.buffer for p in kernel.params if p.buffer is not None}
+    apart = {p.buffer for p in kernel.params if p.buffer is not None and p.noalias}
+    written = kernel.written
+    shared = [b.root for b in kernel.scoped(Scope.GLOBAL) if b.root not in apart]
+    unknown = [b for b in shared if b not in written or b not in own]  # or made from addresses
+    if not unknown or not any(b in written for b in shared):
+        return {}
+    first = next(b for b in shared if b in written)
+    return dict.fromkeys(shared, first)

@@ -1,0 +1,269 @@
+"""Generated kernel to cubin: Numba's front end, libNVVM, nvJitLink; no GPU and no driver.
+
+Knows the compilers' options and how to read their logs. Does not know tile graphs, caches or how
+a kernel is launched. Only the compilers of the installed wheels are used, and the cubin is made
+by the nvJitLink of the same set as the libNVVM: PTX of a newer toolkit than the driver's would
+not load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilejit.errors import InternalError, TileError, UnsupportedError
+from tilejit.isa.machine import Lowered
+from tilejit.target import Target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compiled:
+    """A kernel in machine code.
+
+    cubin: for the target it was compiled for. ptx: what libNVVM made.
+    entry: the kernel's name in both.
+    registers: of a thread. spill_bytes: stored and loaded by a thread, in sum.
+    stack_bytes: of a thread. shared_bytes: dynamic, of a block.
+    log: what the assembler said. stage_seconds: wall time by stage.
+    """
+
+    cubin: bytes
+    ptx: str
+    entry: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    log: str
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compile_lowered(lowered: Lowered, target: Target) -> Compiled:
+    """Compile a generated kernel.
+
+    Raises:
+        UnsupportedError: Numba's simulator is switched on for the process.
+        InternalError: a compiler refused what was generated.
+    """
+    clock = _Clock()
+    with _paused_collector():
+        front_end = _load_front_end()
+        clock.stop("import")
+        try:
+            llvm, entry = front_end.lower_to_llvm(lowered, target)
+        except TileError:
+            raise
+        except Exception as error:
+            raise _defect("The generated kernel could not be lowered", lowered, error) from error
+        clock.stop("front_end")
+    try:
+        ptx = _run_nvvm(llvm, target, lowered.fast_math)
+    except Exception as error:
+        raise _defect("libNVVM refused the generated code", lowered, error) from error
+    clock.stop("nvvm")
+    try:
+        cubin, log = _run_linker(ptx, target)
+    except Exception as error:
+        raise _defect("The assembler refused the generated code", lowered, error) from error
+    clock.stop("link")
+    registers, spills, stack = _read_usage(log)
+    return Compiled(
+        cubin=cubin,
+        ptx=ptx,
+        entry=entry,
+        registers=registers,
+        spill_bytes=spills,
+        stack_bytes=stack,
+        shared_bytes=lowered.shared_bytes,
+        log=log,
+        stage_seconds=clock.seconds,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """No garbage collection meanwhile: it doubles the time of importing and of lowering, which
+    make many small objects that stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _load_front_end() -> Any:
+    from numba.cuda.core import config
+
+    if config.ENABLE_CUDASIM:
+        raise UnsupportedError(
+            "NUMBA_ENABLE_CUDASIM is set, and Numba compiles nothing in a process that has it.",
+            hint="Unset it to compile; the test suite simulates without it.",
+        )
+    from tilejit.lower import front_end
+
+    return front_end
+
+
+def _defect(headline: str, lowered: Lowered, error: Exception) -> InternalError:
+    """The error with the generated lines that it names, else the whole source."""
+    text = str(error)
+    lines = lowered.source.splitlines()
+    named = sorted(
+        {int(n) for n in re.findall(r"<tilejit [^>]*>\"?[,:]? ?(?:line )?\(?(\d+)", text)}
+    )
+    shown = [f"line {n} is `{lines[n - 1].strip()}`" for n in named if 0 < n <= len(lines)]
+    return InternalError(
+        f"{headline} ({lowered.entry}).",
+        notes=[f"{type(error).__name__}: {text}", *(shown or ["source:\n" + lowered.source])],
+        hint="This is a defect of tilejit; please report it with this text.",
+    )
+
+
+# -- libNVVM ---------------------------------------------------------------------------------
+
+
+def _nvvm_options(target: Target, fast_math: bool) -> list[str]:
+    options = [f"-arch={target.compute}", "-opt=3"]
+    if fast_math:
+        return [*options, "-ftz=1", "-fma=1", "-prec-div=0", "-prec-sqrt=0"]
+    return [*options, "-ftz=0", "-fma=0", "-prec-div=1", "-prec-sqrt=1"]
+
+
+def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> str:
+    from cuda.bindings import nvvm
+
+    program = nvvm.create_program()
+    try:
+        module = llvm.encode()
+        nvvm.add_module_to_program(program, module, len(module), "kernel")
+        if "@__nv_" in llvm or '@"__nv_' in llvm:
+            library = _libdevice()
+            nvvm.lazy_add_module_to_program(program, library, len(library), "libdevice")
+        options = _nvvm_options(target, fast_math)
+        try:
+            nvvm.compile_program(program, len(options), options)
+        except nvvm.nvvmError as error:
+            log = bytearray(nvvm.get_program_log_size(program))
+            nvvm.get_program_log(program, log)
+            error.add_note(_text(log))
+            raise RuntimeError(_text(log)) from error
+        ptx = bytearray(nvvm.get_compiled_result_size(program))
+        nvvm.get_compiled_result(program, ptx)
+    finally:
+        nvvm.destroy_program(program)
+    return _text(ptx)
+
+
+def _text(buffer: bytearray) -> str:
+    return buffer.decode(errors="replace").rstrip("\0 \n")
+
+
+_libdevice_bitcode: list[bytes] = []
+
+
+def _libdevice() -> bytes:
+    if not _libdevice_bitcode:
+        from numba.cuda.cudadrv.libs import open_libdevice
+
+        _libdevice_bitcode.append(open_libdevice())
+    return _libdevice_bitcode[0]
+
+
+# -- nvJitLink -------------------------------------------------------------------------------
+
+
+def _run_linker(ptx: str, target: Target) -> tuple[bytes, str]:
+    from cuda.bindings import nvjitlink
+
+    options = [f"-arch={target.name}", "-verbose"]
+    linker = nvjitlink.create(len(options), options)
+    try:
+        source = ptx.encode() + b"\0"
+        try:
+            nvjitlink.add_data(linker, nvjitlink.InputType.PTX, source, len(source), "kernel")
+            nvjitlink.complete(linker)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(linker))
+            nvjitlink.get_error_log(linker, log)
+            raise RuntimeError(_text(log)) from error
+        log = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, log)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, cubin)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(cubin), _text(log)
+
+
+_USED = re.compile(r"ptxas info\s*: Used (\d+) registers")
+_MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def _read_usage(log: str) -> tuple[int, int, int]:
+    """Registers, spilled bytes and stack bytes, as the assembler reports them."""
+    used, memory = _USED.search(log), _MEMORY.search(log)
+    if used is None or memory is None:
+        raise InternalError("The assembler's report could not be read.", notes=[log])
+    stack, stores, loads = map(int, memory.groups())
+    return int(used[1]), stores + loads, stack
+
+
+# -- nvdisasm --------------------------------------------------------------------------------
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code of a cubin as text.
+
+    Raises:
+        UnsupportedError: nvdisasm is not installed.
+        InternalError: nvdisasm refused the cubin.
+    """
+    program = _find_nvdisasm()
+    if program is None:
+        raise UnsupportedError(
+            "Showing machine code needs nvdisasm, which is not installed.",
+            hint="It is in NVIDIA's CUDA toolkit; `pip install nvidia-cuda-nvdisasm` brings it.",
+        )
+    handle, path = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(cubin)
+        done = subprocess.run(
+            [program, "-c", path], capture_output=True, text=True, check=False, timeout=120
+        )
+    finally:
+        os.unlink(path)
+    if done.returncode:
+        raise InternalError("nvdisasm refused the cubin.", notes=[done.stderr.strip()])
+    return done.stdout
+
+
+def _find_nvdisasm() -> str | None:
+    program = shutil.which("nvdisasm")
+    if program is None:
+        from cuda import pathfinder
+
+        program = pathfinder.find_nvidia_binary_utility("nvdisasm")
+    return program

@@ -1,0 +1,349 @@
+"""Runs a tile graph in NumPy, a block at a time: the definition of what a program means.
+
+Knows every node that can occur before roles are split. Does not know layouts, instructions or
+generated code: asynchronous copies complete at once, and synchronisation of threads does nothing.
+
+Tile ops act on whole arrays. The body of a `T.Parallel` is executed statement by statement, each
+for all iterations at once: its loads before its store. Statements outside one run once, or, where
+they depend on the thread, for all threads at once. `if` and loops whose conditions differ between
+iterations or threads execute with a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tilejit.errors import InternalError, SimulationError
+from tilejit.ir.buffer import Buffer
+from tilejit.ir.divergence import divergence
+from tilejit.ir.expr import Expr, Var
+from tilejit.ir.kernel import Kernel, ParamKind
+from tilejit.ir.node import (
+    AsyncCommit,
+    AsyncWait,
+    Atomic,
+    BarrierArrive,
+    BarrierWait,
+    Body,
+    For,
+    If,
+    Load,
+    Node,
+    Parallel,
+    Store,
+    SyncThreads,
+    While,
+)
+from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.gemm import Gemm
+from tilejit.ops.scalar import Array, cast_array
+from tilejit.sim.reference_atomic import combine_at
+from tilejit.sim.reference_gemm import accumulate
+from tilejit.sim.reference_memory import (
+    AddressSpace,
+    Mask,
+    both,
+    holds_everywhere,
+    holds_nowhere,
+)
+from tilejit.sim.reference_state import BlockState
+from tilejit.sim.reference_values import (
+    ThreadDependent,
+    Value,
+    as_array,
+    as_value,
+    is_lane_value,
+)
+
+
+def run_kernel(
+    kernel: Kernel,
+    arguments: Mapping[Buffer | Var, Any],
+    grid: tuple[int, int, int],
+    memory: Sequence[Array] = (),
+) -> None:
+    """Execute all blocks of `grid`, writing arrays in place.
+
+    arguments: for each parameter an array (by its buffer; strided ones too) or a number (by its
+        variable; addresses are numbers).
+    memory: further arrays that addresses may point into.
+
+    Raises:
+        SimulationError: the program does what its meaning leaves open, such as reading on-chip
+            memory out of range or storing two values to one element.
+    """
+    arrays = {key: value for key, value in arguments.items() if isinstance(key, Buffer)}
+    addresses = AddressSpace([*arrays.values(), *memory])
+    state = BlockState(arrays, addresses, kernel.num_threads, divergence(kernel).buffers)
+    executor = _Executor(kernel, state)
+    for param in kernel.params:
+        if param.kind is ParamKind.TENSOR:
+            assert param.buffer is not None, f"parameter {param.name} has no buffer"
+            value = arrays[param.buffer].ctypes.data
+        else:
+            value = arguments[param.var]
+        executor.variables[param.var] = as_value(value, param.var.dtype)
+    nx, ny, nz = grid
+    for z in range(nz):
+        for y in range(ny):
+            for x in range(nx):
+                executor.run_block((x, y, z))
+
+
+class _Executor:
+    """Executes the nodes of one kernel, block after block."""
+
+    def __init__(self, kernel: Kernel, state: BlockState) -> None:
+        self.kernel = kernel
+        self.state = state
+        self.values = state.values
+        self.variables = state.values.variables
+        self.actions: dict[type[Node], Callable[[Any], None]] = {
+            For: self.run_for,
+            Parallel: self.run_parallel,
+            If: self.run_if,
+            While: self.run_while,
+            Load: self.run_load,
+            Store: self.run_store,
+            Atomic: self.run_atomic,
+            Copy: self.run_copy,
+            Fill: self.run_fill,
+            Gemm: self.run_gemm,
+            BarrierArrive: self.run_arrive,
+            BarrierWait: self.run_wait,
+            SyncThreads: self.run_sync,
+            AsyncCommit: self.run_nothing,
+            AsyncWait: self.run_nothing,
+        }
+
+    def run_block(self, block: tuple[int, int, int]) -> None:
+        self.state.start_block()
+        self.variables.update(zip(self.kernel.block_vars, block, strict=False))
+        rest = np.arange(self.kernel.num_threads, dtype=np.int32)
+        for var, extent in zip(self.kernel.thread_vars, self.kernel.threads, strict=False):
+            self.variables[var] = (rest % extent).astype(var.dtype.numpy)
+            rest = rest // extent
+        self.run(self.kernel.body)
+
+    def run(self, body: Body) -> None:
+        for node in body:
+            action = self.actions.get(type(node))
+            if action is None:
+                raise InternalError(
+                    f"The reference executor does not know {type(node).__name__}.", span=node.span
+                )
+            self.values.span = node.span
+            action(node)
+
+    def run_masked(self, body: Body, mask: Mask) -> None:
+        """Run the body in the lanes of `mask` only."""
+        before = self.state.mask
+        self.state.mask = mask
+        try:
+            self.run(body)
+        finally:
+            self.state.mask = before
+
+    # --- control flow ----------------------------------------------------------------------------
+
+    def run_for(self, node: For) -> None:
+        start, stop = self.values.whole(node.start), self.values.whole(node.stop)
+        if not is_lane_value(start) and not is_lane_value(stop):
+            for number in range(start, stop, node.step):
+                self.variables[node.var] = number
+                self.run(node.body)
+            return
+        i: Array = np.asarray(start, np.int64)
+        while True:
+            more = i < stop if node.step > 0 else i > stop
+            active = both(self.state.mask, more)
+            if holds_nowhere(active):
+                return
+            self.variables[node.var] = as_value(i.astype(node.var.dtype.numpy), node.var.dtype)
+            self.run_masked(node.body, active)
+            i = i + node.step
+
+    def run_if(self, node: If) -> None:
+        condition = self.values.value(node.condition)
+        if not is_lane_value(condition):
+            self.run(node.then if condition else node.orelse)
+            return
+        mask = self.state.mask
+        for body, chosen in ((node.then, condition), (node.orelse, ~condition)):
+            active = both(mask, chosen)
+            if body and not holds_nowhere(active):
+                self.run_masked(body, active)
+
+    def run_while(self, node: While) -> None:
+        active = self.state.mask
+        while True:
+            self.run_masked(node.test, active)
+            self.values.span = node.span
+            condition = self.values.value(node.condition)
+            if not is_lane_value(condition):
+                if not condition:
+                    return
+            else:
+                active = both(active, condition)
+                if holds_nowhere(active):
+                    return
+            self.run_masked(node.body, active)
+
+    def run_parallel(self, node: Parallel) -> None:
+        self.need_all_threads("T.Parallel")
+        if self.state.box is not None:
+            raise InternalError("A T.Parallel stands inside another.", span=node.span)
+        outer = dict(self.variables)
+        for var, value in outer.items():
+            if is_lane_value(value):
+                same = np.all(value == value.flat[0])
+                self.variables[var] = as_value(value.flat[0], var.dtype) if same else _UNKNOWN
+        rank = len(node.extents)
+        for d, (var, extent) in enumerate(zip(node.vars, node.extents, strict=True)):
+            shape = tuple(extent if d == k else 1 for k in range(rank))
+            self.variables[var] = np.arange(extent, dtype=var.dtype.numpy).reshape(shape)
+        mask, self.state.mask, self.state.box = self.state.mask, None, node.extents
+        try:
+            self.run(node.body)
+            self.state.end_parallel()
+        finally:
+            self.state.mask, self.state.box = mask, None
+        self.variables.clear()
+        self.variables.update(outer)
+
+    def need_all_threads(self, what: str) -> None:
+        """What the whole block does together must not stand where only some threads come."""
+        if not holds_everywhere(self.state.mask):
+            raise SimulationError(
+                f"{what} is reached by some threads of the block only.",
+                span=self.values.span,
+                hint="Move it out of the condition or loop that differs between threads.",
+            )
+
+    # --- scalar access ---------------------------------------------------------------------------
+
+    def index(self, exprs: Sequence[Expr]) -> tuple[Value, ...]:
+        return tuple(self.values.whole(e) for e in exprs)
+
+    def run_load(self, node: Load) -> None:
+        when = None if node.when is None else self.values.value(node.when)
+        self.variables[node.out] = self.state.gather(node.buffer, self.index(node.index), when)
+
+    def run_store(self, node: Store) -> None:
+        self.state.scatter(node.buffer, self.index(node.index), self.values.value(node.value))
+
+    def run_atomic(self, node: Atomic) -> None:
+        index, value = self.index(node.index), self.values.value(node.value)
+        arrays = [v for v in (*index, value, self.state.mask) if is_lane_value(v)]
+        lanes: tuple[int, ...] = ()
+        if self.state.box is not None:
+            lanes = self.state.box
+        elif arrays:
+            lanes = (self.kernel.num_threads,)
+        old = np.zeros(lanes, node.buffer.dtype.numpy)
+        for mask, view in self.state.views(node.buffer, self.state.mask):
+            active = view.check(index, mask, node.span)
+            if holds_nowhere(active):
+                continue
+            chosen = np.broadcast_to(True if active is None else active, lanes)
+            places = view.places(index, active, node.span)
+            flat = tuple(np.broadcast_to(p, lanes)[chosen] for p in places)
+            operand = np.broadcast_to(as_array(value, node.buffer.dtype), lanes)[chosen]
+            old[chosen] = combine_at(
+                view.array, flat, operand, node.combine, node.buffer.dtype, node.out is not None
+            )
+        if node.out is not None:
+            self.variables[node.out] = as_value(old, node.out.dtype)
+
+    # --- tiles -----------------------------------------------------------------------------------
+
+    def run_copy(self, node: Copy) -> None:
+        if not any(r.buffer.scope.is_per_thread for r in (node.src, node.dst)):
+            self.need_all_threads("T.copy")
+        source, target = node.src.buffer.dtype, node.dst.buffer.dtype
+        pad = 0 if node.pad is None else self.values.value(node.pad)
+        self.state.write(node.dst, cast_array(self.state.read(node.src, pad), source, target))
+
+    def run_fill(self, node: Fill) -> None:
+        if not node.dst.buffer.scope.is_per_thread:
+            self.need_all_threads("T.fill")
+        value = as_array(self.values.value(node.value), node.dst.buffer.dtype)
+        self.state.write(node.dst, value.reshape(*value.shape, *(1,) * len(node.dst.shape)))
+
+    def run_gemm(self, node: Gemm) -> None:
+        self.need_all_threads("T.gemm")
+        a, b = self.state.read(node.a), self.state.read(node.b)
+        acc = None if node.clear else self.state.read(node.acc)
+        result = accumulate(
+            a.T if node.transpose_a else a,
+            b.T if node.transpose_b else b,
+            acc,
+            (node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype),
+        )
+        self.state.write(node.acc, result)
+
+    # --- synchronisation -------------------------------------------------------------------------
+
+    def run_nothing(self, node: Node) -> None:
+        """Asynchronous copies have completed already."""
+
+    def run_sync(self, node: SyncThreads) -> None:
+        self.need_all_threads("T.sync_threads")
+
+    def barriers(self, barrier: Buffer) -> list[tuple[int, int]]:
+        root = barrier.root
+        return self.state.barriers.setdefault(root, [(0, 0)] * len(root.arrive_counts))
+
+    def run_arrive(self, node: BarrierArrive) -> None:
+        slots = self.values.whole(node.slot)
+        threads = self.kernel.num_threads
+        mask = np.broadcast_to(True if self.state.mask is None else self.state.mask, (threads,))
+        slots = np.broadcast_to(slots, (threads,))[mask]
+        state = self.barriers(node.barrier)
+        for slot, count in zip(*np.unique(slots, return_counts=True), strict=True):
+            self.check_slot(node.barrier, int(slot))
+            arrivals, phases = state[slot]
+            completed, arrivals = divmod(arrivals + int(count), _count(node.barrier, int(slot)))
+            state[slot] = arrivals, phases + completed
+
+    def run_wait(self, node: BarrierWait) -> None:
+        slots, parities = self.values.whole(node.slot), self.values.whole(node.parity)
+        if not is_lane_value(slots) and not is_lane_value(parities):
+            pairs = {(int(slots), int(parities) & 1)}
+        else:
+            mask = True if self.state.mask is None else self.state.mask
+            wide = np.broadcast_arrays(slots, parities & 1, mask)
+            chosen = np.asarray(wide[2], np.bool_)
+            pairs = set(zip(wide[0][chosen].tolist(), wide[1][chosen].tolist(), strict=True))
+        state = self.barriers(node.barrier)
+        for slot, parity in sorted(pairs):
+            self.check_slot(node.barrier, slot)
+            arrivals, phases = state[slot]
+            needed = _count(node.barrier, slot)
+            if phases % 2 == parity:
+                raise SimulationError(
+                    f"Waiting on `{node.barrier.name}[{slot}]` for the phase of parity {parity} "
+                    "would wait for ever.",
+                    span=node.span,
+                    notes=[f"Phase {phases} has {arrivals} of {needed} arrivals."],
+                    hint="A phase completes when as many threads have arrived as alloc_barrier "
+                    "was told.",
+                )
+
+    def check_slot(self, barrier: Buffer, slot: int) -> None:
+        count = len(barrier.root.arrive_counts)
+        if not 0 <= slot < count:
+            raise SimulationError(
+                f"`{barrier.name}[{slot}]` does not exist: there are {count} barriers.",
+                span=self.values.span,
+            )
+
+
+_UNKNOWN = ThreadDependent()
+
+
+def _count(barrier: Buffer, slot: int) -> int:
+    return barrier.root.arrive_counts[slot]

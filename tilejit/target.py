@@ -1,0 +1,114 @@
+"""Facts per chip: limits, features and the spelling that the compilers want.
+
+Knows architecture numbers (with `isa/`, the only room that does). Does not know instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tilejit.errors import UnsupportedError
+
+
+class Feature(StrEnum):
+    """What an instruction may need; a chip has a set of them (a set, not a minimum)."""
+
+    CP_ASYNC = "cp.async"
+    LDMATRIX = "ldmatrix"
+    MMA = "mma.sync"
+    MMA_FP8 = "mma.sync fp8"
+    MMA_F64 = "mma.sync f64"
+    FP8_CONVERT = "fp8 conversion"
+    MBARRIER = "mbarrier"
+    MBARRIER_TX = "mbarrier expect_tx"
+    TMA = "cp.async.bulk.tensor"
+    CLUSTER = "thread block clusters"
+    STMATRIX = "stmatrix"
+    GRIDDEPCONTROL = "griddepcontrol"
+    WGMMA = "wgmma"
+    SETMAXNREG = "setmaxnreg"
+
+
+_SM80 = frozenset(
+    {Feature.CP_ASYNC, Feature.LDMATRIX, Feature.MMA, Feature.MMA_F64, Feature.MBARRIER}
+)
+_SM89 = _SM80 | {Feature.MMA_FP8, Feature.FP8_CONVERT}
+_SM90 = _SM89 | {
+    Feature.MBARRIER_TX, Feature.TMA, Feature.CLUSTER, Feature.STMATRIX, Feature.GRIDDEPCONTROL
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One chip. `name` is ptxas's spelling, such as sm_90a."""
+
+    name: str
+    cc: tuple[int, int]
+    suffix: str
+    shared_bytes: int  # per block, the opt-in maximum (CUDA Programming Guide, compute capabilities)
+    features: frozenset[Feature]
+    warp_size: int = 32
+    registers_per_thread: int = 255
+    max_threads: int = 1024
+
+    @property
+    def compute(self) -> str:
+        """The NVVM and NVRTC spelling, such as compute_90a."""
+        return self.name.replace("sm_", "compute_")
+
+    def has(self, *features: Feature) -> bool:
+        return self.features.issuperset(features)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target("sm_80", (8, 0), "", 163 * 1024, _SM80),
+        Target("sm_86", (8, 6), "", 99 * 1024, _SM80),
+        Target("sm_89", (8, 9), "", 99 * 1024, _SM89),
+        Target("sm_90", (9, 0), "", 227 * 1024, _SM90),
+        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90 | {Feature.WGMMA, Feature.SETMAXNREG}),
+        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM90 | {Feature.SETMAXNREG}),
+        Target("sm_120a", (12, 0), "a", 99 * 1024, _SM90 | {Feature.SETMAXNREG}),
+    )
+}
+
+
+def as_target(target: str | Target) -> Target:
+    """The target of that name.
+
+    Raises:
+        UnsupportedError: not one of `TARGETS`.
+    """
+    if isinstance(target, Target):
+        return target
+    found = TARGETS.get(target)
+    if found is None:
+        raise UnsupportedError(
+            f"{target!r} is not a target that tilejit compiles for.",
+            hint="Targets: " + ", ".join(TARGETS) + ".",
+        )
+    return found
+
+
+def for_capability(major: int, minor: int) -> Target:
+    """The best target for a device of that compute capability.
+
+    Raises:
+        UnsupportedError: older than 8.0.
+    """
+    same = [t for t in TARGETS.values() if t.cc == (major, minor)]
+    if same:
+        return max(same, key=lambda t: len(t.features))
+    # A cubin without suffix runs on later minor versions of the same major one.
+    older = [t for t in TARGETS.values() if t.cc[0] == major and t.cc[1] < minor and not t.suffix]
+    if older:
+        return max(older, key=lambda t: t.cc)
+    raise UnsupportedError(
+        f"The GPU has compute capability {major}.{minor}; tilejit has no target for it.",
+        hint="Targets: " + ", ".join(TARGETS) + ".",
+    )
