@@ -27,6 +27,7 @@ from tilejit.errors import (
 if TYPE_CHECKING:
     from tilejit.runtime.addresses import address_of
     from tilejit.runtime.decorator import TileFunction, tilejit
+    from tilejit.runtime.device import device_name, has_gpu
     from tilejit.runtime.kernel import TileKernel
 
 __version__ = "0.1.0"
@@ -48,6 +49,8 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "address_of",
+    "device_name",
+    "has_gpu",
     "options",
     "tilejit",
 ]
@@ -55,6 +58,8 @@ __all__ = [
 # Made on first use, so that `import tilejit` alone stays cheap.
 _HOMES = {
     "address_of": "tilejit.runtime.addresses",
+    "device_name": "tilejit.runtime.device",
+    "has_gpu": "tilejit.runtime.device",
     "tilejit": "tilejit.runtime.decorator",
     "TileFunction": "tilejit.runtime.decorator",
     "TileKernel": "tilejit.runtime.kernel",

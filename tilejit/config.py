@@ -27,12 +27,6 @@ class Options:
         "Comma-separated stages to print to stderr: trace, a pass name, source, ptx, explain.",
     )
     verify: bool = _knob("TILEJIT_VERIFY", True, "Verify the tile graph after every pass.")
-    cache_dir: str = _knob(
-        "TILEJIT_CACHE_DIR",
-        "",
-        "Directory of the compiled-kernel cache; empty is the user's cache directory, "
-        "`off` disables it.",
-    )
     full_traceback: bool = _knob(
         "TILEJIT_FULL_TRACEBACK", False, "Keep tilejit's own frames in the traceback of an error."
     )

@@ -98,21 +98,32 @@ class DType:
             raise DTypeError(f"{value!r} is not a number, so it cannot become {self.name}.")
         if self.is_integer:
             if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):
-                raise ArgumentError(f"{value!r} is not a whole number, so it is no {self.name}.")
+                raise ArgumentError(
+                    f"{value!r} is not a whole number, so it is no {self.name}.",
+                    hint="Round it, or choose a floating-point dtype.",
+                )
             low, high = self._limits()
             if not low <= value <= high:
-                raise ArgumentError(f"{value!r} does not fit {self.name} ({low} to {high}).")
-            return self.numpy.type(int(value))
+                raise ArgumentError(
+                    f"{value!r} does not fit {self.name} ({low} to {high}).",
+                    hint="Choose a wider dtype, or a number that fits.",
+                )
+            return self._of_numpy(int(value))
         if self.is_float:
             number = float(value)
             with np.errstate(over="ignore"):
-                converted = self.numpy.type(number)
+                converted = self._of_numpy(number)
             if math.isfinite(number) and abs(number) > self.max:
                 raise ArgumentError(
-                    f"{value!r} does not fit {self.name} (largest finite value {self.max!r})."
+                    f"{value!r} does not fit {self.name} (largest finite value {self.max!r}).",
+                    hint="Choose a wider dtype, or a number that fits.",
                 )
-            return converted  # type: ignore[no-any-return]
-        return self.numpy.type(bool(value))
+            return converted
+        return self._of_numpy(bool(value))
+
+    def _of_numpy(self, value: float) -> np.generic:
+        made: np.generic = self.numpy.type(value)
+        return made
 
     def __str__(self) -> str:
         return self.name
@@ -198,7 +209,7 @@ def lookup(spelling: object) -> DType | None:
     if type(spelling).__module__ == "torch" and type(spelling).__name__ == "dtype":
         return _by_name.get(str(spelling).removeprefix("torch."))
     try:
-        return _by_numpy.get(np.dtype(spelling))  # type: ignore[call-overload, no-any-return]
+        return _by_numpy.get(np.dtype(spelling))  # type: ignore[call-overload]
     except TypeError:
         return None
 
@@ -241,7 +252,7 @@ def promote(a: DType, b: DType) -> DType:
         return float64 if other is float64 else float32
     if a.is_float and b.is_float:
         narrow = {float8_e4m3fn, float8_e5m2}
-        if a in narrow and b in narrow or {a, b} == {float16, bfloat16}:
+        if (a in narrow and b in narrow) or {a, b} == {float16, bfloat16}:
             raise DTypeError(
                 f"{a} and {b} have no common type.",
                 hint="Cast one side, for example `x.astype('float32')`.",

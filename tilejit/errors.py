@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import CodeType, FrameType
 
+_MAX_DEFINITION_LINES = 60  # decorators and parameters that are searched for a name
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -39,7 +41,7 @@ class Span:
         begin, end = (self.line, self.column), (last, self.end_column)
         inner = (other.line, other.column)
         inner_end = (other.end_line or other.line, other.end_column)
-        return begin <= inner and inner_end <= end  # type: ignore[operator]
+        return begin <= inner and inner_end <= end
 
     def __str__(self) -> str:
         return f"{os.path.basename(self.filename)}:{self.line}"
@@ -62,6 +64,29 @@ def _frame_span(frame: FrameType) -> Span:
         end_column=end_column,
         function=code.co_name,
     )
+
+
+def definition_span(code: CodeType, parameter: str = "") -> Span:
+    """The `def` line of a function, below its decorators, or one of its parameters."""
+    name, first = code.co_name, code.co_firstlineno
+    wanted = re.compile(rf"def\s+{re.escape(name)}\b.*")
+    if parameter:
+        wanted_parameter = re.compile(rf"(?<![\w.'\"]){re.escape(parameter)}(?=\s*[:,=)])")
+    line, begin = first, 0
+    for line in range(first, first + _MAX_DEFINITION_LINES):
+        text = linecache.getline(code.co_filename, line).rstrip("\n")
+        if not text:
+            break
+        found = wanted.search(text, begin)
+        if found and parameter:
+            wanted, begin = wanted_parameter, found.start() + len("def ") + len(name)
+            parameter = ""
+            found = wanted.search(text, begin)
+        if found:
+            columns = (len(text[:at].encode()) for at in found.span())
+            return Span(code.co_filename, line, next(columns), line, next(columns), name)
+        begin = 0
+    return Span(code.co_filename, first, function=name)
 
 
 def is_package_file(filename: str) -> bool:
@@ -106,6 +131,13 @@ def _quote(span: Span, label: str = "") -> list[str]:
         tail = f" {label}" if label else ""
         lines.append(f"{' ' * 5} | {' ' * _width(before)}{carets * max(1, _width(marked))}{tail}")
     return lines
+
+
+def a_kind(value: object) -> str:
+    """`a list`, `an ndarray`: the type of a value, for messages."""
+    name = type(value).__name__
+    is_vowel = name[0] in "aeioAEIO" or name == "ndarray"
+    return f"an {name}" if is_vowel else f"a {name}"
 
 
 class TileError(Exception):

@@ -46,7 +46,8 @@ class Target:
     name: str
     cc: tuple[int, int]
     suffix: str
-    shared_bytes: int  # per block, the opt-in maximum (CUDA Programming Guide, compute capabilities)
+    # per block, the opt-in maximum (CUDA Programming Guide, compute capabilities)
+    shared_bytes: int
     features: frozenset[Feature]
     warp_size: int = 32
     registers_per_thread: int = 255

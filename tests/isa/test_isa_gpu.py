@@ -27,11 +27,10 @@ def gpu():
     device = ask(driver.cuDeviceGet(0))
     context = ask(driver.cuDevicePrimaryCtxRetain(device))
     ask(driver.cuCtxPushCurrent(context))
-    attribute = driver.CUdevice_attribute
-    yield for_capability(
-        ask(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)),
-        ask(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)),
-    )  # fmt: skip
+    names = driver.CUdevice_attribute
+    major = names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    minor = names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+    yield for_capability(*(ask(driver.cuDeviceGetAttribute(n, device)) for n in (major, minor)))
     ask(driver.cuCtxPopCurrent())
     ask(driver.cuDevicePrimaryCtxRelease(device))
 

@@ -39,7 +39,9 @@ class Guarded:
 
     def result(self) -> np.ndarray:
         """What the kernel wrote; fails when it wrote anything around it."""
-        memory = self._memory if isinstance(self._memory, np.ndarray) else self._memory.cpu().numpy()
+        memory = self._memory
+        if not isinstance(memory, np.ndarray):
+            memory = memory.cpu().numpy()
         edge = GUARD * self._size
         assert (memory[:edge] == 0xFF).all(), "wrote before the output"
         assert (memory[edge + self._count * self._size :] == 0xFF).all(), "wrote past the output"

@@ -63,9 +63,17 @@ def test_alloc_outside_a_kernel_is_refused(alloc, what, scope, default):
 def test_alloc_with_extents_that_are_none_is_refused(alloc, what, scope, default):
     n = T.dynamic("n")
     with kernel():
-        with refused(ShapeError, f"{what}: extent 1 is 0; a tile has at least one element."):
+        with refused(
+            ShapeError,
+            f"{what}: extent 1 is 0; a tile has at least one element.",
+            "Allocate nothing, or give a positive extent.",
+        ):
             alloc((4, 0), "float16")
-        with refused(ShapeError, f"{what}: extent 0 is -4; it must not be negative."):
+        with refused(
+            ShapeError,
+            f"{what}: extent 0 is -4; it must not be negative.",
+            "Give the number of elements; T.dynamic makes one that is known at the call.",
+        ):
             alloc((-4, 4), "float16")
         with refused(
             ShapeError,
@@ -179,15 +187,28 @@ def test_alloc_var_from_another_variable_reads_it_first():
 
 def test_alloc_var_out_of_range_is_refused_with_the_range():
     with kernel():
-        with refused(ArgumentError, "300 does not fit int8 (-128 to 127)."):
+        with refused(
+            ArgumentError,
+            "300 does not fit int8 (-128 to 127).",
+            "Choose a wider dtype, or a number that fits.",
+        ):
             T.alloc_var("int8", 300)
-        with refused(ArgumentError, "-1 does not fit uint8 (0 to 255)."):
+        with refused(
+            ArgumentError,
+            "-1 does not fit uint8 (0 to 255).",
+            "Choose a wider dtype, or a number that fits.",
+        ):
             T.alloc_var("uint8", init=-1)
-        with refused(ArgumentError, "0.5 is not a whole number, so it is no int32."):
+        with refused(
+            ArgumentError,
+            "0.5 is not a whole number, so it is no int32.",
+            "Round it, or choose a floating-point dtype.",
+        ):
             T.alloc_var("int32", 0.5)
         with refused(
             ArgumentError,
             "1e+300 does not fit float32 (largest finite value 3.4028234663852886e+38).",
+            "Choose a wider dtype, or a number that fits.",
         ):
             T.alloc_var("float32", 1e300)
 
@@ -257,11 +278,13 @@ def test_alloc_barrier_refuses_counts_that_no_phase_has():
         with refused(
             ArgumentError,
             f"T.alloc_barrier: the arrive count is 0; a phase takes 1 to {MAX_ARRIVALS} arrivals.",
+            "Count the threads that arrive: 1, or as many as T.Kernel has.",
         ):
             T.alloc_barrier(0)
         with refused(
             ArgumentError,
             f"T.alloc_barrier: arrive count 1 is -3; a phase takes 1 to {MAX_ARRIVALS} arrivals.",
+            "Count the threads that arrive: 1, or as many as T.Kernel has.",
         ):
             T.alloc_barrier([1, -3])
         with refused(ArgumentError, "T.alloc_barrier: the list of arrive counts is empty."):

@@ -376,7 +376,11 @@ def test_fill_with_infinity_is_allowed():
 def test_fill_with_a_value_that_does_not_fit_is_refused():
     with kernel():
         s = T.alloc_shared((8, 8), "int8")
-        with refused(ArgumentError, "300 does not fit int8 (-128 to 127)."):
+        with refused(
+            ArgumentError,
+            "300 does not fit int8 (-128 to 127).",
+            "Choose a wider dtype, or a number that fits.",
+        ):
             T.fill(s, 300)
 
 
@@ -547,19 +551,19 @@ def test_gemm_operands_in_the_wrong_memory_are_refused():
         A, B, C = tiles((64, 32), (32, 64), (64, 64))
         with refused(
             ArgumentError,
-            'T.gemm: A lies in "global" memory, but it has to be in shared memory or a fragment.',
+            "T.gemm: A is in global memory, but it has to be in shared memory or a fragment.",
             "Copy it to shared memory with T.copy first.",
         ):
             T.gemm(G, B, C)
         with refused(
             ArgumentError,
-            'T.gemm: B lies in "global" memory, but it has to be in shared memory.',
+            "T.gemm: B is in global memory, but it has to be in shared memory.",
             "Copy it to shared memory with T.copy first.",
         ):
             T.gemm(A, H, C)
         with refused(
             ArgumentError,
-            'T.gemm: C lies in "shared.dyn" memory, but it has to be in a fragment.',
+            "T.gemm: C is in shared memory, but it has to be in a fragment.",
             "Allocate it with T.alloc_fragment.",
         ):
             T.gemm(A, B, T.alloc_shared((64, 64), "float32"))
@@ -608,7 +612,7 @@ def test_gemm_options_without_meaning_are_refused():
             T.gemm(A, B, C, annotations={})
         with refused(
             ArgumentError,
-            "T.gemm: policy is 7.",
+            "T.gemm: 7 is not a policy for sharing C among warps.",
             "Policies: T.GemmWarpPolicy.Square, T.GemmWarpPolicy.FullRow, "
             "T.GemmWarpPolicy.FullCol.",
         ):

@@ -262,6 +262,14 @@ def test_proxy_instances_have_the_classes_and_defaults_of_the_seed():
     assert isinstance(T.Tensor((M,)), T.BaseTensor) and not isinstance(3, T.BaseTensor)
 
 
+def test_isinstance_of_a_proxy_tells_the_memory():
+    with kernel():
+        s = T.alloc_shared((M,), "float16")
+    assert isinstance(s, T.SharedBuffer) and not isinstance(s, T.Tensor)
+    assert isinstance(T.Tensor((M,)), T.Tensor) and not isinstance(T.Tensor((M,)), T.FragmentBuffer)
+    assert not isinstance(None, T.Tensor)
+
+
 def test_proxy_subclass_changes_the_defaults():
     class Aligned(proxy.BaseTensorProxy):
         default_scope = "shared.dyn"
@@ -408,7 +416,11 @@ def test_ptr_to_shared_memory_is_refused():
 
 
 def test_negative_extent_is_refused():
-    with refused(ShapeError, "T.Tensor: extent 0 is -1; it must not be negative."):
+    with refused(
+        ShapeError,
+        "T.Tensor: extent 0 is -1; it must not be negative.",
+        "Give the number of elements; T.dynamic makes one that is known at the call.",
+    ):
         T.Tensor((-1, 4))
 
 
@@ -621,6 +633,7 @@ def test_view_behind_the_end_is_refused_with_both_sizes():
         with refused(
             OutOfRangeError,
             "T.SharedBuffer: the view ends at byte 144, but `base` has 128 bytes.",
+            "Make the view smaller, or allocate more.",
         ):
             T.SharedBuffer((8, 8), "float16", data=base, elem_offset=8)
 
@@ -680,7 +693,11 @@ def test_runtime_extent_or_stride_of_an_allocation_is_refused():
             "An allocation needs a constant; a view (`data=`) takes any offset.",
         ):
             T.SharedBuffer((8, 8), elem_offset=n)
-        with refused(ShapeError, "T.LocalBuffer: extent 0 is 0; a tile has at least one element."):
+        with refused(
+            ShapeError,
+            "T.LocalBuffer: extent 0 is 0; a tile has at least one element.",
+            "Allocate nothing, or give a positive extent.",
+        ):
             T.LocalBuffer(0)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import tilejit.language as T
+from tilejit.errors import TraceError
 from tilejit.language.function import ConstArg, PrimFunc, TracedFunction
 
 
@@ -27,11 +30,9 @@ def test_text_annotation_with_an_unknown_name_is_refused():
     def kernel(A: Nothing):  # noqa: F821
         pass
 
-    try:
+    with pytest.raises(TraceError) as caught:
         TracedFunction(kernel).parameters
-    except Exception as error:
-        headline = error.headline
-    assert headline == (
+    assert caught.value.headline == (
         "The annotation `Nothing` of `A` uses a name that is not defined: "
         "name 'Nothing' is not defined."
     )

@@ -1,7 +1,7 @@
 """Whole functions traced: frames, names, Python statements, and what is refused."""
 
 # Kernels here are written the way users would: nested `with`, plain `if`, unused names.
-# ruff: noqa: SIM108, SIM117, SIM201, RUF021, F841, B007
+# ruff: noqa: SIM108, SIM117, SIM201, RUF021, F841, B007, RET504
 
 import threading
 
@@ -432,7 +432,7 @@ def test_slice_assignment_of_another_shape_names_both():
         ((0, -1), OutOfRangeError, "Index -1 is outside dimension 1 of `s`, which has extent 8."),
         ((0, 0, 0), OutOfRangeError, "`s` has 2 dimensions and is indexed with 3."),
         ((slice(0, 9), 0), OutOfRangeError,
-         "Index 0:9 is outside dimension 0 of `s`, which has extent 4."),
+         "Slice 0:9 is outside dimension 0 of `s`, which has extent 4."),
         ((slice(0, 4, 2), 0), UnsupportedError,
          "The slice of dimension 0 of `s` has step 2; only 1 works."),
         ((slice(2, 2), 0), ShapeError,
@@ -558,6 +558,45 @@ def test_with_forms_of_branches_match_the_rewritten_ones():
         (node,) = only_kernel(fn, A=array(1), n=ScalarArg(int32)).body
         assert [len(node.then), len(node.orelse)] == [1, 1]
         assert show(node.orelse[0].value) == "2.0"
+
+
+def test_else_belongs_to_the_if_before_it_in_the_same_branch():
+    def with_forms(A, n: T.int32):
+        with T.Kernel(1):
+            with T.If(n > 0):
+                with T.If(n > 1):
+                    A[0] = 1.0
+                with T.Else():
+                    A[0] = 2.0
+            with T.Else():
+                A[0] = 3.0
+
+    def then_form(A, n: T.int32):
+        with T.Kernel(1):
+            with T.If(n > 0):
+                with T.Then():
+                    with T.If(n > 1):
+                        A[0] = 1.0
+                    with T.Else():
+                        A[0] = 2.0
+                with T.Else():
+                    A[0] = 3.0
+
+    def rewritten_inside(A, n: T.int32):
+        with T.Kernel(1):
+            with T.If(n > 0):
+                if n > 1:
+                    A[0] = 1.0
+                else:
+                    A[0] = 2.0
+            with T.Else():
+                A[0] = 3.0
+
+    for fn in (with_forms, then_form, rewritten_inside):
+        (outer,) = only_kernel(fn, A=array(1), n=ScalarArg(int32)).body
+        (inner,), (last,) = outer.then, outer.orelse
+        assert [show(inner.then[0].value), show(inner.orelse[0].value)] == ["1.0", "2.0"]
+        assert show(last.value) == "3.0"
 
 
 def test_else_without_if_is_refused():
@@ -1291,3 +1330,116 @@ def test_ellipsis_stands_for_the_missing_dimensions():
             A[0] = s[0, 0, 1]
 
     assert nodes(only_kernel(kernel, A=array(1)), Fill)[0].dst.shape == (2, 3)
+
+
+def test_parallel_iteration_that_reads_its_neighbour_is_refused():
+    def kernel(A):
+        with T.Kernel(1):
+            for i, j in T.Parallel(8, 8):
+                A[i, j] = A[i, j + 1] + 1
+
+    error = refusal(TraceError, kernel, A=array(8, 9))
+    assert error.headline == "`A[i, j + 1]` is written by another iteration of T.Parallel."
+    assert error.hint == ("Iterations run in any order: write to another tile, or use T.serial.")
+
+
+def test_parallel_iteration_that_reads_its_own_element_is_legal():
+    def kernel(A):
+        with T.Kernel(2) as bx:
+            for i in T.Parallel(8):
+                A[bx * 8 + i] = A[bx * 8 + i] + 1
+            for i in T.Parallel(8):
+                A[2 * i] = A[2 * i + 1]
+            for i in T.Parallel(8):
+                A[i] = A[i + 8]
+
+    assert len(nodes(only_kernel(kernel, A=array(16)), Parallel)) == 3
+
+
+def test_nested_function_with_nonlocal_is_refused():
+    def kernel(A):
+        total = 0.0
+        with T.Kernel(1):
+
+            def add(x):
+                nonlocal total
+                total = total + x
+
+            for i in T.serial(4):
+                add(A[i])
+
+    assert refusal(TraceError, kernel, A=array(4)).headline == "`nonlocal total` cannot be traced."
+
+
+def test_matrix_product_operator_points_at_gemm():
+    def kernel(A):
+        with T.Kernel(1):
+            A @ A
+
+    error = refusal(ArgumentTypeError, kernel, A=array(4, 4))
+    assert error.headline == "Tiles are not multiplied with `@`."
+    assert error.hint == "Write `T.gemm(a, b, acc)` with a fragment `acc`."
+
+
+def test_barrier_of_an_array_must_be_chosen():
+    def kernel(A):
+        with T.Kernel(1):
+            bars = T.alloc_barrier([32, 32])
+            T.barrier_arrive(bars)
+
+    error = refusal(ShapeError, kernel, A=array(1))
+    assert "`bars` holds 2 barriers" in error.headline
+    assert error.hint == "Write `bars[k]`."
+
+
+def test_walrus_in_a_condition_binds_its_name():
+    def kernel(A):
+        with T.Kernel(1):
+            if (z := A[1]) > 0:
+                A[0] = z
+
+    (_, branch) = only_kernel(kernel, A=array(2)).body
+    assert show(branch.then[0].value) == "A_at"
+
+
+def test_walrus_in_the_condition_of_a_traced_while_is_refused():
+    def kernel(A):
+        with T.Kernel(1):
+            while (z := A[1]) > 0:
+                A[0] = z
+
+    assert refusal(TraceError, kernel, A=array(2)).headline == (
+        "A condition with `:=` cannot be traced."
+    )
+
+
+def test_branch_on_a_constant_keeps_only_what_runs():
+    def kernel(A, flag):
+        with T.Kernel(1):
+            with T.If(flag):
+                A[0] = 1.0
+            with T.Else():
+                A[0] = 2.0
+
+    for flag, stored in ((True, "1.0"), (False, "2.0")):
+        (store,) = only_kernel(kernel, A=array(1), flag=flag).body
+        assert show(store.value) == stored
+
+
+def test_functions_with_unusual_syntax_trace_as_python_runs_them():
+    def kernel(A, /, *, n=4, mode="x"):
+        first, *rest = (2.0, 3.0, 4.0)
+        scale = lambda v: v * first if n > 2 else v
+        match mode:
+            case "x":
+                extra = 1
+            case other:
+                extra = len(other)
+        with T.Kernel(1) as bx:
+            values = [k for k in range(n) if k % 2 and k != 3]
+            text = """
+no indentation here"""
+            A[0] = scale(A[1]) + extra + len(values) + len(rest) + text.count("here")
+
+    (_, store) = only_kernel(kernel, A=array(2)).body
+    assert show(store.value) == "((((A_at * 2.0) + 1.0) + 1.0) + 2.0) + 1.0"

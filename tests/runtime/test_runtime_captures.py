@@ -193,7 +193,7 @@ def test_array_in_a_global_is_refused():
     def function():
         return weights
 
-    with pytest.raises(ArgumentTypeError, match=r"^f reads `weights`, a ndarray"):
+    with pytest.raises(ArgumentTypeError, match=r"^f reads `weights`, an ndarray"):
         Captures(function, "f").key()
 
 

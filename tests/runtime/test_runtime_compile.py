@@ -256,8 +256,11 @@ def test_defect_in_an_emitter_is_reported_with_its_granule():
         "def kernel(X, n):\n    m = wrong_3(n)\n    wrong_3(m)\n",
         [granule("wrong_3", (INT,), (INT,), wrong)],
     )
-    with pytest.raises(InternalError, match="granule wrong_3 returned 0 values, declared 1"):
+    with pytest.raises(InternalError) as caught:
         compile_lowered(lowered, TARGETS["sm_80"])
+    assert caught.value.headline == "The code of `wrong_3` could not be generated."
+    assert caught.value.notes == ("AssertionError: it returned 0 values and declares 1",)
+    assert "please report" in caught.value.hint
 
 
 def test_error_of_the_user_inside_an_emitter_passes_unchanged():

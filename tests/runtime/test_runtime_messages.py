@@ -16,7 +16,7 @@ from tilejit import (
     options,
     tilejit,
 )
-from tilejit.runtime import kernel
+from tilejit.runtime import placement
 from tilejit.runtime.arrays import ArrayView
 from tilejit.runtime.device import Executor
 
@@ -243,7 +243,7 @@ def test_compile_for_an_unknown_target_lists_the_targets():
 @pytest.mark.parametrize(
     ("decorate", "headline"),
     [
-        (lambda: tilejit(3), "@tilejit decorates a Python function, not a int."),
+        (lambda: tilejit(3), "@tilejit decorates a Python function, not an int."),
         (lambda: tilejit(block=3), "tilejit has no option `block`."),
         (lambda: tilejit(copy), "copy is a tile function already."),
         (
@@ -324,14 +324,14 @@ def view(device=-1, framework=""):
 )
 def test_argument_that_the_executor_cannot_reach_is_refused(views, executor, headline):
     with pytest.raises(ArgumentError) as caught:
-        kernel.place("f", "AB", (views + [3])[:2], Executor(executor))
+        placement.place("f", "AB", (views + [3])[:2], Executor(executor))
     assert caught.value.headline == headline
 
 
 def test_torch_tensor_that_records_gradients_is_not_written(monkeypatch):
-    monkeypatch.setattr(kernel.arrays, "needs_gradient", lambda x: True)
+    monkeypatch.setattr(placement.arrays, "needs_gradient", lambda x: True)
     with pytest.raises(ArgumentError) as caught:
-        kernel.check_writable("f", "C", view(0, "torch"))
+        placement.check_writable("f", "C", view(0, "torch"))
     assert caught.value.headline == (
         "f: C requires a gradient, but the kernel writes it unseen by autograd."
     )

@@ -13,6 +13,7 @@ from tilejit.isa.machine import Granule, Lowered, Slot
 from tilejit.sim.block import Block, Checks, Watch
 from tilejit.sim.lanes import LaneMachine
 from tilejit.sim.memory import host_memory
+from tilejit.sim.recording import Program
 
 ADDRESS = Slot(uint64, address=True)
 INT = Slot(int32)
@@ -20,8 +21,8 @@ INT = Slot(int32)
 Emit = Callable[..., Any]
 
 
-@pytest.fixture
-def run_lanes() -> Callable[..., Any]:
+@pytest.fixture(params=["directly", "recorded"])
+def run_lanes(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`run_lanes(emit, *inputs, threads=64)`: what `emit(machine, *inputs)` returns on the only
     group of a block; `inputs` are values, arrays among them in `memory` are global memory."""
 
@@ -34,12 +35,22 @@ def run_lanes() -> Callable[..., Any]:
         checks: Checks | None = None,
     ) -> Any:
         arrays = [(f"array {i}", array) for i, array in enumerate(memory)]
-        block = Block(
-            threads, threads, shared_bytes, host_memory(arrays), Watch(checks or Checks())
-        )
+        watch = Watch(checks or Checks())
+        block = Block(threads, threads, shared_bytes, host_memory(arrays), watch)
         machine = LaneMachine(block, 0)
-        granule = Granule("test", (), (), lambda m, values: emit(m, *values))
-        return machine.run(granule, list(inputs))
+        if request.param == "directly":
+            return machine.run(lambda m, values: emit(m, *values), list(inputs))
+        several = []
+
+        def emit_list(m: Any, _: list[Any]) -> list[Any]:
+            result = emit(m, *inputs)
+            several.append(isinstance(result, list | tuple))
+            if result is None:
+                return []
+            return list(result) if several[0] else [result]
+
+        results = machine.run(Program(Granule("test", (), (), emit_list)).run, [])
+        return results if not results or several[0] else results[0]
 
     return run
 

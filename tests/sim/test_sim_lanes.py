@@ -11,7 +11,7 @@ import pytest
 from tilejit import dtypes
 from tilejit.dtypes import bfloat16, float16, float32, float64, int8, int32, int64, uint32
 from tilejit.errors import SimulationError
-from tilejit.isa import barrier
+from tilejit.isa import barrier, special
 from tilejit.isa.machine import Address
 from tilejit.sim.fma import fused_multiply_add
 
@@ -345,7 +345,7 @@ def test_atomic_add_of_bfloat16_rounds_each_sum(run_lanes):
     array = np.zeros(2, ml_dtypes.bfloat16)
     value = np.array([1.01], ml_dtypes.bfloat16)
     run_lanes(
-        lambda m, x: [m.atomic(Address("global", x, None), "add", value, bfloat16)],
+        lambda m, x: m.atomic(Address("global", x, None), "add", value, bfloat16),
         address_of(array),
         memory=[array],
     )
@@ -526,3 +526,11 @@ def test_a_while_loop_that_never_ends_is_an_error(run_lanes, monkeypatch):
     with pytest.raises(SimulationError) as caught:
         run_lanes(lambda m: m.loop_while(lambda: m.const(True, dtypes.bool_), lambda: None, {}))
     assert caught.value.headline == "A while loop has not ended after 100 rounds."
+
+
+def test_an_instructions_integer_registers_have_no_sign(run_lanes):
+    shuffle = special.shuffle("bfly")
+    (result,) = run_lanes(lambda m: m.issue(shuffle, [m.thread_index(), m.const(1, int32)]))
+    np.testing.assert_array_equal(result, LANES ^ 1)
+    with pytest.raises(AssertionError, match=r"shfl\.sync\.bfly: float32 for uint32"):
+        run_lanes(lambda m: m.issue(shuffle, [m.const(1.0, float32), m.const(1, int32)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilejit.dtypes import int8, int32, uint32
+from tilejit.dtypes import int8, int32, uint32, uint64
 from tilejit.errors import SimulationError
 from tilejit.isa import barrier, cp_async, mbarrier
 from tilejit.isa.machine import Address
@@ -329,7 +329,7 @@ def test_the_bytes_that_a_copy_does_not_read_are_zero(run_copy, valid):
 
 def test_a_copy_with_nothing_to_read_may_point_anywhere(run_lanes):
     def emit(m):
-        nowhere = m.const(12345, int32).astype(np.uint64)
+        nowhere = m.const(12345, uint64)
         m.issue(cp_async.cp_async(4), [m.address(own(m)), nowhere, m.const(0, uint32)])
         m.issue(cp_async.WAIT_ALL)
         return m.load(own(m), int32)[0]

@@ -192,6 +192,29 @@ def test_blocks_do_not_share_shared_memory(make_kernel):
     assert set(y.tolist()) == {-1}
 
 
+def test_an_emitter_runs_once_for_all_blocks_and_rounds(make_kernel):
+    calls = []
+
+    def count(m, y, i):
+        calls.append(i)
+        m.atomic(at(y, m, m.thread_index()), "add", i, int32)
+        return [add(m, i, m.const(1, int32))]
+
+    made = make_kernel(
+        "def kernel(Y):\n    i = 0\n    while more(i):\n        i = count(Y, i)\n",
+        {"Y": ADDRESS},
+        {
+            "more": (lambda m, i: [m.binary("lt", i, m.const(4, int32), int32)], [INT], [BOOL]),
+            "count": (count, [ADDRESS, INT], [INT]),
+        },
+    )
+    y = np.zeros(64, np.int32)
+    run_lowered(made, (3, 1, 1), [y])
+    run_lowered(made, (2, 1, 1), [y])
+    assert y.tolist() == [5 * (0 + 1 + 2 + 3)] * 64
+    assert len(calls) == 1
+
+
 def test_what_another_block_did_is_no_race(make_kernel):
     def body(m, y, bx):
         (value,) = m.load(at(y, m, m.thread_index()), int32)
@@ -437,7 +460,9 @@ def test_a_warp_that_spins_on_memory_lets_the_others_run(make_kernel):
         place, zero = Address("global", flag, None, align=4), m.const(0, int32)
         first = m.binary("eq", m.thread_index(), zero, int32)
         value = m.atomic(place, "or", zero, int32, when=first, want_old=True)
-        value = m.issue(special.shuffle("idx"), [value.view(np.uint32), m.const(0, uint32)])[0]
+        value = m.issue(
+            special.shuffle("idx"), [m.bitcast(value, int32, uint32), m.const(0, uint32)]
+        )[0]
         return [m.binary("eq", value, m.const(0, uint32), uint32)]
 
     def put(m, flag):

@@ -72,16 +72,21 @@ def local_registers(
         coordinates, inside = {}, np.ones((fragment.threads, 1), bool)
     else:
         places = [loop.coordinates(threads, r) for r in range(loop.registers)]
-        grids = [np.concatenate([_column(p[d], threads) for p in places], axis=1) for d in range(
-            len(loop.shape))]
-        inside = np.logical_and.reduce(
-            [g < n for g, n in zip(grids, loop.shape, strict=True)]
-        ) if grids else np.ones((fragment.threads, 1), bool)
+        grids = [
+            np.concatenate([_column(p[d], threads) for p in places], axis=1)
+            for d in range(len(loop.shape))
+        ]
+        inside = (
+            np.logical_and.reduce([g < n for g, n in zip(grids, loop.shape, strict=True)])
+            if grids
+            else np.ones((fragment.threads, 1), bool)
+        )
         coordinates = dict(zip(variables, grids, strict=True))
     wanted = [evaluate(e, coordinates) for e in at]
-    if any(w is None for w in wanted):
+    known = [w for w in wanted if w is not None]
+    if len(known) < len(wanted):
         return None
-    return _find(fragment, [np.broadcast_to(w, inside.shape) for w in wanted], inside)
+    return _find(fragment, [np.broadcast_to(w, inside.shape) for w in known], inside)
 
 
 def _column(value: Any, threads: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -95,7 +100,7 @@ def _same_shape(
     at: Sequence[Expr],
 ) -> Registers | None:
     """The common case: indexed by different loop variables of the fragment's own extents."""
-    if loop is None or loop.flat and tuple(at) != tuple(variables):
+    if loop is None or (loop.flat and tuple(at) != tuple(variables)):
         return None
     order = {v: d for d, v in enumerate(variables)}
     if not all(isinstance(e, Var) and e in order for e in at) or len(set(at)) != len(at):

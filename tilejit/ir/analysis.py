@@ -179,11 +179,11 @@ def linear(e: Expr) -> tuple[dict[Expr, int], int]:
         return {}, int(e.value)
     if isinstance(e, Op) and e.dtype.is_integer:
         if e.op in ("add", "sub"):
-            (x, a), (y, b) = linear(e.children[0]), linear(e.children[1])
+            (first, a), (second, b) = linear(e.children[0]), linear(e.children[1])
             sign = 1 if e.op == "add" else -1
-            terms = dict(x)
-            for term, factor in y.items():
-                terms[term] = terms.get(term, 0) + sign * factor
+            terms = dict(first)
+            for term, count in second.items():
+                terms[term] = terms.get(term, 0) + sign * count
             return {t: f for t, f in terms.items() if f}, a + sign * b
         if e.op == "mul":
             x, y = e.children
@@ -263,4 +263,3 @@ def provably(op: str, a: Expr, b: Expr) -> bool:
         part = _times(interval(term), Interval(factor, factor))
         total = Interval(_plus(total.low, part.low), _plus(total.high, part.high))
     return total.high is not None and (total.high < 0 if op == "lt" else total.high <= 0)
-

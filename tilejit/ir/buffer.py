@@ -30,6 +30,21 @@ class Scope(StrEnum):
     def is_per_thread(self) -> bool:
         return self in (Scope.LOCAL, Scope.VAR)
 
+    @property
+    def words(self) -> str:
+        """Where that is, for messages: goes after "in"."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Scope.GLOBAL: "global memory",
+    Scope.SHARED: "shared memory",
+    Scope.FRAGMENT: "a fragment",
+    Scope.LOCAL: "local memory",
+    Scope.VAR: "a variable",
+    Scope.BARRIER: "a barrier",
+}
+
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Buffer:

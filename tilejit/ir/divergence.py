@@ -24,9 +24,7 @@ class Divergence:
 
     def of(self, exprs: Iterable[Expr]) -> bool:
         """True when any of the expressions may differ between threads."""
-        return any(
-            node in self.vars for e in exprs for node in walk(e) if isinstance(node, Var)
-        )
+        return any(node in self.vars for e in exprs for node in walk(e) if isinstance(node, Var))
 
 
 def divergence(kernel: Kernel) -> Divergence:
@@ -74,5 +72,3 @@ def _reads_divergent(node: Node, state: Divergence) -> bool:
 
 def _has_divergent_test(node: While, state: Divergence) -> bool:
     return state.of((node.condition,))
-
-

@@ -79,9 +79,7 @@ class Var(Expr):
         low: Expr | None = None,
         high: Expr | None = None,
     ) -> None:
-        self._set(
-            name=name, dtype=dtype, kind=kind, low=low, high=high, serial=next(Var._serials)
-        )
+        self._set(name=name, dtype=dtype, kind=kind, low=low, high=high, serial=next(Var._serials))
 
     def __repr__(self) -> str:
         return f"{self.name}"
@@ -172,11 +170,13 @@ def int_value(e: Expr) -> int | None:
     return int(e.value) if isinstance(e, Const) and not isinstance(e.value, float) else None
 
 
+# on integers and bools
 _FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
+    "div": lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1),
+    "fmod": lambda a, b: abs(a) % abs(b) * (-1 if a < 0 else 1),
     "floordiv": lambda a, b: a // b,
     "floormod": lambda a, b: a % b,
     "min": min,
@@ -193,6 +193,9 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+_DIVISIONS = ("div", "fmod", "floordiv", "floormod")
+
+
 def binary(op: str, a: Expr, b: Expr) -> Expr:
     """`a op b`; both of one dtype, the result too (bool for comparisons). Folds constants and
     the identities of integer arithmetic."""
@@ -201,7 +204,7 @@ def binary(op: str, a: Expr, b: Expr) -> Expr:
     result = bool_ if op in COMPARE else a.dtype
     if isinstance(a, Const) and isinstance(b, Const) and not a.dtype.is_float:
         x, y = a.value, b.value
-        if op in _FOLD and not (op in ("floordiv", "floormod") and y == 0):
+        if op in _FOLD and not (op in _DIVISIONS and y == 0):
             return const(_FOLD[op](x, y), result)
         if op in ("shl", "shr") and 0 <= y < a.dtype.bits:
             return const(int(x) << int(y) if op == "shl" else int(x) >> int(y), result)
@@ -210,9 +213,9 @@ def binary(op: str, a: Expr, b: Expr) -> Expr:
         if folded is not None:
             return folded
     if a.dtype.is_bool and op in ("and", "or"):
-        for x, y in ((a, b), (b, a)):
-            if isinstance(x, Const):
-                return y if bool(x.value) == (op == "and") else x
+        for known, other in ((a, b), (b, a)):
+            if isinstance(known, Const):
+                return other if bool(known.value) == (op == "and") else known
     if op in ("add", "mul", "min", "max", "and", "or", "xor", "eq", "ne") and isinstance(a, Const):
         a, b = b, a  # constants on the right
     return _op(op, result, a, b)

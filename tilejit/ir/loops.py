@@ -15,7 +15,7 @@ from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, int_value, substitute, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Atomic, Load, Node, Parallel, Store, walk
-from tilejit.layout.fragment import FragmentLayout, blocked
+from tilejit.layout.fragment import Digit, FragmentLayout, blocked
 
 VECTOR_BYTES = 16  # the widest access of a thread (PTX ISA, ld, st: .v4.b32)
 
@@ -76,7 +76,8 @@ def seen_from(
             return None
         return fragment
     kept = fragment.project(order)
-    dims, shape = [], []
+    dims: list[tuple[Digit, ...]] = []
+    shape: list[int] = []
     for v, n in zip(node.vars, node.extents, strict=True):
         if v in missing:
             dims.append(())

@@ -336,4 +336,4 @@ def _allows(e: Op) -> bool:
         return e.dtype.is_integer
     if e.op in _FLOAT_ONLY:
         return e.dtype.is_float
-    return not e.dtype.is_bool
+    return not e.dtype.is_bool or e.op in ("min", "max")

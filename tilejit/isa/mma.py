@@ -154,7 +154,7 @@ def whole_warps(lanes: LaneContext, name: str) -> None:
 
 
 def _places(layout: FragmentLayout, dtype: DType, warps: int) -> Array:
-    """(warps, *shape): where elements are among the registers of all lanes, register by register."""
+    """(warps, *shape): where elements are among all lanes' registers, register by register."""
     lane = np.arange(WARP)
     per_word = _per_word(dtype)
     places = np.empty((warps, *layout.shape), np.intp)

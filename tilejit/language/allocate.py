@@ -156,7 +156,8 @@ def alloc_barrier(arrive_count: Any) -> BufferHandle:
             )
         if not 1 <= value <= MAX_ARRIVALS:
             raise ArgumentError(
-                f"{what}: {which} is {value}; a phase takes 1 to {MAX_ARRIVALS} arrivals."
+                f"{what}: {which} is {value}; a phase takes 1 to {MAX_ARRIVALS} arrivals.",
+                hint="Count the threads that arrive: 1, or as many as T.Kernel has.",
             )
     span = caller_span()
     buffer = Buffer(

@@ -31,17 +31,19 @@ class If(Context):
         self.span = caller_span()
         self.condition = as_condition(condition, "condition of T.If")
         self.orelse: tuple[Node, ...] = ()
+        self.has_then = False  # a T.Then inside it is over: TileLang's form
         self.frame: Frame | None = None
 
     def __enter__(self) -> None:
         require_read_source("T.If")
         self.open()
+        assert self.frame is not None, "just opened"
+        self.frame.owner = self
 
     def open(self) -> None:
         trace = current_kernel("T.If")
         trace.check_scope(self.condition, self.span)
         self.frame = trace.push(FrameKind.BRANCH, self.span)
-        self.frame.owner = self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
@@ -61,9 +63,10 @@ class Then(Context):
         trace = current_kernel("T.Then")
         if not isinstance(trace.frame.owner, If):
             raise TraceError("T.Then must stand directly inside `with T.If(cond):`.")
+        self.outer = trace.frame.owner
 
     def __exit__(self, *details: object) -> None:
-        return None
+        self.outer.has_then = True
 
 
 class Else(Context):
@@ -80,9 +83,9 @@ class Else(Context):
 
     def open(self) -> None:
         trace = current_kernel("T.Else")
-        nodes = trace.frame.nodes
-        if isinstance(trace.frame.owner, If):
-            self.outer = trace.frame.owner
+        nodes, owner = trace.frame.nodes, trace.frame.owner
+        if isinstance(owner, If) and (owner.has_then or not nodes):
+            self.outer = owner
         elif not nodes or not isinstance(nodes[-1], IfNode) or nodes[-1].orelse:
             raise TraceError(
                 "T.Else has no T.If just before it.",

@@ -105,7 +105,10 @@ def as_shape(shape: Any, what: str) -> tuple[Expr, ...]:
     for d, extent in enumerate(extents):
         value = int_value(extent)
         if value is not None and value < 0:
-            raise ShapeError(f"{what}: extent {d} is {value}; it must not be negative.")
+            raise ShapeError(
+                f"{what}: extent {d} is {value}; it must not be negative.",
+                hint="Give the number of elements; T.dynamic makes one that is known at the call.",
+            )
     return extents
 
 
@@ -125,7 +128,10 @@ def as_tile_shape(shape: Any, what: str) -> tuple[Expr, ...]:
                 hint="Give the tile a constant extent; T.copy stops at a tensor's edge by itself.",
             )
         if value == 0:
-            raise ShapeError(f"{what}: extent {d} is 0; a tile has at least one element.")
+            raise ShapeError(
+                f"{what}: extent {d} is 0; a tile has at least one element.",
+                hint="Allocate nothing, or give a positive extent.",
+            )
     return extents
 
 

@@ -15,6 +15,7 @@ from tilejit.errors import OutOfRangeError
 from tilejit.ir.analysis import Interval, linear, provably
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import (
+    Const,
     Expr,
     Op,
     Var,
@@ -63,6 +64,10 @@ def _drop_unused(body: Body, wanted: set[Var]) -> Body:
     """Nodes whose effect or result somebody needs; `wanted` collects the variables."""
     result: list[Node] = []
     for node in reversed(body):
+        if isinstance(node, If) and isinstance(node.condition, Const):
+            taken = node.then if node.condition.value else node.orelse
+            result.extend(reversed(_drop_unused(taken, wanted)))
+            continue
         kept = _keep(node, wanted)
         if kept is not None:
             result.append(kept)

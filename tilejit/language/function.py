@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any, cast
 
 from tilejit.dtypes import int64
-from tilejit.errors import ArgumentTypeError, Span, TraceError
+from tilejit.errors import ArgumentTypeError, Span, TraceError, definition_span
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, const, index, int_value
 from tilejit.ir.kernel import Program
@@ -164,10 +164,11 @@ def _enter_argument(
     """What the parameter is bound to inside the function."""
     if isinstance(arg, ConstArg):
         return arg.value
+    span = definition_span(function.function.__code__, rule.name)
     if rule.kind == "declared" and (arg is None or isinstance(arg, TensorArg)):
-        return _tensor(host, rule.name, rule.annotation.buffer, arg, function.span, overlaps)
+        return _tensor(host, rule.name, rule.annotation.buffer, arg, span, overlaps)
     if isinstance(arg, TensorArg):
-        return _tensor(host, rule.name, None, arg, function.span, overlaps)
+        return _tensor(host, rule.name, None, arg, span, overlaps)
     if isinstance(arg, PointerArg) or (arg is None and rule.kind == "pointer"):
         promises = arg if isinstance(arg, PointerArg) and arg.is_size_var else rule.annotation
         is_size = getattr(promises, "is_size_var", False)

@@ -115,7 +115,10 @@ def _flag(x: Any, name: str) -> bool:
 def _check_options(policy: Any, k_pack: Any, mbar: Any, annotations: Any) -> None:
     if not isinstance(policy, int) or policy not in tuple(GemmWarpPolicy):
         names = ", ".join(f"T.GemmWarpPolicy.{p.name}" for p in GemmWarpPolicy)
-        raise ArgumentError(f"T.gemm: policy is {policy!r}.", hint=f"Policies: {names}.")
+        raise ArgumentError(
+            f"T.gemm: {policy!r} is not a policy for sharing C among warps.",
+            hint=f"Policies: {names}.",
+        )
     for name, value, default in (
         ("k_pack", k_pack, 1),
         ("mbar", mbar, None),
@@ -161,7 +164,7 @@ def _wrong_memory(buffer: Buffer, name: str) -> ArgumentError:
     if name == "C":
         hint = "Allocate it with T.alloc_fragment."
     return ArgumentError(
-        f'T.gemm: {name} lies in "{buffer.scope}" memory, but it has to be in {wanted}.',
+        f"T.gemm: {name} is in {buffer.scope.words}, but it has to be in {wanted}.",
         related=[_origin(buffer)],
         hint=hint,
     )

@@ -73,6 +73,12 @@ class _Tile(Scalar):
     def scalar(self) -> Expr:
         self._refuse()
 
+    def __matmul__(self, other: object) -> NoReturn:
+        raise ArgumentTypeError(
+            "Tiles are not multiplied with `@`.",
+            hint="Write `T.gemm(a, b, acc)` with a fragment `acc`.",
+        )
+
     def __bool__(self) -> bool:
         raise TraceError(
             f"`{self!r}` is a tile, so it is neither true nor false.",

@@ -14,8 +14,9 @@ import numpy as np
 
 from tilejit.dtypes import int32
 from tilejit.errors import ArgumentError, ArgumentTypeError, DTypeError
-from tilejit.ir.expr import Const, Expr, binary, const, int_value, unary
-from tilejit.language.value import Scalar, Value, arithmetic, as_expr, operands, select
+from tilejit.ir.analysis import interval
+from tilejit.ir.expr import Const, Expr, binary, int_value, unary
+from tilejit.language.value import Scalar, Value, arithmetic, as_expr, operands
 
 
 def has_traced(*xs: object) -> bool:
@@ -60,11 +61,7 @@ def truncdiv(a: Any, b: Any) -> Any:
         quotient = abs(a) // abs(b)
         return quotient if (a < 0) == (b < 0) else -quotient
     x, y = operands(a, b)
-    if not x.dtype.is_signed:
-        return Value(binary("floordiv", x, y))
-    size = _magnitude(x, y)
-    negative = binary("ne", _below_zero(x), _below_zero(y))
-    return select(Value(negative), -size, size)
+    return Value(binary("floordiv" if _is_natural(x, y) else "div", x, y))
 
 
 def truncmod(a: Any, b: Any) -> Any:
@@ -72,15 +69,14 @@ def truncmod(a: Any, b: Any) -> Any:
     _check_integers("T.truncmod", a, b)
     if not has_traced(a, b):
         return int(math.copysign(1, a)) * (abs(a) % abs(b))
-    return Value(operands(a, b)[0]) - truncdiv(a, b) * b
+    x, y = operands(a, b)
+    return Value(binary("floormod" if _is_natural(x, y) else "fmod", x, y))
 
 
-def _magnitude(x: Expr, y: Expr) -> Value:
-    return Value(binary("floordiv", unary("abs", x), unary("abs", y)))
-
-
-def _below_zero(x: Expr) -> Expr:
-    return binary("lt", x, const(0, x.dtype))
+def _is_natural(*exprs: Expr) -> bool:
+    """True when no value is negative: all roundings are one, and more is known of rounding down."""
+    lows = [interval(e).low for e in exprs]
+    return all(low is not None and low >= 0 for low in lows)
 
 
 def _check_integers(what: str, *xs: Any) -> None:

@@ -46,7 +46,10 @@ class Kernel(Context):
         if prelude is not None:
             raise UnsupportedError("T.Kernel: `prelude` is CUDA C source, which is not used here.")
         if not 1 <= len(grid) <= 3:
-            raise ArgumentError(f"T.Kernel takes 1 to 3 grid extents, got {len(grid)}.")
+            raise ArgumentError(
+                f"T.Kernel takes 1 to 3 grid extents, got {len(grid)}.",
+                hint="Fold two into one, and split the block's index with `//` and `%`.",
+            )
         self.grid = tuple(_grid_extent(g, d) for d, g in enumerate(grid))
         self.threads = _threads(128 if threads is None else threads)
         self.span = caller_span()
@@ -122,7 +125,10 @@ def _threads(threads: object) -> tuple[int, int, int]:
                 hint="Give an int or a compile-time parameter.",
             )
         if n <= 0:
-            raise ArgumentError(f"T.Kernel: threads must be positive, got {n}.")
+            raise ArgumentError(
+                f"T.Kernel: threads must be positive, got {n}.",
+                hint="A multiple of 32, such as 128, uses whole warps.",
+            )
         sizes.append(int(n))
     x, y, z = (*sizes, 1, 1)[:3]
     if x * y * z > MAX_THREADS:

@@ -21,10 +21,12 @@ from tilejit.errors import (
     UnsupportedError,
     caller_span,
 )
+from tilejit.ir.analysis import difference
 from tilejit.ir.expr import Var, VarKind, arith, int_value, same_width
 from tilejit.ir.node import For, LoopKind, Node
 from tilejit.ir.node import Parallel as ParallelNode
 from tilejit.language.context import require_read_source
+from tilejit.language.extents import count
 from tilejit.language.trace import FrameKind, current_kernel
 from tilejit.language.value import Value, as_index
 
@@ -57,6 +59,14 @@ class DeviceLoop:
         frame = trace.push(self.kind, self.span)
         loop_vars = self.variables(names)
         values = tuple(Value(v) for v in loop_vars)
+        if len(names) > 1 and len(names) != len(values):
+            trace.pop(frame)
+            raise ArgumentError(
+                f"{self.what} gives {count(len(values), 'loop variable')}, but {len(names)} names "
+                "take them.",
+                span=self.span,
+                hint="Write one name for each extent.",
+            )
         try:
             yield values[0] if len(values) == 1 else values
         except GeneratorExit:
@@ -93,9 +103,12 @@ class RangeLoop(DeviceLoop):
 
     def variables(self, names: tuple[str, ...]) -> tuple[Var, ...]:
         if self.step > 0:
-            bounds = (self.start, arith("sub", self.stop, 1))
+            low, high = self.start, arith("sub", self.stop, 1)
         else:
-            bounds = (arith("add", self.stop, 1), self.start)
+            low, high = arith("add", self.stop, 1), self.start
+        extent = difference(high, low)
+        # without rounds the variable never has a value, so no index made of it is out of range
+        bounds = None if extent is not None and extent < 0 else (low, high)
         dtype = int64 if self.start.dtype is int64 else int32
         name = names[0] if names else "i"
         return (self.trace.new_var(name, dtype, VarKind.LOOP, bounds, self.span),)
@@ -123,7 +136,9 @@ def _step(what: str, step: object) -> int:
             hint="Loop with step 1 and multiply the variable.",
         )
     if constant == 0:
-        raise ArgumentError(f"{what}: the step must not be 0.")
+        raise ArgumentError(
+            f"{what}: the step must not be 0.", hint="Leave it out to count up by 1."
+        )
     return constant
 
 
@@ -204,7 +219,10 @@ def Pipelined(
     ):
         raise ArgumentTypeError(f"T.Pipelined: num_stages must be an int, got {num_stages!r}.")
     if num_stages is not None and num_stages < 0:
-        raise ArgumentError(f"T.Pipelined: num_stages must not be negative, got {num_stages}.")
+        raise ArgumentError(
+            f"T.Pipelined: num_stages must not be negative, got {num_stages}.",
+            hint="0 or 1 keeps one copy of each tile; 3 loads two rounds ahead.",
+        )
     steps, stages = tuple(order or ()), tuple(stage or ())
     if len(steps) != len(stages):
         raise ArgumentError(
@@ -267,7 +285,10 @@ def _parallel_extent(extent: object, d: int) -> int:
             hint="Loop over a constant tile and guard with `with T.If(i < n):`.",
         )
     if constant <= 0:
-        raise ShapeError(f"T.Parallel: extent {d} must be positive, got {constant}.")
+        raise ShapeError(
+            f"T.Parallel: extent {d} must be positive, got {constant}.",
+            hint="A loop that runs no iteration can be left out.",
+        )
     return constant
 
 

@@ -306,8 +306,10 @@ def sigmoid(x: Any) -> Any:
     if not has_traced(x):
         check_numbers("T.sigmoid", x)
         return _on_numbers(lambda v: 1.0 / (1.0 + np.exp(-v)), x)
-    value = Value(_float_operand("T.sigmoid", x))
-    return 1.0 / (1.0 + exp(-value))
+    operand = _float_operand("T.sigmoid", x)
+    wide = Value(cast_expr(operand, float32) if operand.dtype.bits < 32 else operand)
+    result = 1.0 / (1.0 + exp(-wide))
+    return Value(cast_expr(result.expr, operand.dtype))
 
 
 def pow(x: Any, y: Any) -> Any:  # TileLang's name

@@ -12,7 +12,7 @@ from types import FrameType, FunctionType
 from typing import Any, Literal
 
 from tilejit.dtypes import DType, lookup
-from tilejit.errors import ArgumentError, Span, TraceError, is_internal
+from tilejit.errors import ArgumentError, Span, TraceError, definition_span, is_internal
 from tilejit.ir.buffer import Scope
 from tilejit.ir.expr import Expr
 from tilejit.language.handle import BufferHandle
@@ -108,7 +108,7 @@ def user_function(fn: object) -> UserFunction:
             f"{shown} is not a Python function that tilejit can trace.",
             hint="Decorate a function written with `def`.",
         )
-    span = Span(fn.__code__.co_filename, fn.__code__.co_firstlineno, function=fn.__name__)
+    span = definition_span(fn.__code__)
     return UserFunction(fn, fn.__name__, span, _caller_names() if _has_text_annotations(fn) else {})
 
 
@@ -139,8 +139,8 @@ def make_rule(function: UserFunction, parameter: inspect.Parameter) -> Parameter
         kind = "declared"
         if note.buffer.scope is not Scope.GLOBAL:
             raise ArgumentError(
-                f"`{parameter.name}` of `{function.name}` is declared in {note.buffer.scope} "
-                "memory; arguments are in global memory.",
+                f"`{parameter.name}` of `{function.name}` is declared in "
+                f"{note.buffer.scope.words}; arguments are in global memory.",
                 span=function.span,
                 hint="Declare it with T.Tensor, and allocate inside the kernel.",
             )

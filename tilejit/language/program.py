@@ -15,6 +15,7 @@ from tilejit.ir.kernel import Kernel, Param, ParamKind, Program
 from tilejit.ir.node import Body, walk
 from tilejit.language.finish import finish_body, shape_variables, used_variables
 from tilejit.language.handle import BufferHandle
+from tilejit.language.hazards import check_iterations
 from tilejit.language.trace import Trace
 
 
@@ -68,6 +69,7 @@ def _kernel(
     fast_math: bool,
 ) -> Kernel:
     body = finish_body(trace.root.nodes)
+    check_iterations(body)
     return Kernel(
         name=name,
         params=_params(host, trace, body, overlaps),

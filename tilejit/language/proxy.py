@@ -57,11 +57,18 @@ def _split_keys(keys: Any) -> tuple[Any, ...]:
     return keys
 
 
-class _FromPointer:
-    """The `from_ptr` that all proxies share."""
+class _Proxy:
+    """What all proxies share: `from_ptr`, and `isinstance(x, proxy)`."""
 
     _name = "T.Tensor"
     default_scope = "global"
+
+    def __instancecheck__(self, instance: object) -> bool:
+        """True for buffers of this proxy's scope."""
+        return isinstance(instance, BufferHandle) and instance.scope == self.default_scope
+
+    def __repr__(self) -> str:
+        return self._name
 
     def from_ptr(
         self, pointer_var: Any, shape: Any, dtype: Any = "float32", strides: Any = None
@@ -94,7 +101,7 @@ class _FromPointer:
         return _make(request)
 
 
-class BufferProxy(_FromPointer):
+class BufferProxy(_Proxy):
     """`T.Buffer`: every field of a buffer can be said; the scope is an argument."""
 
     _name = "T.Buffer"
@@ -125,7 +132,7 @@ class BufferProxy(_FromPointer):
         return self(*_split_keys(keys))
 
 
-class BaseTensorProxy(_FromPointer):
+class BaseTensorProxy(_Proxy):
     """Base of the proxies: a subclass sets the defaults of scope, alignment and offset factor."""
 
     default_scope = "global"
@@ -177,9 +184,6 @@ class BaseTensorProxy(_FromPointer):
 
     def __getitem__(self, keys: Any) -> BufferHandle:
         return self(*_split_keys(keys))
-
-    def __repr__(self) -> str:
-        return self._name
 
 
 class TensorProxy(BaseTensorProxy):

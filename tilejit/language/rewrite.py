@@ -254,6 +254,9 @@ class _Rewriter(ast.NodeTransformer):
     # -- nested scopes ------------------------------------------------------------------------
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Nonlocal | ast.Global):
+                self.visit(inner)  # refuses
         return node
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> Any:
@@ -401,8 +404,6 @@ class _Rewriter(ast.NodeTransformer):
         test = self.visit(node.test)
         both = [*node.body, *node.orelse]
         escape = _has_jump(both) or ("return" if _has_return(both) else None)
-        if not escape and not self._is_pure(node.test):
-            escape = ":="
         if escape:
             test = _at(_call("host_test", test, ast.Constant(escape)), node.test)
             return _at(ast.If(test, self._block(node.body), self._block(node.orelse)), node)

@@ -27,6 +27,7 @@ def expand_index(buffer: Buffer, rank: int, key: object) -> list[object]:
         raise OutOfRangeError(
             f"`{buffer.name}` has {rank} dimension{'s' * (rank != 1)} and is indexed with {given}.",
             related=[(buffer.span, f"{buffer.name} comes from here")],
+            hint="Give at most one index for each dimension.",
         )
     missing: list[object] = [slice(None)] * (rank - given)
     for place, part in enumerate(parts):
@@ -59,9 +60,12 @@ def checked_position(buffer: Buffer, d: int, part: object) -> Expr:
 def _out_of_range(
     buffer: Buffer, d: int, at: str, extent: str, is_negative: bool
 ) -> OutOfRangeError:
-    hint = "Negative indexes do not wrap in a kernel." if is_negative else ""
+    hint = f"Indexes of that dimension go from 0 to below {extent}."
+    if is_negative:
+        hint = "Negative indexes do not wrap in a kernel."
     return OutOfRangeError(
-        f"Index {at} is outside dimension {d} of `{buffer.name}`, which has extent {extent}.",
+        f"{'Slice' if ':' in at else 'Index'} {at} is outside dimension {d} of `{buffer.name}`, "
+        f"which has extent {extent}.",
         related=[(buffer.span, f"{buffer.name} comes from here")],
         hint=hint,
     )

@@ -311,6 +311,7 @@ def _check_room(what: str, buffer: Buffer, parent: Buffer) -> None:
                 f"`{parent.name}` is {shape_text(parent.shape)} {parent.dtype}."
             ],
             related=[(parent.span, f"{parent.name} comes from here")],
+            hint="Make the view smaller, or allocate more.",
         )
 
 

@@ -94,6 +94,7 @@ class Trace:
         self.outputs: list[Buffer] = []
         self.kernels: list[Trace] = []
         self.failures: list[BaseException] = []
+        self._places: dict[Var, tuple[Buffer, tuple[Expr, ...]]] = {}
         self.grid: tuple[Expr, ...] = ()
         self.threads: tuple[int, int, int] = (1, 1, 1)
         self.block_vars: tuple[Var, ...] = ()
@@ -170,7 +171,15 @@ class Trace:
         name = self.unique_name(f"{buffer.name}_at")
         out = Var(name, buffer.dtype, VarKind.VALUE)
         self.add(Load(out=out, buffer=buffer, index=index, span=caller_span()))
+        self._places[out] = (buffer, index)
         return out
+
+    def name_of(self, var: Var) -> str:
+        """What the user calls a value: `A[i, 0]` for one that was loaded from there."""
+        if var not in self._places:
+            return var.name
+        buffer, at = self._places[var]
+        return f"{buffer.name}[{', '.join(show(e, self.name_of) for e in at)}]"
 
     def define(self, var: Var, span: Span | None) -> None:
         """`var` may be used from here to the end of the current frame."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import linecache
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,13 +26,24 @@ from tilejit.ir.expr import (
     unary,
 )
 from tilejit.ir.expr import select as select_expr
+from tilejit.language.trace import current
 
 
 class Scalar:
     """Python's operators for everything that stands for one traced number."""
 
     __slots__ = ()
-    __array_ufunc__ = None  # NumPy scalars leave the operators to us
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """NumPy scalars leave their operators to us; NumPy's functions are refused."""
+        operate = _UFUNCS.get(ufunc.__name__)
+        if operate is None or method != "__call__" or kwargs:
+            raise TraceError(
+                f"`np.{ufunc.__name__}` cannot compute with a traced value.",
+                hint=f"Use the functions of `tilejit.language`, such as `T.{ufunc.__name__}(x)`.",
+            )
+        scalars = (x[()] if isinstance(x, np.ndarray) and not x.ndim else x for x in inputs)
+        return operate(*scalars)
 
     def scalar(self) -> Expr:
         """The number, as an expression."""
@@ -163,7 +175,7 @@ class Scalar:
         if isinstance(e, Const):
             return bool(e.value)
         raise TraceError(
-            f"`{show(e)}` is only known when the kernel runs, so Python cannot decide on it.",
+            f"`{shown(e)}` is only known when the kernel runs, so Python cannot decide on it.",
             hint=_bool_hint(),
         )
 
@@ -173,7 +185,7 @@ class Scalar:
     def __index__(self) -> int:
         e = self.scalar()
         if isinstance(e, Const) and not e.dtype.is_integer:
-            raise ArgumentTypeError(f"`{show(e)}` has dtype {e.dtype}, where an int is needed.")
+            raise ArgumentTypeError(f"`{shown(e)}` has dtype {e.dtype}, where an int is needed.")
         return int(
             self._number(
                 "Python",
@@ -190,7 +202,7 @@ class Scalar:
         if isinstance(e, Const):
             return e.value
         raise TraceError(
-            f"`{show(e)}` is only known when the kernel runs; {who} needs its number now.",
+            f"`{shown(e)}` is only known when the kernel runs; {who} needs its number now.",
             hint=hint,
         )
 
@@ -201,8 +213,9 @@ class Scalar:
 
     def __iter__(self) -> NoReturn:
         raise TraceError(
-            "A traced scalar cannot be iterated over.",
-            hint="Write `for i in T.serial(n):` for a loop of n rounds.",
+            f"`{shown(self.scalar())}` is one number, so it cannot be unpacked or iterated over.",
+            hint="Take as many names as T.Kernel or T.Parallel has extents; for a loop of n rounds "
+            "write `for i in T.serial(n):`.",
         )
 
     def __contains__(self, item: object) -> bool:
@@ -245,6 +258,27 @@ class Value(Scalar):
     def __repr__(self) -> str:
         return show(self.expr)
 
+
+_UFUNCS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda a, b: arithmetic("add", a, b),
+    "subtract": lambda a, b: arithmetic("sub", a, b),
+    "multiply": lambda a, b: arithmetic("mul", a, b),
+    "divide": lambda a, b: arithmetic("div", a, b),
+    "floor_divide": lambda a, b: arithmetic("floordiv", a, b),
+    "remainder": lambda a, b: arithmetic("floormod", a, b),
+    "power": lambda a, b: power(a, b),
+    "bitwise_and": lambda a, b: arithmetic("and", a, b),
+    "bitwise_or": lambda a, b: arithmetic("or", a, b),
+    "bitwise_xor": lambda a, b: arithmetic("xor", a, b),
+    "left_shift": lambda a, b: arithmetic("shl", a, b),
+    "right_shift": lambda a, b: arithmetic("shr", a, b),
+    "less": lambda a, b: compare("lt", a, b),
+    "less_equal": lambda a, b: compare("le", a, b),
+    "greater": lambda a, b: compare("gt", a, b),
+    "greater_equal": lambda a, b: compare("ge", a, b),
+    "equal": lambda a, b: compare("eq", a, b),
+    "not_equal": lambda a, b: compare("ne", a, b),
+}
 
 _BOOL_HINTS = {
     "min(": "Write `T.min(a, b)`.",
@@ -444,6 +478,12 @@ def select(condition: object, a: object, b: object) -> Value:
     test = as_condition(condition)
     x, y = operands(a, b)
     return Value(select_expr(test, x, y))
+
+
+def shown(e: Expr) -> str:
+    """The expression as the user wrote it, as far as that is known."""
+    trace = current()
+    return show(e, None if trace is None else trace.name_of)
 
 
 def is_traced(x: object) -> bool:

@@ -291,7 +291,9 @@ def blocked(shape: Sequence[int], threads: int, vector: int = 1) -> FragmentLayo
         if axis == len(shape) - 1 and vector > 1:
             entry.append(register(vector, 1))
         digits.append(tuple(entry))
-    if even and (free == 1 or all(len(d) or e == 1 for d, e in zip(digits, shape[::-1]))):
+    if even and (
+        free == 1 or all(len(d) or e == 1 for d, e in zip(digits, shape[::-1], strict=True))
+    ):
         layout = FragmentLayout(shape, tuple(reversed(digits)), threads)
         if layout.holders * vector * 2 > min(threads * vector, math.prod(shape)):
             return layout

@@ -35,9 +35,7 @@ from tilejit.lower.facts import Facts
 from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
 
 _SMALL_FLOAT_BITS = 16
-_WHOLE = frozenset(
-    "add sub mul floordiv floormod min max and or xor shl shr select neg".split()
-)
+_WHOLE = frozenset("add sub mul floordiv floormod min max and or xor shl shr select neg".split())
 
 
 @dataclass
@@ -64,6 +62,7 @@ class Points:
     layout, variables: the T.Parallel loop they belong to; None for statements outside one.
     vector: that many consecutive points (from multiples of it) step `axis` by one.
     once: true in one of the threads that run copies of the same iteration; None is true.
+    once_loads: the same for loads from memory, where only that thread needs the values.
     registers: the layout's register of each point; None when they are all, in order.
     constants: what enclosing unrolled loops' variables are.
     """
@@ -74,6 +73,7 @@ class Points:
     vector: int = 1
     axis: Var | None = None
     once: Value | None = None
+    once_loads: Value | None = None
     registers: list[int] | None = None
     constants: dict[Var, Expr] = field(default_factory=dict)
 
@@ -82,9 +82,7 @@ class Points:
         return self.layout is None and len(self.points) == 1
 
     def with_constant(self, var: Var, value: Expr) -> Points:
-        points = [
-            Point({**p.mapping, var: value}, p.bounds, p.condition) for p in self.points
-        ]
+        points = [Point({**p.mapping, var: value}, p.bounds, p.condition) for p in self.points]
         return replace(self, points=points, constants={**self.constants, var: value})
 
 
@@ -122,7 +120,7 @@ class EmitterBase:
     def forget(self) -> None:
         """Forget what was computed in the innermost scope."""
         for layers in (self._values, self._indexes, self._guards):
-            layers[-1].clear()  # type: ignore[attr-defined]
+            layers[-1].clear()
 
     def bind(self, var: Var, value: Value) -> None:
         self._values[-1][var] = value
@@ -284,9 +282,7 @@ class EmitterBase:
         for condition in conditions:
             if condition is None or condition is result:
                 continue
-            result = (
-                condition if result is None else self.m.binary("and", result, condition, bool_)
-            )
+            result = condition if result is None else self.m.binary("and", result, condition, bool_)
         return result
 
     def inside(self, e: Expr, extent: Expr) -> Value | None:
@@ -328,8 +324,11 @@ class EmitterBase:
             align = power_of_two_divisor(buffer.align or buffer.dtype.bytes, 16)
             written = buffer in self.written
             return self._split(
-                "global", self.value(buffer.data), offset, align, not written and self.is_readonly(
-                    buffer)
+                "global",
+                self.value(buffer.data),
+                offset,
+                align,
+                not written and self.is_readonly(buffer),
             )
         root = buffer.root
         if buffer.scope.is_shared:
@@ -398,5 +397,3 @@ def _remainder(e: Expr, size: int, limit: int) -> Expr:
 
 def new_value(name: str, dtype: DType) -> Var:
     return Var(name, dtype, VarKind.VALUE)
-
-

@@ -67,11 +67,11 @@ def _unrolled_loops(kernel: Kernel) -> set[Var]:
         count = trip_count(node)
         if count is None:
             continue
-        if node.kind is LoopKind.VECTORIZED or (
-            node.kind is LoopKind.UNROLL and node.unroll_factor is None
+        if (
+            node.kind is LoopKind.VECTORIZED
+            or (node.kind is LoopKind.UNROLL and node.unroll_factor is None)
+            or (count <= UNROLL_LIMIT and _indexes_registers(node))
         ):
-            result.add(node.var)
-        elif count <= UNROLL_LIMIT and _indexes_registers(node):
             result.add(node.var)
     return result
 

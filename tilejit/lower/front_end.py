@@ -9,9 +9,10 @@ first compile of a process 0.3 s.
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from numba import cuda
@@ -92,20 +93,20 @@ def _get_contexts() -> Any:
     return _contexts
 
 
-def _define(lowered: Lowered, target: Target) -> Callable[..., Any]:
-    """Execute the source with the granules' names bound, and return the kernel."""
+@contextlib.contextmanager
+def _defined(lowered: Lowered, target: Target) -> Iterator[Callable[..., Any]]:
+    """The kernel as a Python function, whose source Numba's messages can show meanwhile."""
     filename = f"<tilejit {lowered.entry} {id(lowered):x}>"
     lines = lowered.source.splitlines(keepends=True)
-    linecache.cache[filename] = (len(lowered.source), None, lines, filename)
     namespace: dict[str, Any] = {"cuda": cuda, "__name__": "tilejit_kernel"}
     for name, granule in lowered.granules.items():
         namespace[name] = make_intrinsic(granule, target, lowered.fast_math, lowered.threads)
+    linecache.cache[filename] = (len(lowered.source), None, lines, filename)
     try:
         exec(compile(lowered.source, filename, "exec"), namespace)
+        yield namespace[lowered.entry]
     finally:
         linecache.cache.pop(filename, None)
-    kernel: Callable[..., Any] = namespace[lowered.entry]
-    return kernel
 
 
 def _flags(target: Target) -> Any:
@@ -125,9 +126,12 @@ def lower_to_llvm(lowered: Lowered, target: Target) -> tuple[str, str]:
 
     Raises whatever Numba raises: the source is ours, so any error is a defect.
     """
-    kernel = _define(lowered, target)
     arguments = tuple(numba_type(slot) for _, slot in lowered.parameters)
-    with global_compiler_lock, utils.numba_target_override():
+    with (
+        _defined(lowered, target) as kernel,
+        global_compiler_lock,
+        utils.numba_target_override(),
+    ):
         typing_context, target_context = _get_contexts()
         result = compiler.compile_extra(
             typingctx=typing_context,

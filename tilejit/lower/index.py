@@ -78,9 +78,7 @@ def thread_digit(thread: Expr, stride: int, size: int, threads: int) -> Expr:
     return value if stride * size >= threads else arith("floormod", value, size)
 
 
-def coordinates(
-    layout: FragmentLayout, parts: tuple[Expr, ...], register: int
-) -> tuple[Expr, ...]:
+def coordinates(layout: FragmentLayout, parts: tuple[Expr, ...], register: int) -> tuple[Expr, ...]:
     """Coordinates of a register's element, `parts` being the layout's `thread_part`."""
     sums = tuple(
         arith("add", t, r) for t, r in zip(parts, layout.register_part(register), strict=True)
@@ -113,9 +111,7 @@ def shared_offset(layout: SharedLayout, at: Sequence[Expr]) -> Expr:
         chunk, byte = split(within, 16)
         within = arith("add", arith("mul", xor(chunk, mask), 16), byte)
     result = arith("mul", lead, layout.tile_elements * layout.itemsize)
-    result = arith(
-        "add", result, arith("mul", panel, layout.rows * layout.pitch * layout.itemsize)
-    )
+    result = arith("add", result, arith("mul", panel, layout.rows * layout.pitch * layout.itemsize))
     result = arith("add", result, arith("mul", row, layout.pitch * layout.itemsize))
     return arith("add", result, within)
 
@@ -133,5 +129,3 @@ def global_offset(buffer: Buffer, at: Sequence[Expr]) -> Expr:
 def power_of_two_divisor(number: int, limit: int) -> int:
     """The largest power of two up to `limit` that divides `number` (0: `limit`)."""
     return math.gcd(number, limit) if number else limit
-
-

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.typing.templates import AbstractTemplate, signature
 
+from tilejit.errors import InternalError, TileError
 from tilejit.isa.machine import Granule, Slot
 from tilejit.lower.llvm_machine import LLVMMachine
 from tilejit.target import Target
@@ -70,11 +71,8 @@ class GranuleCall:
             _unpack(builder, argument, slot)
             for argument, slot in zip(arguments, self.granule.inputs, strict=True)
         ]
-        outputs = self.granule.emit(machine, inputs)
+        outputs = self._emit(machine, inputs)
         slots = self.granule.outputs
-        assert len(outputs) == len(slots), (
-            f"granule {self.granule.name} returned {len(outputs)} values, declared {len(slots)}"
-        )
         values = [
             _pack(machine, context, value, slot) for value, slot in zip(outputs, slots, strict=True)
         ]
@@ -83,6 +81,24 @@ class GranuleCall:
         if len(values) == 1:
             return values[0]
         return context.make_tuple(builder, self.result, values)
+
+    def _emit(self, machine: LLVMMachine, inputs: list[Any]) -> list[Any]:
+        granule = self.granule
+        try:
+            outputs = granule.emit(machine, inputs)
+            assert len(outputs) == len(granule.outputs), (
+                f"it returned {len(outputs)} values and declares {len(granule.outputs)}"
+            )
+        except TileError:
+            raise
+        except Exception as error:
+            raise InternalError(
+                f"The code of `{granule.name}` could not be generated.",
+                span=granule.span,
+                notes=[f"{type(error).__name__}: {error}"],
+                hint="This is a defect of tilejit; please report it with this text.",
+            ) from error
+        return outputs
 
 
 def _template(call: GranuleCall) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilejit.dtypes import DType
+from tilejit.dtypes import DType, int32, uint32
 from tilejit.ir import expr
 from tilejit.isa import special
 from tilejit.lower.llvm_values import (
@@ -118,7 +118,15 @@ class LLVMArithmetic(LLVMValues):
         return self.builder.select(fits, shifted, self._like(a, 0))
 
     def _divide(self, op: str, a: Value, b: Value, dtype: DType) -> Value:
-        """Quotient or remainder, rounded down or (`div`, `fmod`) to zero; 0 when `b` is 0."""
+        """Quotient or remainder, rounded down or (`div`, `fmod`) to zero; 0 when `b` is 0.
+
+        Narrow integers are divided as 32-bit ones: libNVVM 13.0 divides the magnitude of the
+        smallest int16 wrongly.
+        """
+        if dtype.bits < 32:
+            wide = int32 if dtype.is_signed else uint32
+            x, y = (self._widened(v, dtype) for v in (a, b))
+            return self.builder.trunc(self._divide(op, x, y, wide), a.type)
         down = op in ("floordiv", "floormod")
         wants_rest = op in ("fmod", "floormod")
         known = constant_int(b)
@@ -132,6 +140,17 @@ class LLVMArithmetic(LLVMValues):
         if not dtype.is_signed:
             return self._divide_unsigned(a, b, wants_rest)
         return self._divide_signed(a, b, down, wants_rest)
+
+    def _widened(self, value: Value, dtype: DType) -> Value:
+        """A narrow integer as a 32-bit one; a constant stays one."""
+        known = constant_int(value)
+        if known is None:
+            extend = self.builder.sext if dtype.is_signed else self.builder.zext
+            return extend(value, I32)
+        known &= (1 << dtype.bits) - 1
+        if dtype.is_signed and known >> (dtype.bits - 1):
+            known -= 1 << dtype.bits
+        return I32(known)
 
     def _divide_by_power(self, a: Value, b: int, dtype: DType, wants_rest: bool) -> Value:
         if wants_rest:

@@ -44,7 +44,7 @@ from tilejit.isa.mma import WARP
 from tilejit.lower.facts import Facts, facts, trip_count
 from tilejit.lower.matmul import MatmulEmitter
 from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.gemm import Gemm
+from tilejit.ops.gemm import FetchOperands, Gemm
 
 COMMENT_COLUMN = 60
 Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
@@ -85,9 +85,7 @@ class _Held:
         values = [v for word in held for v in machine.unpack(word, dtype)][: self.count]
         return machine.cast(values, uint8, bool_) if self.dtype.is_bool else values
 
-    def _storage(
-        self, machine: Machine, values: Sequence[Value]
-    ) -> tuple[DType, Sequence[Value]]:
+    def _storage(self, machine: Machine, values: Sequence[Value]) -> tuple[DType, Sequence[Value]]:
         if self.dtype.is_bool:
             return uint8, machine.cast(values, bool_, uint8)
         return self.dtype, values
@@ -228,8 +226,9 @@ class _Skeleton:
         touching = [
             position
             for position, node in enumerate(body)
-            if any(b.root in self.facts.in_memory for n in walk((node,)) for b in (
-                *n.reads, *n.writes))
+            if any(
+                b.root in self.facts.in_memory for n in walk((node,)) for b in (*n.reads, *n.writes)
+            )
         ]
         if not touching:
             return [(node,) for node in body]
@@ -240,7 +239,7 @@ class _Skeleton:
             *((node,) for node in body[last + 1 :]),
         ]
 
-    def _is_defined_first(self, key: Key) -> bool:
+    def _is_defined_first(self, key: Key, nodes: Body | None = None) -> bool:
         """True when the first use of the state sets all of it, in the same body as, or around,
         all other uses."""
 
@@ -256,7 +255,7 @@ class _Skeleton:
                     return search(inner[0])
             return False
 
-        return bool(search(self.kernel.body))
+        return bool(search(self.kernel.body if nodes is None else nodes))
 
     def _define(self, key: Key) -> None:
         """Zeros: reading what was never written is no accident waiting to happen."""
@@ -332,8 +331,9 @@ class _Skeleton:
         name = self.name(var, var.name)
         hint = name
         step = const(node.step, var.dtype)
-        start = self.expression(f"first_{hint}", lambda e: _as(e, node.start, var.dtype),
-                                [node.start], var.dtype)
+        start = self.expression(
+            f"first_{hint}", lambda e: _as(e, node.start, var.dtype), [node.start], var.dtype
+        )
         self.line(f"{name} = {start}", node.span)
         more = self.expression(
             f"more_{hint}",
@@ -408,9 +408,7 @@ class _Skeleton:
 
     def _inputs(self, used: set[Var]) -> list[Var]:
         """Variables that come from outside, in a fixed order; threads find their own index."""
-        return sorted(
-            (v for v in used if v in self.names), key=lambda v: v.serial
-        )
+        return sorted((v for v in used if v in self.names), key=lambda v: v.serial)
 
     def granule(self, nodes: Body) -> None:
         """One call that does the nodes."""
@@ -418,9 +416,10 @@ class _Skeleton:
         used = {v for n in walk(nodes) for v in used_variables(n)} - defined
         inputs = self._inputs(used)
         keys = self._keys(nodes)
-        read = [k for k in keys if not _defines_all(nodes[0], k)]
-        written = {b.root if b.scope is not Scope.FRAGMENT else b for n in walk(nodes)
-                   for b in n.writes}
+        read = [k for k in keys if not self._is_defined_first(k, nodes)]
+        written = {
+            b.root if b.scope is not Scope.FRAGMENT else b for n in walk(nodes) for b in n.writes
+        }
         changed = [k for k in keys if k in written]
         inside = _count_uses_in(nodes)
         outputs = [
@@ -430,8 +429,12 @@ class _Skeleton:
             if not n.bodies and self.uses.get(v, 0) > inside.get(v, 0)
         ]
         in_memory = sorted(
-            {b.root for n in walk(nodes) for b in (*n.reads, *n.writes)
-             if b.root in self.facts.in_memory},
+            {
+                b.root
+                for n in walk(nodes)
+                for b in (*n.reads, *n.writes)
+                if b.root in self.facts.in_memory
+            },
             key=lambda b: b.name,
         )
 
@@ -477,7 +480,7 @@ class _Skeleton:
         results += [self.name(k, k.name) for k in changed]
         slots = [self._slot(v) for v in inputs] + [held[k].slot for k in read]
         out_slots = [Slot(v.dtype) for v in outputs] + [held[k].slot for k in changed]
-        self.granules[name] = Granule(name, tuple(slots), tuple(out_slots), run)
+        self.granules[name] = Granule(name, tuple(slots), tuple(out_slots), run, span)
         target = f"{', '.join(results)} = " if results else ""
         self.line(f"{target}{name}({', '.join(arguments)})", span)
 
@@ -534,6 +537,8 @@ def _defines_all(node: Node, key: Key) -> bool:
         return node.dst.is_whole and key not in node.reads
     if isinstance(node, Gemm):
         return node.clear and node.acc.buffer is key and node.acc.is_whole
+    if isinstance(node, FetchOperands):
+        return node.carried is key
     if isinstance(node, Store):
         return node.buffer is key and math.prod(key.extents) == 1
     return False
@@ -541,7 +546,7 @@ def _defines_all(node: Node, key: Key) -> bool:
 
 def _is_pipeline_step(node: Node) -> bool:
     """Part of a pipeline's machinery: waits, meetings and copies that run ahead."""
-    if isinstance(node, AsyncCommit | AsyncWait):
+    if isinstance(node, AsyncCommit | AsyncWait | FetchOperands):
         return True
     if isinstance(node, SyncThreads):
         return node.inserted
@@ -567,9 +572,7 @@ def _share_call(before: Node, node: Node) -> bool:
 def _call_name(nodes: Body) -> str:
     """A name that says what the call does, with the user's buffer names."""
     if all(_is_pipeline_step(n) for n in nodes):
-        filled = dict.fromkeys(
-            n.dst.buffer.name for n in walk(nodes) if isinstance(n, Copy)
-        )
+        filled = dict.fromkeys(n.dst.buffer.name for n in walk(nodes) if isinstance(n, Copy))
         if filled:
             return "_".join(["fill", *filled])
         return "sync" if isinstance(nodes[0], SyncThreads) else "wait"

@@ -139,7 +139,8 @@ class StatementEmitter(EmitterBase):
         return result
 
     def _load_memory(self, node: Load, points: Points) -> None:
-        done: dict[Any, tuple[list[Value], int]] = {}
+        done: dict[Any, list[Value]] = {}
+        done_values: list[Value] = []
         results: list[Value] = []
         width = self.access_width(node.buffer, node.index, points)
         for number, point in enumerate(points.points):
@@ -151,17 +152,18 @@ class StatementEmitter(EmitterBase):
             when_expr = None if node.when is None else point.sub(node.when)
             key = (at, when_expr, id(point.bounds), id(point.condition))
             if key in done:
-                done_values = done[key][0]
+                done_values = done[key]
             else:
                 when = self.both(
                     self.guard(node.buffer, at),
                     point.bounds,
                     point.condition,
+                    points.once_loads,
                     None if when_expr is None else self.value(when_expr),
                 )
                 address = self.address(node.buffer, at)
                 done_values = self.m.load(address, node.buffer.dtype, width, when)
-                done[key] = (done_values, width)
+                done[key] = done_values
             results.append(done_values[0])
         self._bind_each(node.out, points, results)
 
@@ -203,9 +205,7 @@ class StatementEmitter(EmitterBase):
         for first in range(0, len(points.points), width):
             point = points.points[first]
             at = tuple(point.sub(e) for e in node.index)
-            when = self.both(
-                self.guard(node.buffer, at), point.bounds, point.condition, once
-            )
+            when = self.both(self.guard(node.buffer, at), point.bounds, point.condition, once)
             group = values[first : first + width]
             self.m.store(self.address(node.buffer, at), group, node.buffer.dtype, when)
 
@@ -228,9 +228,7 @@ class StatementEmitter(EmitterBase):
             at = tuple(point.sub(e) for e in node.index)
             if node.buffer.scope not in (Scope.GLOBAL, Scope.SHARED):
                 raise InternalError("An atomic on private memory.", span=node.span)
-            when = self.both(
-                self.guard(node.buffer, at), point.bounds, point.condition, once
-            )
+            when = self.both(self.guard(node.buffer, at), point.bounds, point.condition, once)
             value = self.value(point.sub(node.value))
             address = self.address(node.buffer, at)
             old = self.m.atomic(
@@ -289,18 +287,14 @@ class StatementEmitter(EmitterBase):
             return self._shared_width(self.kernel.shared[root], points, at, width)
         return width if int_value(buffer.element_strides[-1]) == 1 else 1
 
-    def _global_width(
-        self, buffer: Buffer, at: Sequence[Expr], points: Points, width: int
-    ) -> int:
+    def _global_width(self, buffer: Buffer, at: Sequence[Expr], points: Points, width: int) -> int:
         if int_value(buffer.element_strides[-1]) != 1:
             return 1
         extent = int_value(buffer.shape[-1])
-        proven = all(
-            self.inside(p.sub(at[-1]), buffer.shape[-1]) is None
-            for p in points.points
-        )
+        proven = all(self.inside(p.sub(at[-1]), buffer.shape[-1]) is None for p in points.points)
         if not proven:
-            # a vector is wholly inside or outside when it starts and the extent ends at its multiple
+            # a vector is inside or outside as a whole when it starts and the extent ends at its
+            # multiple
             starts = 0
             for first in range(0, len(points.points), points.vector):
                 starts = math.gcd(starts, divisor(points.points[first].sub(at[-1])))
@@ -328,7 +322,7 @@ class StatementEmitter(EmitterBase):
         for body in bodies:
             for node in body:
                 written |= all_writes(node)
-        keys = {b for b in written} | {b.root for b in written}
+        keys = written | {b.root for b in written}
         return {key: held for key, held in self.state.items() if key in keys}
 
     def emit_for(self, node: For, points: Points) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilejit.dtypes import bool_, int32, uint32
-from tilejit.errors import InternalError
+from tilejit.dtypes import int32, uint32
+from tilejit.errors import InternalError, UnsupportedError
 from tilejit.ir.analysis import interval
-from tilejit.ir.expr import Const, Expr, arith, binary, const, index, int_value
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Expr, arith, binary, const, index
 from tilejit.ir.loops import loop_layout
-from tilejit.ir.node import Node, Parallel
+from tilejit.ir.node import Atomic, Body, If, Node, Parallel, all_reads, all_writes, walk
+from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
@@ -51,16 +53,42 @@ class TileEmitter(StatementEmitter):
         parts = thread_part(layout, self.thread)
         once = self.replica(layout)
         one_by_one = writes_shared_temporary(node.body, node.vars)
+        only_memory = not any(
+            b.scope is Scope.FRAGMENT for inner in walk(node.body) for b in inner.writes
+        )
+        meets = once is not None and not only_memory
         size = max(layout.vector, ROUND // layout.vector * layout.vector)
         for first in range(0, layout.registers, size):
             registers = list(range(first, min(first + size, layout.registers)))
             with self.scope():
                 points = self._points(node, layout, parts, registers, around)
                 points.once = once
+                points.once_loads = once if only_memory else None
                 points.constants = outer.constants
                 rounds = split_points(points) if one_by_one else [points]
                 for part in rounds:
-                    self.emit_body(node.body, part)
+                    self._emit_round(node, part, meets)
+
+    def _emit_round(self, node: Parallel, points: Points, meets: bool) -> None:
+        """Statement after statement. With `meets`, threads run copies of an iteration and all of
+        them load: they meet before one of them stores to what they have loaded."""
+        loaded: set[Buffer] = set()
+        for inner in node.body:
+            written = {b.root for b in all_writes(inner) if not _is_private(b)}
+            read = {b.root for b in all_reads(inner) if not _is_private(b)}
+            if meets and written & read and not isinstance(inner, Atomic):
+                raise UnsupportedError(
+                    f"`{next(iter(written & read)).name}` is read and written in one branch or "
+                    f"loop of a T.Parallel with fewer iterations than the block's "
+                    f"{self.kernel.num_threads} threads, whose value also goes to a fragment.",
+                    span=inner.span,
+                    hint="Use two T.Parallel loops, or as many threads as iterations.",
+                )
+            if meets and written & loaded:
+                self.m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
+                loaded.clear()
+            self.emit_node(inner, points)
+            loaded |= read
 
     def _points(
         self,
@@ -84,9 +112,7 @@ class TileEmitter(StatementEmitter):
         """Whether coordinates exist; None when they surely do."""
         if not layout.is_padded:
             return None
-        return self.both(
-            *(self.inside(e, index(n)) for e, n in zip(at, layout.shape, strict=True))
-        )
+        return self.both(*(self.inside(e, index(n)) for e, n in zip(at, layout.shape, strict=True)))
 
     def replica(self, layout: FragmentLayout) -> Value | None:
         """True in the first of the threads that hold copies."""
@@ -100,35 +126,55 @@ class TileEmitter(StatementEmitter):
 
     def emit_async_copy(self, node: Copy, outer: Points) -> None:
         """cp.async of `vector` elements a time; what lies outside the tensor becomes zero."""
+        (around,) = outer.points
         assert node.atom is not None
         vector = node.atom.vector
-        source, target = node.src.buffer, node.dst.buffer
-        size = vector * source.dtype.bytes
         layout = blocked(node.src.shape, self.kernel.num_threads, vector)
         variables = loop_variables(node.src.shape)
-        from_index, to_index = place(node.src, variables), place(node.dst, variables)
         parts = thread_part(layout, self.thread)
         once = self.replica(layout)
-        (around,) = outer.points
         for register in range(0, layout.registers, vector):
             at = coordinates(layout, parts, register)
             point = Point({**around.mapping, **dict(zip(variables, at, strict=True))})
             when = self.both(self.bounds(layout, at), around.condition, once)
-            source_at = tuple(point.sub(e) for e in from_index)
-            target_at = tuple(point.sub(e) for e in to_index)
-            shared = self.address(target, target_at)
-            memory = self.address(source, source_at)
-            if shared.align < size or memory.align < size:
-                raise InternalError(
-                    f"An asynchronous copy of {size} bytes from `{source.name}` is not aligned.",
-                    span=node.span,
-                )
-            inputs = [
-                self.m.address(shared),
-                self.m.address(memory),
-                self.valid_bytes(node, source_at, vector),
-            ]
-            self.m.issue(isa_cp_async.cp_async(size), inputs, when)
+            source_at = tuple(point.sub(e) for e in place(node.src, variables))
+            target_at = tuple(point.sub(e) for e in place(node.dst, variables))
+            self._issue_async(node, source_at, target_at, vector, when)
+
+    def _issue_async(
+        self,
+        node: Copy,
+        source_at: tuple[Expr, ...],
+        target_at: tuple[Expr, ...],
+        vector: int,
+        when: Value | None,
+    ) -> None:
+        source, target = node.src.buffer, node.dst.buffer
+        size = vector * source.dtype.bytes
+        shared = self.address(target, target_at)
+        memory = self.address(source, source_at)
+        if shared.align < size or memory.align < size:
+            raise InternalError(
+                f"An asynchronous copy of {size} bytes from `{source.name}` is not aligned.",
+                span=node.span,
+            )
+        inputs = [
+            self.m.address(shared),
+            self.m.address(memory),
+            self.valid_bytes(node, source_at, vector),
+        ]
+        self.m.issue(isa_cp_async.cp_async(size), inputs, when)
+
+    def emit_straight(self, body: Body, point: Point) -> None:
+        """Copies that run ahead, their branches turned into predicates: no branch cuts the code
+        around them in pieces that are scheduled apart."""
+        for node in body:
+            if isinstance(node, If):
+                assert not node.orelse, "a pipeline's fill has no other arm"
+                condition = self.both(point.condition, self.value(point.sub(node.condition)))
+                self.emit_straight(node.then, replace(point, condition=condition))
+            else:
+                self.emit_node(node, Points([point]))
 
     def valid_bytes(self, node: Copy, at: tuple[Expr, ...], vector: int) -> Value:
         """Bytes of a vector that lie inside the tensor."""
@@ -155,9 +201,11 @@ class TileEmitter(StatementEmitter):
     def guard_leading(self, node: Copy, at: tuple[Expr, ...]) -> Value | None:
         """Whether all indices but the last are in range."""
         shape = node.src.buffer.shape
-        return self.both(
-            *(self.inside(e, n) for e, n in zip(at[:-1], shape[:-1], strict=True))
-        )
+        return self.both(*(self.inside(e, n) for e, n in zip(at[:-1], shape[:-1], strict=True)))
+
+
+def _is_private(buffer: Buffer) -> bool:
+    return buffer.scope is Scope.FRAGMENT or buffer.scope.is_per_thread
 
 
 def _flat_vector(layout: FragmentLayout) -> int:
@@ -166,5 +214,3 @@ def _flat_vector(layout: FragmentLayout) -> int:
     while vector > 1 and layout.shape[-1] % vector:
         vector //= 2
     return vector
-
-

@@ -71,9 +71,7 @@ def _copy_loop(node: Copy) -> Parallel:
     variables = loop_variables(node.src.shape)
     source, target = node.src.buffer, node.dst.buffer
     loaded = Var(source.name, source.dtype, VarKind.VALUE)
-    load = Load(
-        out=loaded, buffer=source, index=place(node.src, variables), span=node.span
-    )
+    load = Load(out=loaded, buffer=source, index=place(node.src, variables), span=node.span)
     value: Expr = loaded
     if node.pad is not None and source.scope is Scope.GLOBAL:
         value = select(in_range(node.src, variables), value, node.pad)

@@ -11,9 +11,9 @@ from enum import IntEnum
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr
 from tilejit.ir.names import Names
-from tilejit.ir.node import Node
+from tilejit.ir.node import Body, Node
 from tilejit.isa.atom import GemmAtom
-from tilejit.isa.mma import tile_a, tile_acc
+from tilejit.isa.mma import WARP, tile_a, tile_acc
 from tilejit.layout.fragment import FragmentLayout, blocked, register, thread
 
 
@@ -33,6 +33,10 @@ class Gemm(Node):
     b: (K, N), or (N, K) with transpose_b; shared.
     acc: (M, N) fragment, updated in place.
     atom: decided by `select`, None before.
+    carried: decided by `pipeline`: registers that hold the operands of the first step of k when
+        the node starts, and those of `following` (the next iteration's a and b) when it ends.
+        They are loaded while the last step is multiplied, after `meanwhile` has waited for them.
+    filling: decided by `pipeline`: the copies that run ahead, issued before the first step.
     """
 
     a: Region
@@ -43,6 +47,10 @@ class Gemm(Node):
     policy: GemmWarpPolicy = GemmWarpPolicy.Square
     clear: bool = False
     atom: GemmAtom | None = None
+    carried: Buffer | None = None
+    following: tuple[Region, Region] | None = None
+    meanwhile: Body = ()
+    filling: Body = ()
 
     @property
     def m(self) -> int:
@@ -58,20 +66,35 @@ class Gemm(Node):
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
-        inputs = (self.a.buffer, self.b.buffer)
-        return inputs if self.clear else (*inputs, self.acc.buffer)
+        inputs = [r.buffer for r in self.regions if r is not self.acc]
+        inputs += [] if self.clear else [self.acc.buffer]
+        return (*inputs, *self._carried)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.acc.buffer,)
+        return (self.acc.buffer, *self._carried)
+
+    @property
+    def _carried(self) -> tuple[Buffer, ...]:
+        return () if self.carried is None else (self.carried,)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return (*self.a.starts, *self.b.starts, *self.acc.starts)
+        return tuple(e for region in self.regions for e in region.starts)
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        return self.a, self.b, self.acc
+        return (self.a, self.b, *(self.following or ()), self.acc)
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.filling, self.meanwhile) if self.carried is not None else ()
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        if not bodies:
+            return self
+        filling, meanwhile = bodies
+        return dataclasses.replace(self, filling=filling, meanwhile=meanwhile)
 
     def problems(self) -> Iterator[str]:
         shapes = (self.a.shape, self.b.shape, self.acc.shape)
@@ -90,7 +113,7 @@ class Gemm(Node):
             yield f"accumulates in {self.acc.buffer.scope.value}"
 
     def show(self, names: Names) -> str:
-        text = ", ".join(names.region(region) for region in self.regions)
+        text = ", ".join(names.region(region) for region in (self.a, self.b, self.acc))
         for flag in ("transpose_a", "transpose_b"):
             if getattr(self, flag):
                 text += f", {flag[:-1]}{flag[-1].upper()}=True"
@@ -98,7 +121,54 @@ class Gemm(Node):
             text += f", policy=T.GemmWarpPolicy.{self.policy.name}"
         if self.clear:
             text += ", clear_accum=True"
-        return f"T.gemm({text})" + (f"  # {self.atom}" if self.atom else "")
+        comment = f"  # {self.atom}" if self.atom else ""
+        if self.following:
+            ahead = ", ".join(names.region(region) for region in self.following)
+            comment += f"; loads {ahead} before its last step"
+        return f"T.gemm({text}){comment}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FetchOperands(Node):
+    """Load the operands of a multiply's first step of k into the registers it carries."""
+
+    gemm: Gemm
+    carried: Buffer
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.gemm.a.buffer, self.gemm.b.buffer
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return (self.carried,)
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (*self.gemm.a.starts, *self.gemm.b.starts)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return self.gemm.a, self.gemm.b
+
+    def problems(self) -> Iterator[str]:
+        if self.carried.scope is not Scope.FRAGMENT:
+            yield f"fetches operands into {self.carried.scope.value}"
+
+    def show(self, names: Names) -> str:
+        regions = ", ".join(names.region(region) for region in self.regions)
+        return f"fetch_operands({regions})  # of the first step of the multiply"
+
+
+def operand_words(node: Gemm) -> int:
+    """Registers a thread needs for the operands of one step of k."""
+    assert node.atom is not None and node.atom.mma is not None
+    mma = node.atom.mma
+    rows = node.m // (node.atom.warps_m * mma.m)
+    columns = node.n // (node.atom.warps_n * mma.n)
+    a_words = mma.m * mma.k * mma.a.bits // (32 * WARP)
+    b_words = mma.k * mma.n * mma.b.bits // (32 * WARP)
+    return rows * a_words + columns * b_words
 
 
 def acc_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:

@@ -275,7 +275,7 @@ def cast_array(a: Any, source: DType, target: DType) -> Array:
             array = array.astype(np.float32, copy=False)
             if target.bits == 8:
                 array = np.clip(array, np.float32(target.min), np.float32(target.max))
-        return array.astype(target.numpy, copy=False)
+        return np.asarray(array).astype(target.numpy, copy=False)
 
 
 def _is_extended(dtype: DType) -> bool:

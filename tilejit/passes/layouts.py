@@ -67,26 +67,20 @@ class _Inference:
         self.threads = kernel.num_threads
         self.layouts: dict[Buffer, FragmentLayout] = {}
         self.notes: list[str] = []
-        self.loops = [
-            loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None
-        ]
+        self.loops = [loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None]
         self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
 
     def run(self) -> None:
         for node in self.gemms:
             assert node.atom is not None, "select did not run"
-            self.layouts.setdefault(
-                node.acc.buffer, acc_layout(node, node.atom, self.threads)
-            )
+            self.layouts.setdefault(node.acc.buffer, acc_layout(node, node.atom, self.threads))
         self.spread()
         for node in self.gemms:  # an operand that nothing else decides is laid out as asked
             if node.a.buffer.scope is Scope.FRAGMENT and node.a.buffer not in self.layouts:
                 assert node.atom is not None
                 self.layouts[node.a.buffer] = left_layout(node, node.atom, self.threads)
                 self.spread()
-        undecided = [
-            b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts
-        ]
+        undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
         for buffer in sorted(undecided, key=lambda b: -math.prod(b.extents)):
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
@@ -149,8 +143,9 @@ def derive(
     if len(set(keep)) != len(keep):
         return None
     if layout.flat:
-        return layout if keep == list(range(len(layout.shape))) and len(shape) == len(
-            keep) else None
+        return (
+            layout if keep == list(range(len(layout.shape))) and len(shape) == len(keep) else None
+        )
     projected = layout.project(keep)
     dims = iter(zip(projected.shape, projected.dims, strict=True))
     full_shape, full_dims = [], []
@@ -218,30 +213,36 @@ class _Converter:
         """A whole-fragment copy to its scratch buffer, or back."""
         pair = [whole(buffer), whole(self.scratch_of(buffer))]
         source, target = reversed(pair) if back else pair
-        return Copy(
-            src=source, dst=target, atom=CopyAtom(CopyMethod.REGISTERS, 1), span=node.span
-        )
+        return Copy(src=source, dst=target, atom=CopyAtom(CopyMethod.REGISTERS, 1), span=node.span)
 
     def loop(self, node: Node, loop: Parallel, steps: dict[Var, Sequence[int]]) -> list[Node]:
-        layout = loop_layout(loop, replace(self.kernel, fragments=self.layouts))
+        local = steps | inner_steps(loop.body)
         away: dict[Buffer, None] = {}
-        for inner, buffer, at in accesses(loop):
-            if buffer.scope is Scope.FRAGMENT and buffer not in away:
-                local = steps | inner_steps(loop.body)
-                if not self.is_local(self.layouts[buffer], layout, loop, at, local):
-                    away[buffer] = None
-            del inner
+        replaced = loop
+        while more := self.elsewhere(replaced, local):  # the rest may decide another layout
+            away |= dict.fromkeys(more)
+            body = _redirect(replaced.body, {b: self.scratch_of(b) for b in more})
+            replaced = replace(replaced, body=body)
         if not away:
             return [node]
         self.notes += [
             f"fragment {b.name} goes through shared memory for the loop at {node.span}"
             for b in away
         ]
-        replaced = replace(loop, body=_redirect(loop.body, {b: self.scratch_of(b) for b in away}))
         before = [self.moved(node, b, back=False) for b in away]
         written = {b for n, b, _ in accesses(loop) if isinstance(n, Store | Atomic)}
         after = [self.moved(node, b, back=True) for b in away if b in written]
         return [*before, replaced, *after]
+
+    def elsewhere(self, loop: Parallel, steps: dict[Var, Sequence[int]]) -> list[Buffer]:
+        """The fragments that a thread does not hold where its iterations ask for them."""
+        layout = loop_layout(loop, replace(self.kernel, fragments=self.layouts))
+        return [
+            buffer
+            for _, buffer, at in accesses(loop)
+            if buffer.scope is Scope.FRAGMENT
+            and not self.is_local(self.layouts[buffer], layout, loop, at, steps)
+        ]
 
     def is_local(
         self,
@@ -403,5 +404,3 @@ def operand_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
         if row_bytes % (16 * chunks) == 0:
             return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
     return SharedLayout(shape, itemsize)
-
-

@@ -5,9 +5,10 @@ Knows which copies may run ahead and how many slots fit the chip. Does not know 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tilejit.dtypes import bool_
+from tilejit.dtypes import bool_, uint32
 from tilejit.errors import UnsupportedError
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
@@ -40,9 +41,11 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.isa.mma import WARP
+from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.gemm import Gemm
+from tilejit.ops.gemm import FetchOperands, Gemm, operand_words
 
 DEFAULT_STAGES = 3
 
@@ -60,6 +63,7 @@ def pipeline_loops(kernel: Kernel) -> Kernel:
         body=body,
         slots=pipeliner.slots,
         shared=pipeliner.shared,
+        fragments=pipeliner.fragments,
         notes=(*kernel.notes, *pipeliner.notes),
     )
 
@@ -78,6 +82,7 @@ class _Pipeliner:
         self.kernel = kernel
         self.slots: dict[Buffer, int] = {}
         self.shared = dict(kernel.shared)
+        self.fragments = dict(kernel.fragments)
         self.notes: list[str] = []
 
     def visit(self, body: Body) -> Body:
@@ -136,8 +141,14 @@ class _Pipeliner:
             chosen.setdefault(child)
             buffers.append(target)
         ahead = tuple(n for n in node.body if n in chosen)
-        used = {v for n in node.body if n not in chosen for m in walk((n,)) for e in m.exprs
-                for v in variables(e)}
+        used = {
+            v
+            for n in node.body
+            if n not in chosen
+            for m in walk((n,))
+            for e in m.exprs
+            for v in variables(e)
+        }
         rest = tuple(
             n for n in node.body
             if n not in chosen or (isinstance(n, Load) and n.out in used)
@@ -210,16 +221,47 @@ class _Pipeliner:
         next_slot = arith("floormod", arith("add", iteration, stages - 1), stages)
         filled = self.ahead_at(split, node, slotted, self.existing(node, later), next_slot)
         own = arith("floormod", iteration, stages)
-        work = tuple(_into_slot(n, slotted, own) for n in split.rest)
-        body: Body = (
+        arrival: Body = (
             AsyncWait(pending=stages - 2, span=node.span),
             SyncThreads(inserted=True, span=node.span),
-            *self.guarded(node, later, filled),
-            AsyncCommit(span=node.span),
-            *(_synchronous(n) for n in work),
         )
+        fill: Body = (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
+        work = [_synchronous(_into_slot(n, slotted, own)) for n in split.rest]
+        if carries_operands(split, work):
+            following = arith("floormod", arith("add", iteration, 1), stages)
+            carried = self.operand_registers(work[-1])
+            first = tuple(_into_slot(n, slotted, index(0)) for n in split.rest[-1:])
+            assert isinstance(first[0], Gemm)
+            prologue += [*arrival, FetchOperands(gemm=first[0], carried=carried, span=node.span)]
+            (ahead,) = (_into_slot(n, slotted, following) for n in split.rest[-1:])
+            assert isinstance(ahead, Gemm) and isinstance(work[-1], Gemm)
+            work[-1] = replace(
+                work[-1],
+                carried=carried,
+                following=(ahead.a, ahead.b),
+                meanwhile=arrival,
+                filling=fill,
+            )
+            body: Body = tuple(work)
+        else:
+            body = (*arrival, *fill, *work)
         steady = replace(node, kind=LoopKind.SERIAL, body=body, num_stages=0)
         return [*prologue, steady, AsyncWait(pending=0, span=node.span)]
+
+    def operand_registers(self, node: Node) -> Buffer:
+        """Registers that carry a multiply's operands from one iteration to the next."""
+        assert isinstance(node, Gemm)
+        words, threads = operand_words(node), self.kernel.num_threads
+        buffer = Buffer(
+            name=f"{node.a.buffer.name}_{node.b.buffer.name}_operands",
+            shape=(index(threads), index(words)),
+            dtype=uint32,
+            scope=Scope.FRAGMENT,
+            span=node.span,
+        )
+        dims = ((thread(threads, 1),), (register(words, 1),))
+        self.fragments[buffer] = FragmentLayout((threads, words), dims, threads)
+        return buffer
 
     def iteration(self, node: For) -> Expr:
         """How many iterations came before this one."""
@@ -251,7 +293,7 @@ class _Pipeliner:
     ) -> Body:
         """The nodes that run ahead, for the iteration with loop variable `value`."""
         mapping: dict[Var, Expr] = {node.var: cast(value, node.var.dtype)}
-        result = []
+        result: list[Node] = []
         for child in split.ahead:
             if isinstance(child, Load):
                 fresh = Var(child.out.name, child.out.dtype, VarKind.VALUE)
@@ -277,6 +319,26 @@ class _Pipeliner:
         if int_value(exists) is not None and exists.dtype is bool_:
             return body if int_value(exists) else ()
         return (If(condition=exists, then=body, span=node.span),)
+
+
+# Operand registers worth carrying over the block's meeting: beyond them the accumulator spills.
+MAX_CARRIED_WORDS = 48
+MAX_ACCUMULATORS = 128
+
+
+def carries_operands(split: _Split, work: Sequence[Node]) -> bool:
+    """True when the iteration's work ends in a matrix multiply of two pipelined buffers: the first
+    operands of the next iteration are then loaded, and the block meets, behind its last step."""
+    if not split.rest or not isinstance(split.rest[-1], Gemm):
+        return False
+    gemm = split.rest[-1]
+    assert gemm.atom is not None, "select did not run"
+    if gemm.atom.mma is None or gemm.k < 2 * gemm.atom.mma.k:
+        return False
+    if not {gemm.a.buffer, gemm.b.buffer} <= set(split.buffers):
+        return False
+    per_thread = gemm.m * gemm.n // (WARP * gemm.atom.warps_m * gemm.atom.warps_n)
+    return per_thread <= MAX_ACCUMULATORS and operand_words(gemm) <= MAX_CARRIED_WORDS
 
 
 def _substitute_region(region: Region, mapping: dict[Var, Expr]) -> Region:
@@ -329,5 +391,3 @@ def _synchronous(node: Node) -> Node:
 
     (result,) = rewrite((node,), visit)
     return result
-
-

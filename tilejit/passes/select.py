@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
+from tilejit.dtypes import bool_, int32
 from tilejit.errors import TraceError, UnsupportedError
 from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
-from tilejit.dtypes import bool_, int32
 from tilejit.ir.expr import (
     Expr,
     Var,
@@ -317,4 +317,3 @@ def warp_split(node: Gemm, mma: MmaInstruction, warps: int) -> tuple[int, int] |
 
 def _used_variables(body: Body) -> set[Var]:
     return {v for node in walk(body) for e in node.exprs for v in variables(e)}
-

@@ -18,6 +18,8 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.loops import accesses, loop_layout
 from tilejit.ir.node import (
     Atomic,
+    BarrierArrive,
+    BarrierWait,
     Body,
     For,
     If,
@@ -30,6 +32,7 @@ from tilejit.ir.node import (
     While,
     all_reads,
     all_writes,
+    walk,
 )
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
@@ -43,7 +46,8 @@ def insert_sync(kernel: Kernel) -> Kernel:
     Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes. After it, between any two
     accesses to a shared or global buffer of which one writes there is a barrier, unless they
     belong to one node, or each thread surely comes back to its own elements, or they are to a
-    pipeline's slots (which the pipeline orders itself).
+    pipeline's slots (which the pipeline orders itself), or stand in branches that wait for each
+    other at the user's barriers.
     """
     synchroniser = _Synchroniser(kernel)
     body, _ = synchroniser.body(kernel.body, _Pending())
@@ -97,10 +101,42 @@ class _Synchroniser:
 
     def body(self, nodes: Body, pending: _Pending) -> tuple[Body, _Pending]:
         result: list[Node] = []
-        for node in nodes:
-            before, fresh, pending = self.node(node, pending)
-            result += [*before, fresh]
+        rest = list(nodes)
+        while rest:
+            together = self.together(rest)
+            if len(together) > 1:
+                before, pending = self.before_all(together, pending)
+                result += [*before, *together]
+            else:
+                before, fresh, pending = self.node(rest[0], pending)
+                result += [*before, fresh]
+            del rest[: len(together)]
         return tuple(result), pending
+
+    def together(self, nodes: list[Node]) -> list[Node]:
+        """The first node, and the branches after it that other threads of the block must be able
+        to reach while its threads wait: those that arrive at barriers that it waits for."""
+        awaited: set[Buffer] = set()
+        count = 1
+        for k, node in enumerate(nodes):
+            if not (isinstance(node, If) and self.divergence.of(node.exprs)):
+                break
+            inner = list(walk((node,)))
+            if any(isinstance(n, BarrierArrive) and n.barrier.root in awaited for n in inner):
+                count = k + 1
+            awaited |= {n.barrier.root for n in inner if isinstance(n, BarrierWait)}
+        return nodes[:count]
+
+    def before_all(
+        self, nodes: list[Node], pending: _Pending
+    ) -> tuple[list[Node], _Pending]:
+        """A barrier before nodes that run side by side, where any of them needs one."""
+        reads: Touched = {}
+        writes: Touched = {}
+        for node in nodes:
+            more_reads, more_writes = self.touched(node)
+            reads, writes = _merge(reads, more_reads), _merge(writes, more_writes)
+        return self.meet(nodes[0], pending, reads, writes)
 
     def node(self, node: Node, pending: _Pending) -> tuple[list[Node], Node, _Pending]:
         if isinstance(node, SyncThreads):
@@ -143,13 +179,15 @@ class _Synchroniser:
             for buffer in touched:
                 found = owners.get(buffer, {None})
                 if len(found) == 1:
-                    touched[buffer] = next(iter(found))  # type: ignore[assignment]
+                    touched[buffer] = next(iter(found))
         return reads, writes
 
     def owners(self, node: Node) -> Iterator[tuple[Buffer, Owner | None]]:
         """Every access in the node with its owner."""
-        is_async = isinstance(node, Copy) and node.atom is not None and (
-            node.atom.method is CopyMethod.CP_ASYNC
+        is_async = (
+            isinstance(node, Copy)
+            and node.atom is not None
+            and (node.atom.method is CopyMethod.CP_ASYNC)
         )
         loop = None if is_async else as_parallel(node)
         if loop is not None:

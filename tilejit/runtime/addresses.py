@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tilejit.errors import ArgumentError, ArgumentTypeError
+from tilejit.errors import ArgumentError, ArgumentTypeError, a_kind
 from tilejit.runtime import device
 from tilejit.runtime.arrays import HOST, host_array, is_array, read
 
@@ -32,7 +32,7 @@ def address_of(x: Any) -> int:
         ValueError: an array in host memory, where kernels run on a GPU.
     """
     if not is_array(x):
-        raise ArgumentTypeError(f"address_of takes an array, not a {type(x).__name__}.")
+        raise ArgumentTypeError(f"address_of takes an array, not {a_kind(x)}.")
     try:
         view = read(x)
     except (ArgumentError, ArgumentTypeError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.dtypes import ALL, DType, as_dtype, lookup, tfloat32
-from tilejit.errors import ArgumentError, ArgumentTypeError, DTypeError
+from tilejit.errors import ArgumentError, ArgumentTypeError, DTypeError, a_kind
 from tilejit.runtime import dlpack
 from tilejit.runtime.device import pointer_device
 
@@ -241,10 +241,8 @@ def _is_torch(kind: type) -> bool:
 
 def reader_of(kind: type) -> Reader | None:
     """The function that reads arrays of type `kind`, or None when it is no array type."""
-    try:
+    if kind in _readers:
         return _readers[kind]
-    except KeyError:
-        pass
     reader: Reader | None = None
     if issubclass(kind, np.ndarray):
         reader = read_numpy
@@ -276,8 +274,11 @@ def read(x: Any) -> ArrayView:
     """
     reader = reader_of(type(x))
     if reader is None:
-        kind = "None" if x is None else f"a {type(x).__name__}"
-        raise ArgumentTypeError(f"{{name}} is {kind}, not an array.")
+        kind = "None" if x is None else a_kind(x)
+        raise ArgumentTypeError(
+            f"{{name}} is {kind}, not an array.",
+            hint="NumPy, Numba, CuPy and torch arrays do, and all with DLPack.",
+        )
     return reader(x)
 
 
@@ -346,7 +347,7 @@ def allocate(
         return read_numpy(np.empty(shape, dtype.numpy))
     from numba import cuda  # a device array of Numba's for exporters we cannot allocate with
 
-    if like is not None and like.device not in (HOST, cuda.get_current_device().id):
+    if like is not None and not on_host and like.device != cuda.get_current_device().id:
         with cuda.gpus[like.device]:
             return read(cuda.device_array(shape, dtype.numpy))
     return read(cuda.device_array(shape, dtype.numpy))

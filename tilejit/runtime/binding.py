@@ -76,7 +76,10 @@ class Binder:
         names = [self.names[n] for n in places]
         listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
         verb = "is" if len(names) == 1 else "are"
-        raise ArgumentTypeError(f"{self.what}: {listed} {verb} missing.")
+        raise ArgumentTypeError(
+            f"{self.what}: {listed} {verb} missing.",
+            hint=f"It takes: {', '.join(self.names)}.",
+        )
 
     def _unknown(self, name: str) -> None:
         close = difflib.get_close_matches(name, self.names, n=1)

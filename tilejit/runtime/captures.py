@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.dtypes import DType, lookup
-from tilejit.errors import ArgumentTypeError, Span, is_package_file
+from tilejit.errors import ArgumentTypeError, Span, a_kind, definition_span, is_package_file
 
 _MISSING = object()
 _EXACT = (int, bool, str, bytes, type(None), complex, type(Ellipsis), DType, range)
@@ -192,7 +192,7 @@ class _Reading:
         if lookup(value) is not None:
             return ("dtype", str(value))
         raise ArgumentTypeError(
-            f"{self.what} reads {shown}, a {kind.__name__}; tilejit cannot tell when it changes.",
+            f"{self.what} reads {shown}, {a_kind(value)}; tilejit cannot tell when it changes.",
             span=self.span,
             hint="Pass it as an argument, or use numbers, strings, dtypes, tuples, lists or dicts.",
         )
@@ -269,8 +269,7 @@ def _attribute_check(owner: Any, attribute: str, value: Any) -> Callable[[], boo
 
 
 def _definition(function: types.FunctionType) -> Span:
-    code = function.__code__
-    return Span(code.co_filename, code.co_firstlineno, function=code.co_name)
+    return definition_span(function.__code__)
 
 
 _tokens: dict[Hashable, int] = {}
@@ -334,7 +333,7 @@ def freeze(value: Any, what: str, shown: str) -> Hashable:
         return reading.value(value, shown)
     except ArgumentTypeError as error:
         raise ArgumentTypeError(
-            f"{what}: {shown} is a {kind.__name__}, which cannot be a compile-time constant.",
+            f"{what}: {shown} is {a_kind(value)}, which cannot be a compile-time constant.",
             hint="Annotate the parameter as a tensor, or pass numbers, strings, dtypes, tuples, "
             "lists, dicts or functions.",
         ) from error

@@ -33,7 +33,7 @@ class Compiled:
     entry: the kernel's name in both.
     registers: of a thread. spill_bytes: stored and loaded by a thread, in sum.
     stack_bytes: of a thread. shared_bytes: dynamic, of a block.
-    log: what the assembler said. stage_seconds: wall time by stage.
+    log: what the compilers said. stage_seconds: wall time by stage.
     """
 
     cubin: bytes
@@ -66,7 +66,7 @@ def compile_lowered(lowered: Lowered, target: Target) -> Compiled:
             raise _defect("The generated kernel could not be lowered", lowered, error) from error
         clock.stop("front_end")
     try:
-        ptx = _run_nvvm(llvm, target, lowered.fast_math)
+        ptx, remarks = _run_nvvm(llvm, target, lowered.fast_math)
     except Exception as error:
         raise _defect("libNVVM refused the generated code", lowered, error) from error
     clock.stop("nvvm")
@@ -84,7 +84,7 @@ def compile_lowered(lowered: Lowered, target: Target) -> Compiled:
         spill_bytes=spills,
         stack_bytes=stack,
         shared_bytes=lowered.shared_bytes,
-        log=log,
+        log="\n".join(filter(None, (remarks, log))),
         stage_seconds=clock.seconds,
     )
 
@@ -151,7 +151,8 @@ def _nvvm_options(target: Target, fast_math: bool) -> list[str]:
     return [*options, "-ftz=0", "-fma=0", "-prec-div=1", "-prec-sqrt=1"]
 
 
-def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> str:
+def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> tuple[str, str]:
+    """The PTX, and what libNVVM said."""
     from cuda.bindings import nvvm
 
     program = nvvm.create_program()
@@ -162,18 +163,20 @@ def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> str:
             library = _libdevice()
             nvvm.lazy_add_module_to_program(program, library, len(library), "libdevice")
         options = _nvvm_options(target, fast_math)
+        failure: Exception | None = None
         try:
             nvvm.compile_program(program, len(options), options)
         except nvvm.nvvmError as error:
-            log = bytearray(nvvm.get_program_log_size(program))
-            nvvm.get_program_log(program, log)
-            error.add_note(_text(log))
-            raise RuntimeError(_text(log)) from error
+            failure = error
+        log = bytearray(nvvm.get_program_log_size(program))
+        nvvm.get_program_log(program, log)
+        if failure is not None:
+            raise RuntimeError(_text(log)) from failure
         ptx = bytearray(nvvm.get_compiled_result_size(program))
         nvvm.get_compiled_result(program, ptx)
     finally:
         nvvm.destroy_program(program)
-    return _text(ptx)
+    return _text(ptx), _text(log)
 
 
 def _text(buffer: bytearray) -> str:
@@ -221,10 +224,18 @@ _USED = re.compile(r"ptxas info\s*: Used (\d+) registers")
 _MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
+# What nvJitLink says of a kernel that it has assembled before in the process.
+_AGAIN = re.compile(r"used (\d+) registers, .*?(\d+) stack, .*?(\d+) bytes lmem")
+
+
 def _read_usage(log: str) -> tuple[int, int, int]:
     """Registers, spilled bytes and stack bytes, as the assembler reports them."""
     used, memory = _USED.search(log), _MEMORY.search(log)
     if used is None or memory is None:
+        again = _AGAIN.search(log)
+        if again is not None:
+            registers, stack, local = map(int, again.groups())
+            return registers, max(0, local - stack), stack
         raise InternalError("The assembler's report could not be read.", notes=[log])
     stack, stores, loads = map(int, memory.groups())
     return int(used[1]), stores + loads, stack

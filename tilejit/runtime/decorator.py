@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
-from tilejit.errors import ArgumentError, ArgumentTypeError
+from tilejit.errors import ArgumentError, ArgumentTypeError, a_kind
 from tilejit.ir.kernel import Program
 from tilejit.language.function import PrimFunc, TracedFunction
 from tilejit.runtime import device
@@ -138,7 +138,7 @@ class TileFunction:
                 )
             return prim_kernel(traced, target, self._out_idx, self._fast_math)
         if not isinstance(traced, Program):
-            raise ArgumentTypeError(f"{self.__name__} returns a {type(traced).__name__}.")
+            raise ArgumentTypeError(f"{self.__name__} returns {a_kind(traced)}.")
         if self._out_idx is not None:
             raise ArgumentTypeError(
                 f"{self.__name__}: out_idx is for a function that returns a T.prim_func.",
@@ -199,13 +199,11 @@ def _decorate(settings: Mapping[str, Any], function: Any) -> TileFunction:
         )
     if isinstance(function, staticmethod | classmethod):
         raise ArgumentTypeError(
-            f"@tilejit does not decorate a {type(function).__name__}.",
+            f"@tilejit does not decorate {a_kind(function)}.",
             hint="Put `@staticmethod` above `@tilejit`.",
         )
     if isinstance(function, TileFunction):
         raise ArgumentTypeError(f"{function.__name__} is a tile function already.")
     if not isinstance(function, types.FunctionType):
-        raise ArgumentTypeError(
-            f"@tilejit decorates a Python function, not a {type(function).__name__}."
-        )
+        raise ArgumentTypeError(f"@tilejit decorates a Python function, not {a_kind(function)}.")
     return TileFunction(function, **settings)

@@ -87,6 +87,7 @@ def _initialised_driver() -> tuple[Any, int]:
 
 
 def has_gpu() -> bool:
+    """True where there is a CUDA driver with a GPU."""
     return _initialised_driver()[1] > 0
 
 
@@ -195,6 +196,25 @@ def runs_on(target: Target, device: int) -> bool:
     if target.suffix:
         return target.cc == (major, minor)
     return target.cc[0] == major and target.cc[1] <= minor
+
+
+@functools.cache
+def _product_name(device: int) -> str:
+    api = driver()
+    handle = check(api.cuDeviceGet(device), f"Opening GPU {device}")
+    text: bytes = check(api.cuDeviceGetName(128, handle), f"Asking GPU {device}")
+    return text.split(b"\0")[0].decode(errors="replace")
+
+
+def device_name() -> str:
+    """What a call made now runs on: such as "NVIDIA H200 (sm_90a)", or the executor without one."""
+    where = executor()
+    if where is Executor.GPU:
+        device = current_device()
+        return f"{_product_name(device)} ({target_of(device)})"
+    if where is Executor.SIMULATOR:
+        return f"Numba's CUDA simulator ({offline_target()})"
+    return "the NumPy reference executor"
 
 
 def offline_target() -> Target:

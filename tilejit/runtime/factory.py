@@ -64,7 +64,10 @@ def _output_places(
             raise ArgumentTypeError(f"{what}: out_idx is {out_idx!r}, not integers.")
         place = given + len(names) if given < 0 else given
         if not 0 <= place < len(names):
-            raise ArgumentError(f"{what}: out_idx {given} is outside its {len(names)} parameters.")
+            raise ArgumentError(
+                f"{what}: out_idx {given} is outside its {len(names)} parameters.",
+                hint="Parameters count from 0, or from -1 at the end.",
+            )
         if names[place] not in tensors:
             raise ArgumentError(f"{what}: out_idx {given} is {names[place]}, which is no tensor.")
         if place in places:

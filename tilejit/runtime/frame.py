@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -47,6 +48,7 @@ class TileFrame:
         self.target = target
         self._lock = threading.RLock()
         self._made: dict[str, object] = {}
+        self._seconds: dict[str, float] = {}
         _dump("trace", graph)
 
     def __repr__(self) -> str:
@@ -58,7 +60,9 @@ class TileFrame:
             with self._lock:
                 found = self._made.get(stage)
                 if found is None:
+                    start = time.perf_counter()
                     found = self._made[stage] = make()
+                    self._seconds[stage] = time.perf_counter() - start
         return found  # type: ignore[return-value]
 
     @property
@@ -68,20 +72,22 @@ class TileFrame:
 
     @property
     def lowered(self) -> Lowered:
-        return self._once("lower", self._lower)
+        plan = self.planned
+        return self._once("lower", lambda: self._lower(plan))
 
-    def _lower(self) -> Lowered:
-        lowered = lower.lower_kernel(self.planned)
+    def _lower(self, plan: Kernel) -> Lowered:
+        lowered = lower.lower_kernel(plan)
         _dump("source", lowered.source)
         _dump("explain", self.explain())
         return lowered
 
     @property
     def compiled(self) -> Compiled:
-        return self._once("compile", self._compile)
+        lowered = self.lowered
+        return self._once("compile", lambda: self._compile(lowered))
 
-    def _compile(self) -> Compiled:
-        compiled = compile_lowered(self.lowered, self.target)
+    def _compile(self, lowered: Lowered) -> Compiled:
+        compiled = compile_lowered(lowered, self.target)
         _dump("ptx", compiled.ptx)
         return compiled
 
@@ -100,6 +106,14 @@ class TileFrame:
     @property
     def packer(self) -> Packer:
         return self._once("pack", lambda: Packer([parameter_dtype(p) for p in self.planned.params]))
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Wall time of the stages made so far: passes, lower, and those of the compilers."""
+        seconds = dict(self._seconds)
+        if seconds.pop("compile", None) is not None:
+            seconds |= self.compiled.stage_seconds
+        return seconds
 
     @property
     def source(self) -> str:

@@ -15,6 +15,17 @@ _BINARY = {
     "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>", "pow": "**",
     "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
 }  # fmt: skip
+
+
+def _truncated_quotient(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def _truncated_rest(a: int, b: int) -> int:
+    return a - _truncated_quotient(a, b) * b
+
+
+_INTEGER_CALLS = {"div": _truncated_quotient, "fmod": _truncated_rest}
 _CALLS = {"min": min, "max": max, "abs": abs}
 
 
@@ -25,6 +36,8 @@ def _text(node: Expr, done: dict[Expr, str], names: dict[Var, str]) -> str:
         return names[node]
     assert isinstance(node, Op)
     args = [done[c] for c in node.children]
+    if node.op in _INTEGER_CALLS and node.dtype.is_integer:
+        return f"{node.op}({', '.join(args)})"
     if node.op in _BINARY:
         return f"({args[0]} {_BINARY[node.op]} {args[1]})"
     if node.op in _CALLS:
@@ -52,4 +65,5 @@ def host_function(exprs: Sequence[Expr], variables: Sequence[Var]) -> Callable[.
             done[node] = _text(node, done, names)
         texts.append(done[e])
     source = f"lambda {', '.join(names.values())}: ({''.join(t + ', ' for t in texts)})"
-    return eval(source, {"__builtins__": {}, "int": int, "float": float, **_CALLS})  # type: ignore[no-any-return]
+    known = {"__builtins__": {}, "int": int, "float": float, **_CALLS, **_INTEGER_CALLS}
+    return eval(source, known)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ import numpy as np
 
 from tilejit.errors import ArgumentError, UnsupportedError
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Expr, Var, VarKind, variables
+from tilejit.ir.expr import Var, VarKind, variables
 from tilejit.ir.kernel import Kernel, Program
 from tilejit.runtime import arrays, device
 from tilejit.runtime.addresses import remembered_arrays
@@ -23,9 +23,10 @@ from tilejit.runtime.binding import Binder
 from tilejit.runtime.captures import freeze
 from tilejit.runtime.device import Executor
 from tilejit.runtime.frame import Resources, TileFrame
-from tilejit.runtime.host import host_function
 from tilejit.runtime.launch import Staging, check_grid, stream_handle, stream_of
 from tilejit.runtime.matching import Matcher, Symbols, evaluate, scalar_value
+from tilejit.runtime.placement import allocate_output, check_writable, place
+from tilejit.runtime.program import Grid, HostProgram
 from tilejit.runtime.signature import SPEC_ALIGN, misaligned, pointer_value, read_argument
 from tilejit.runtime.traceback import without_our_frames
 from tilejit.sim import launch as simulator
@@ -33,44 +34,8 @@ from tilejit.sim import reference
 from tilejit.target import Target
 
 log = logging.getLogger("tilejit")
-Grid = tuple[int, int, int]
 Pair = tuple[str, str]
 Specialise = Callable[[Mapping[str, int], frozenset[Pair]], "TileKernel"]
-
-
-class HostProgram:
-    """A program's host side: where each value comes from, grids, extents of outputs."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.grids = [self._grid(kernel) for kernel in program.kernels]
-        self.output_shapes = [self.function(b.shape) for b in program.outputs]
-        self.written = self._written()
-
-    def function(self, exprs: Sequence[Expr]) -> Callable[[Mapping[Var, Any]], tuple[Any, ...]]:
-        """Evaluates the expressions from the program's values."""
-        used = tuple(
-            dict.fromkeys(v for e in exprs for v in sorted(variables(e), key=lambda v: v.serial))
-        )
-        compute = host_function(exprs, used)
-        if not used:
-            constant = compute()
-            return lambda values: constant
-        return lambda values: compute(*(values[v] for v in used))
-
-    def _grid(self, kernel: Kernel) -> Callable[[Mapping[Var, Any]], Grid]:
-        compute = self.function(kernel.grid)
-        padding = (1,) * (3 - len(kernel.grid))
-        return lambda values: (*compute(values), *padding)
-
-    def _written(self) -> frozenset[Var]:
-        """Address variables of the arguments and outputs that a kernel writes."""
-        found: set[Var] = set()
-        for kernel in self.program.kernels:
-            for buffer in kernel.written:
-                if isinstance(buffer.data, Expr):
-                    found |= {v for v in variables(buffer.data) if v.kind is VarKind.POINTER}
-        return frozenset(found)
 
 
 class TileKernel:
@@ -414,67 +379,3 @@ def _say_where_once() -> None:
     if not _said and not device.has_gpu():
         _said.append(True)
         log.warning("No GPU found: tilejit runs its kernels on the NumPy reference executor.")
-
-
-def place(what: str, names: Sequence[str], values: Sequence[Any], executor: Executor) -> int:
-    """The device that a call runs on; 0 where there is none.
-
-    Raises:
-        ArgumentError: an argument that the executor cannot reach, or two GPUs.
-    """
-    ordinal, first = HOST, ""
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, ArrayView):
-            continue
-        if executor is not Executor.GPU:
-            if value.device != HOST:
-                raise ArgumentError(
-                    f"{what}: {name} is on GPU {value.device}, but this call runs on the "
-                    f"{executor}, which reads host memory."
-                )
-        elif value.device == HOST:
-            if value.framework == "torch":
-                raise ArgumentError(
-                    f"{what}: {name} is a torch tensor in host memory, but the kernel runs on "
-                    "the GPU.",
-                    hint=f"Pass `{name}.cuda()`.",
-                )
-        elif ordinal == HOST:
-            ordinal, first = value.device, name
-        elif ordinal != value.device:
-            raise ArgumentError(
-                f"{what}: {first} is on GPU {ordinal} and {name} is on GPU {value.device}."
-            )
-    if executor is Executor.GPU and ordinal == HOST:
-        return device.current_device()
-    return max(ordinal, 0)
-
-
-def check_writable(what: str, name: str, view: ArrayView) -> None:
-    """
-    Raises:
-        ArgumentError: a kernel that writes the argument would do what its owner forbids.
-    """
-    if not view.writable:
-        raise ArgumentError(f"{what}: {name} is read-only, but the kernel writes it.")
-    if view.framework == "torch" and arrays.needs_gradient(view.owner):
-        raise ArgumentError(
-            f"{what}: {name} requires a gradient, but the kernel writes it unseen by autograd.",
-            hint=f"Pass `{name}.detach()`, or call inside `with torch.no_grad():`.",
-        )
-    for d, (extent, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
-        if stride == 0 and extent > 1:
-            raise ArgumentError(
-                f"{what}: {name} repeats its elements along dimension {d} (its stride is 0), but "
-                "the kernel writes it."
-            )
-
-
-def allocate_output(
-    what: str, buffer: Buffer, shape: tuple[int, ...], like: ArrayView | None
-) -> ArrayView:
-    """An array for an output that the call makes, of the framework of its first tensor."""
-    if any(extent < 0 for extent in shape):
-        raise ArgumentError(f"{what}: the output {buffer.name} would have shape {shape}.")
-    framework = like.framework if like is not None else "numpy"
-    return arrays.allocate(framework, shape, buffer.dtype, like)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.dtypes import DType
-from tilejit.errors import ArgumentTypeError, ResourceError
+from tilejit.errors import ArgumentTypeError, ResourceError, a_kind
 from tilejit.runtime.arrays import HOST, ArrayView, host_array
 from tilejit.runtime.device import check, driver
 
@@ -143,7 +143,7 @@ def stream_handle(stream: Any) -> int:
         handle = getattr(stream, attribute, None)
         if handle is not None:
             return int(getattr(handle, "value", handle) or 0)
-    raise ArgumentTypeError(f"stream is a {type(stream).__name__}, not a CUDA stream.")
+    raise ArgumentTypeError(f"stream is {a_kind(stream)}, not a CUDA stream.")
 
 
 def stream_of(views: Sequence[ArrayView]) -> int:

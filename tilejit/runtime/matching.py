@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tilejit.dtypes import DType, float32, int64, tfloat32, uint64
-from tilejit.errors import ArgumentError, DTypeError, ShapeError
+from tilejit.errors import ArgumentError, DTypeError, ShapeError, a_kind
 from tilejit.ir.analysis import MAX_SYMBOL, linear
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Const, Expr, Op, Var, VarKind, int_value, show, variables, walk
@@ -84,13 +84,15 @@ class Matcher:
     def _check_kind(self, name: str, buffer: Buffer, view: ArrayView) -> None:
         if view.dtype is not buffer.dtype and (view.dtype, buffer.dtype) not in _SAME_MEMORY:
             raise DTypeError(
-                f"{self.what}: {name} has dtype {view.dtype}, but it was declared {buffer.dtype}."
+                f"{self.what}: {name} has dtype {view.dtype}, but it was declared {buffer.dtype}.",
+                hint=f"Convert it first, for example with `{name}.astype(...)`.",
             )
         if len(view.shape) != buffer.rank:
             raise ShapeError(
                 f"{self.what}: {name} has {plural(len(view.shape), 'dimension')}, but it was "
                 f"declared with {buffer.rank}.",
                 notes=(f"Its shape is {view.shape}; declared: {show_shape(buffer.shape)}.",),
+                hint="Reshape it, or index out the dimensions that are too many.",
             )
 
     def _not_contiguous(self, name: str, view: ArrayView) -> None:
@@ -127,6 +129,7 @@ class Matcher:
                     f"{self.what}: {plan.name} is {bound} in {origin[plan]} and {actual} in "
                     f"{name}.",
                     notes=(f"{name} was declared {show_shape(buffer.shape)}.",),
+                    hint=f"Extents that are declared {plan.name} are equal.",
                 )
         else:
             later.append((name, buffer, noun, d, plan, actual))
@@ -139,6 +142,7 @@ class Matcher:
             f"{self.what}: {name} has {noun} {actual} in dimension {d}, but it was declared "
             f"{declared}.",
             notes=(f"{name} was declared with {noun}s {show_shape(dims)}.",),
+            hint=f"Pass another array, or declare the {noun} with T.dynamic to take any.",
         )
 
     def _too_large(self, name: str, noun: str, d: int, actual: int) -> None:
@@ -251,7 +255,8 @@ def scalar_value(what: str, name: str, value: Any, dtype: DType) -> Any:
         return float(typed) if dtype.is_float else int(typed) if dtype.is_integer else bool(typed)
     except DTypeError:
         raise DTypeError(
-            f"{what}: {name} is a {type(value).__name__}, but it was declared a {dtype} number."
+            f"{what}: {name} is {a_kind(value)}, but it was declared a {dtype} number.",
+            hint="Pass a Python or NumPy number.",
         ) from None
     except ArgumentError as error:
         raise ArgumentError(f"{what}: {name}: {error.headline}") from None

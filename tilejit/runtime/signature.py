@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.dtypes import DType
-from tilejit.errors import ArgumentError, ArgumentTypeError, TileError
+from tilejit.errors import ArgumentError, ArgumentTypeError, TileError, a_kind
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import int_value
 from tilejit.language.function import (
@@ -84,7 +84,7 @@ def pointer_value(what: str, name: str, value: Any) -> Any:
     if is_array(value):
         return read_argument(what, name, value)
     raise ArgumentTypeError(
-        f"{what}: {name} is a {type(value).__name__}, but it was declared a pointer.",
+        f"{what}: {name} is {a_kind(value)}, but it was declared a pointer.",
         hint="Pass an array, an address (an int), or `tilejit.address_of(x)`.",
     )
 

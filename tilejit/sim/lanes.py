@@ -18,7 +18,7 @@ import numpy as np
 from tilejit.dtypes import DType, bool_
 from tilejit.errors import SimulationError, Span
 from tilejit.isa.instruction import Instruction
-from tilejit.isa.machine import Address, Granule, State
+from tilejit.isa.machine import Address, State
 from tilejit.ops.scalar import bitcast_array, cast_array, evaluate_op
 from tilejit.sim.block import Block
 from tilejit.sim.fma import fused_multiply_add
@@ -54,26 +54,26 @@ class LaneMachine(LaneEffects):
         self._site: object = None
 
     def run(
-        self, granule: Granule, inputs: list[Any], span: Span | None = None, site: object = None
+        self,
+        emit: Callable[[LaneMachine, list[Any]], list[Any]],
+        inputs: list[Any],
+        span: Span | None = None,
+        site: object = None,
     ) -> list[Any]:
-        """Execute a granule for all lanes.
+        """Execute an emitter's code, or its recording, for all lanes.
 
-        span: where errors point. site: tells this call in the kernel from others of the granule;
-        calls from one site share their local memory.
+        span: where errors point. site: tells this call in the kernel from others; calls from one
+        site share their local memory.
         """
-        self._site, self._allocations = (granule.name, site), 0
+        self._site, self._allocations = site, 0
         self.begin(span)
         with np.errstate(all="ignore"):
-            return granule.emit(self, inputs)
+            return emit(self, inputs)
 
     # --- values ----------------------------------------------------------------------------------
 
     def const(self, value: bool | int | float, dtype: DType) -> Array:
-        if dtype.is_integer:
-            value = int(value) & ((1 << dtype.bits) - 1)
-            if dtype.is_signed and value >> (dtype.bits - 1):
-                value -= 1 << dtype.bits
-        return np.array([value], dtype.numpy)
+        return make_constant(value, dtype)
 
     def thread_index(self) -> Array:
         return self.thread
@@ -197,7 +197,11 @@ class LaneMachine(LaneEffects):
 
     def alloc_local(self, size: int, align: int) -> Array:
         self._allocations += 1
-        return self.local.allocate((self._site, self._allocations), size, align)
+        return self.alloc_numbered(self._allocations, size, align)
+
+    def alloc_numbered(self, number: int, size: int, align: int) -> Array:
+        """The allocation of that number at the current site."""
+        return self.local.allocate((self._site, number), size, align)
 
     def address(self, address: Address) -> Array:
         place = self._sum(address)
@@ -236,13 +240,15 @@ class LaneMachine(LaneEffects):
     ) -> list[Array]:
         assert len(inputs) == len(instruction.inputs), f"{instruction}: {len(inputs)} inputs"
         assert when is None or not instruction.outputs, f"{instruction} has outputs and `when`"
-        for value, dtype in zip(inputs, instruction.inputs, strict=True):
-            assert value.dtype == dtype.numpy, f"{instruction}: {value.dtype} for {dtype}"
+        given = [
+            self.spread(_as_register(value, dtype, instruction))
+            for value, dtype in zip(inputs, instruction.inputs, strict=True)
+        ]
         mask = self.mask_with(when)
         if mask is not None and not instruction.outputs and not mask.any():
             return []
         self.active = self.everyone if mask is None else mask
-        results = list(instruction.meaning(self, [self.spread(value) for value in inputs]))
+        results = list(instruction.meaning(self, given))
         assert len(results) == len(instruction.outputs), f"{instruction}: {len(results)} outputs"
         for value, dtype in zip(results, instruction.outputs, strict=True):
             assert value.dtype == dtype.numpy, f"{instruction}: {value.dtype} for {dtype}"
@@ -331,6 +337,25 @@ class LaneMachine(LaneEffects):
             body()
         finally:
             self.mask = outer
+
+
+def _as_register(value: Array, dtype: DType, instruction: Instruction) -> Array:
+    """The value as an instruction's register has it: integers there have no sign."""
+    if value.dtype == dtype.numpy:
+        return value
+    assert value.dtype.kind in "iu", f"{instruction}: {value.dtype} for {dtype}"
+    assert dtype.is_integer, f"{instruction}: {value.dtype} for {dtype}"
+    assert value.dtype.itemsize == dtype.bytes, f"{instruction}: {value.dtype} for {dtype}"
+    return value.view(dtype.numpy)
+
+
+def make_constant(value: bool | int | float, dtype: DType) -> Array:
+    """The value for all lanes; integers wrap."""
+    if dtype.is_integer:
+        value = int(value) & ((1 << dtype.bits) - 1)
+        if dtype.is_signed and value >> (dtype.bits - 1):
+            value -= 1 << dtype.bits
+    return np.array([value], dtype.numpy)
 
 
 def _columns(values: Sequence[Array], dtype: DType, length: int) -> Array:

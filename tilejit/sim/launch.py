@@ -25,6 +25,7 @@ from tilejit.sim.barriers import Stopped
 from tilejit.sim.block import Block, Checks, Watch
 from tilejit.sim.lanes import LaneMachine
 from tilejit.sim.memory import Memory, host_memory
+from tilejit.sim.recording import program_of
 
 Array = np.ndarray[Any, Any]
 
@@ -174,7 +175,7 @@ class _Launch:
             ]
             span = granule.span or self._span(line)
             try:
-                results = machine.run(granule, inputs, span, line)
+                results = machine.run(program_of(granule).run, inputs, span, line)
             except SimulationError as error:
                 error.span = span
                 raise

@@ -8,8 +8,7 @@ every block and every round of a loop.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ import numpy as np
 from tilejit.dtypes import DType
 from tilejit.isa.instruction import Instruction
 from tilejit.isa.machine import Address, Granule, State
-from tilejit.sim.lanes import LaneMachine
+from tilejit.sim.lanes import LaneMachine, make_constant
 
 Array = np.ndarray[Any, Any]
-Step = Callable[[LaneMachine, list[Any]], None]
+Registers = list[Any]
+Step = Callable[[LaneMachine, Registers], None]
 
 
 class Register:
@@ -73,7 +73,7 @@ def _places(value: Any) -> int | list[int]:
     return [each.place for each in value] if isinstance(value, list) else value.place
 
 
-def _replay(steps: list[Step], machine: LaneMachine, registers: list[Any]) -> None:
+def _replay(steps: list[Step], machine: LaneMachine, registers: Registers) -> None:
     for step in steps:
         step(machine, registers)
 
@@ -82,7 +82,7 @@ class Recorder:
     """`isa.machine.Machine` whose values are registers. An array given as a value is a constant."""
 
     def __init__(self) -> None:
-        self.registers: list[Any] = []
+        self.registers: list[Any] = []  # what each holds from the start: constants, else None
         self.steps: list[Step] = []
         self._allocations = 0
 
@@ -95,131 +95,242 @@ class Recorder:
         """The same value or list of values, arrays replaced by registers."""
         if isinstance(value, list | tuple):
             return [self.known(each) for each in value]
-        return value if isinstance(value, Register) else self.new(value)
+        if isinstance(value, Register):
+            return value
+        assert isinstance(value, np.ndarray), f"{value!r} is no value of a machine"
+        return self.new(value)
 
     def _in(self, value: Any) -> int:
-        place = self.known(value).place
-        assert isinstance(place, int), f"{value!r} is no value of a machine"
-        return place
+        return self.known(value).place  # type: ignore[no-any-return]
 
-    def _when(self, value: Any) -> int | None:
-        return None if value is None else self._in(value)
+    def _all(self, values: Sequence[Any]) -> list[int]:
+        return [self._in(value) for value in values]
 
-    def _one(self, method: Callable[..., Any], *values: Any, **fixed: Any) -> Register:
-        """Record `method(machine, *values, **fixed)`, which gives one value."""
-        places, out = [self._in(value) for value in values], self.new()
-        into = out.place
+    def _maybe(self, value: Any) -> int:
+        """The place of a value that may be missing: then one that holds None."""
+        return self.new().place if value is None else self._in(value)
 
-        def step(machine: LaneMachine, registers: list[Any]) -> None:
-            registers[into] = method(machine, *[registers[p] for p in places], **fixed)
+    def _record(self, count: int, run: Callable[[LaneMachine, Registers], Any]) -> list[Register]:
+        """Append a step that computes `count` values."""
+        outs = [self.new() for _ in range(count)]
+        begin = outs[0].place if outs else 0
+        end = begin + count
 
-        self.steps.append(step)
-        return out
-
-    def _several(
-        self, method: Callable[..., Any], values: Sequence[Any], count: int, **fixed: Any
-    ) -> list[Register]:
-        """Record `method(machine, values, **fixed)`, which gives `count` values."""
-        places, outs = [self._in(value) for value in values], [self.new() for _ in range(count)]
-        first = outs[0].place if outs else 0
-
-        def step(machine: LaneMachine, registers: list[Any]) -> None:
-            registers[first : first + count] = method(
-                machine, [registers[p] for p in places], **fixed
-            )
+        def step(machine: LaneMachine, r: Registers) -> None:
+            r[begin:end] = run(machine, r)
 
         self.steps.append(step)
         return outs
+
+    def _effect(self, run: Step) -> None:
+        self.steps.append(run)
 
     # --- values ----------------------------------------------------------------------------------
 
     def const(self, value: bool | int | float, dtype: DType) -> Register:
-        return self.new(LaneMachine.constant(value, dtype))
+        return self.new(make_constant(value, dtype))
 
     def thread_index(self) -> Register:
-        return self._one(LaneMachine.thread_index)
+        return self._record(1, lambda m, r: [m.thread_index()])[0]
 
     def binary(self, op: str, a: Any, b: Any, dtype: DType) -> Register:
-        place_a, place_b, out = self._in(a), self._in(b), self.new()
-        into = out.place
-
-        def step(machine: LaneMachine, registers: list[Any]) -> None:
-            registers[into] = machine.binary(op, registers[place_a], registers[place_b], dtype)
-
-        self.steps.append(step)
-        return out
+        x, y = self._in(a), self._in(b)
+        return self._record(1, lambda m, r: [m.binary(op, r[x], r[y], dtype)])[0]
 
     def unary(self, op: str, a: Any, dtype: DType) -> Register:
-        return self._one(lambda machine, x: machine.unary(op, x, dtype), a)
+        x = self._in(a)
+        return self._record(1, lambda m, r: [m.unary(op, r[x], dtype)])[0]
 
     def fma(self, a: Any, b: Any, c: Any, dtype: DType) -> Register:
-        return self._one(LaneMachine.fma, a, b, c, dtype=dtype)
+        x, y, z = self._all((a, b, c))
+        return self._record(1, lambda m, r: [m.fma(r[x], r[y], r[z], dtype)])[0]
 
     def cast(self, values: Sequence[Any], source: DType, target: DType) -> list[Any]:
-        if source is target:
+        if source is target or not values:
             return list(values)
-        return self._several(LaneMachine.cast, values, len(values), source=source, target=target)
+        these = self._all(values)
+        return self._record(len(these), lambda m, r: m.cast([r[p] for p in these], source, target))
 
     def bitcast(self, a: Any, source: DType, target: DType) -> Register:
-        return self._one(LaneMachine.bitcast, a, source=source, target=target)
+        x = self._in(a)
+        return self._record(1, lambda m, r: [m.bitcast(r[x], source, target)])[0]
 
     def select(self, condition: Any, a: Any, b: Any) -> Register:
-        return self._one(LaneMachine.select, condition, a, b)
+        c, x, y = self._all((condition, a, b))
+        return self._record(1, lambda m, r: [m.select(r[c], r[x], r[y])])[0]
 
     def pack(self, values: Sequence[Any], dtype: DType) -> Register:
-        return self._one(lambda machine, *them: machine.pack(them, dtype), *values)
+        these = self._all(values)
+        return self._record(1, lambda m, r: [m.pack([r[p] for p in these], dtype)])[0]
 
     def unpack(self, word: Any, dtype: DType) -> list[Any]:
-        return self._several(
-            lambda machine, words: machine.unpack(words[0], dtype), [word], 32 // dtype.bits
-        )
+        x = self._in(word)
+        return self._record(32 // dtype.bits, lambda m, r: m.unpack(r[x], dtype))
 
-    # --- memory ----------------------------------------------------------------------------------
+    # --- memory and instructions -----------------------------------------------------------------
 
-    def _address(self, address: Address) -> Callable[[list[Any]], Address]:
-        base, offset = self._when(address.base), self._when(address.offset)
-        fixed = (address.constant, address.align, address.readonly)
+    def _find(self, address: Address) -> Callable[[Registers], Address]:
+        base, offset = self._maybe(address.base), self._maybe(address.offset)
+        space, fixed = address.space, (address.constant, address.align, address.readonly)
+        return lambda r: Address(space, r[base], r[offset], *fixed)
 
-        def find(registers: list[Any]) -> Address:
-            return Address(
-                address.space,
-                None if base is None else registers[base],
-                None if offset is None else registers[offset],
-                *fixed,
-            )
-
-        return find
-
-    def load(
-        self, address: Address, dtype: DType, count: int = 1, when: Any = None
-    ) -> list[Any]:
-        find, condition = self._address(address), self._when(when)
-
-        def method(machine: LaneMachine, _: list[Any], registers: list[Any]) -> list[Array]:
-            return machine.load(find(registers), dtype, count, _get(registers, condition))
-
-        return self._with_registers(method, count)
-
-    def _with_registers(
-        self, method: Callable[[LaneMachine, list[Any], list[Any]], list[Any]], count: int
-    ) -> list[Any]:
-        outs = [self.new() for _ in range(count)]
-        first = outs[0].place if outs else 0
-
-        def step(machine: LaneMachine, registers: list[Any]) -> None:
-            registers[first : first + count] = method(machine, [], registers)
-
-        self.steps.append(step)
-        return outs
+    def load(self, address: Address, dtype: DType, count: int = 1, when: Any = None) -> list[Any]:
+        find, c = self._find(address), self._maybe(when)
+        return self._record(count, lambda m, r: m.load(find(r), dtype, count, r[c]))
 
     def store(
         self, address: Address, values: Sequence[Any], dtype: DType, when: Any = None
     ) -> None:
-        find, condition = self._address(address), self._when(when)
-        places = [self._in(value) for value in values]
+        find, c, these = self._find(address), self._maybe(when), self._all(values)
+        self._effect(lambda m, r: m.store(find(r), [r[p] for p in these], dtype, r[c]))
 
-        def step(machine: LaneMachine, registers: list[Any]) -> None:
-            given = [registers[p] for p in places]
-            machine.store(find(registers), given, dtype, _get(registers, condition))
+    def atomic(
+        self,
+        address: Address,
+        combine: str,
+        value: Any,
+        dtype: DType,
+        when: Any = None,
+        want_old: bool = False,
+    ) -> Register | None:
+        find, c, x = self._find(address), self._maybe(when), self._in(value)
+        outs = self._record(
+            1, lambda m, r: [m.atomic(find(r), combine, r[x], dtype, r[c], want_old)]
+        )
+        return outs[0] if want_old else None
 
-        self.steps.append(step)
+    def alloc_local(self, size: int, align: int) -> Register:
+        self._allocations += 1
+        number = self._allocations
+        return self._record(1, lambda m, r: [m.alloc_numbered(number, size, align)])[0]
+
+    def address(self, address: Address) -> Register:
+        find = self._find(address)
+        return self._record(1, lambda m, r: [m.address(find(r))])[0]
+
+    def issue(
+        self, instruction: Instruction, inputs: Sequence[Any] = (), when: Any = None
+    ) -> list[Any]:
+        these, c = self._all(inputs), self._maybe(when)
+        return self._record(
+            len(instruction.outputs),
+            lambda m, r: m.issue(instruction, [r[p] for p in these], r[c]),
+        )
+
+    # --- control flow ----------------------------------------------------------------------------
+
+    def branch(
+        self,
+        condition: Any,
+        then: Callable[[], None],
+        orelse: Callable[[], None] | None,
+        state: State,
+    ) -> None:
+        c, before = self._in(condition), _flat(state)
+        then_steps, then_after = self._body(then, state)
+        _unflatten(state, before)
+        else_steps, else_after = self._body(orelse or _nothing, state)
+        begin, on_true, on_false = (self._all(v) for v in (before, then_after, else_after))
+
+        def run(m: LaneMachine, r: Registers) -> list[Array]:
+            flat: State = {0: [r[p] for p in begin]}
+
+            def take(steps: list[Step], after: list[int]) -> None:
+                _replay(steps, m, r)
+                flat[0][:] = [r[p] for p in after]
+
+            m.branch(
+                r[c],
+                functools.partial(take, then_steps, on_true),
+                functools.partial(take, else_steps, on_false),
+                flat,
+            )
+            return flat[0]
+
+        _unflatten(state, self._record(len(before), run))
+
+    def loop(
+        self,
+        start: Any,
+        stop: Any,
+        step: int,
+        dtype: DType,
+        body: Callable[[Any], None],
+        state: State,
+    ) -> None:
+        first, last, index = self._in(start), self._in(stop), self.new()
+        begin, inside = self._enter(state)
+        steps, after = self._body(lambda: body(index), state)
+        end = self._all(after)
+
+        def run(m: LaneMachine, r: Registers) -> list[Array]:
+            flat: State = {0: [r[p] for p in begin]}
+
+            def once(i: Array) -> None:
+                r[index.place] = i
+                r[inside] = flat[0]
+                _replay(steps, m, r)
+                flat[0][:] = [r[p] for p in end]
+
+            m.loop(r[first], r[last], step, dtype, once, flat)
+            return flat[0]
+
+        _unflatten(state, self._record(len(begin), run))
+
+    def loop_while(self, test: Callable[[], Any], body: Callable[[], None], state: State) -> None:
+        begin, inside = self._enter(state)
+        found: list[Any] = []
+        test_steps, tested = self._body(lambda: found.append(test()), state)
+        condition, middle = self._in(found[0]), self._all(tested)
+        body_steps, after = self._body(body, state)
+        end = self._all(after)
+
+        def run(m: LaneMachine, r: Registers) -> list[Array]:
+            flat: State = {0: [r[p] for p in begin]}
+
+            def check() -> Array:
+                r[inside] = flat[0]
+                _replay(test_steps, m, r)
+                flat[0][:] = [r[p] for p in middle]
+                return r[condition]  # type: ignore[no-any-return]
+
+            def once() -> None:
+                _replay(body_steps, m, r)
+                flat[0][:] = [r[p] for p in end]
+
+            m.loop_while(check, once, flat)
+            return flat[0]
+
+        _unflatten(state, self._record(len(begin), run))
+
+    def _enter(self, state: State) -> tuple[list[int], slice]:
+        """Give the state new registers, as a loop's body finds it each round."""
+        begin = self._all(_flat(state))
+        fresh = [self.new() for _ in begin]
+        _unflatten(state, fresh)
+        place = fresh[0].place if fresh else 0
+        return begin, slice(place, place + len(fresh))
+
+    def _body(self, run: Callable[[], Any], state: State) -> tuple[list[Step], list[Any]]:
+        """The steps that `run` records, and the state after them."""
+        outer, self.steps = self.steps, []
+        try:
+            run()
+            return self.steps, _flat(state)
+        finally:
+            self.steps = outer
+
+
+def _flat(state: State) -> list[Any]:
+    return [value for values in state.values() for value in values]
+
+
+def _unflatten(state: State, flat: Sequence[Any]) -> None:
+    assert len(flat) == sum(map(len, state.values())), "a body added to the state"
+    each = iter(flat)
+    for values in state.values():
+        values[:] = [next(each) for _ in values]
+
+
+def _nothing() -> None:
+    """The other side of a branch that has none."""

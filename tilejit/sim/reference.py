@@ -11,6 +11,8 @@ iterations or threads execute with a mask.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,9 +38,10 @@ from tilejit.ir.node import (
     Store,
     SyncThreads,
     While,
+    walk,
 )
 from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.gemm import Gemm
+from tilejit.ops.gemm import FetchOperands, Gemm
 from tilejit.ops.scalar import Array, cast_array
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
@@ -57,6 +60,7 @@ from tilejit.sim.reference_values import (
     as_value,
     is_lane_value,
 )
+from tilejit.sim.strands import Strands
 
 
 def run_kernel(
@@ -101,6 +105,9 @@ class _Executor:
         self.state = state
         self.values = state.values
         self.variables = state.values.variables
+        self.strands = Strands()
+        self.beside = waiting_branches(kernel.body)
+        self.begun: set[If] = set()  # run by the branch before them already
         self.actions: dict[type[Node], Callable[[Any], None]] = {
             For: self.run_for,
             Parallel: self.run_parallel,
@@ -117,6 +124,7 @@ class _Executor:
             SyncThreads: self.run_sync,
             AsyncCommit: self.run_nothing,
             AsyncWait: self.run_nothing,
+            FetchOperands: self.run_nothing,
         }
 
     def run_block(self, block: tuple[int, int, int]) -> None:
@@ -171,11 +179,41 @@ class _Executor:
         if not is_lane_value(condition):
             self.run(node.then if condition else node.orelse)
             return
+        if node in self.beside:
+            self.run_together(node)
+            return
+        for body, active in self.arms(node, condition):
+            self.run_masked(body, active)
+
+    def arms(self, node: If, condition: Array) -> list[tuple[Body, Mask]]:
+        """The arms that any lane takes, and which lanes do."""
         mask = self.state.mask
-        for body, chosen in ((node.then, condition), (node.orelse, ~condition)):
-            active = both(mask, chosen)
-            if body and not holds_nowhere(active):
-                self.run_masked(body, active)
+        pairs = ((node.then, both(mask, condition)), (node.orelse, both(mask, ~condition)))
+        return [(body, active) for body, active in pairs if body and not holds_nowhere(active)]
+
+    def run_together(self, node: If) -> None:
+        """Run arms that wait for each other: those of `node` and of the branches right after it,
+        as far as no thread takes two of them."""
+        if node in self.begun:
+            self.begun.discard(node)
+            return
+        arms: list[tuple[Body, Mask]] = []
+        for branch in (node, *self.beside[node]):
+            condition = self.values.value(branch.condition)
+            if not is_lane_value(condition):
+                break
+            more = self.arms(branch, condition)
+            if any(not holds_nowhere(both(a, b)) for _, a in arms for _, b in more):
+                break
+            arms += more
+            if branch is not node:
+                self.begun.add(branch)
+        if len(arms) == 1:
+            self.run_masked(*arms[0])
+            return
+        mask = self.state.mask
+        self.strands.run([functools.partial(self.run_masked, *arm) for arm in arms])
+        self.state.mask = mask
 
     def run_while(self, node: While) -> None:
         active = self.state.mask
@@ -275,6 +313,7 @@ class _Executor:
 
     def run_gemm(self, node: Gemm) -> None:
         self.need_all_threads("T.gemm")
+        self.run(node.filling)
         a, b = self.state.read(node.a), self.state.read(node.b)
         acc = None if node.clear else self.state.read(node.acc)
         result = accumulate(
@@ -288,7 +327,7 @@ class _Executor:
     # --- synchronisation -------------------------------------------------------------------------
 
     def run_nothing(self, node: Node) -> None:
-        """Asynchronous copies have completed already."""
+        """Asynchronous copies have completed already, and a multiply reads its operands itself."""
 
     def run_sync(self, node: SyncThreads) -> None:
         self.need_all_threads("T.sync_threads")
@@ -321,9 +360,9 @@ class _Executor:
         state = self.barriers(node.barrier)
         for slot, parity in sorted(pairs):
             self.check_slot(node.barrier, slot)
-            arrivals, phases = state[slot]
-            needed = _count(node.barrier, slot)
-            if phases % 2 == parity:
+            if not self.has_completed(state, slot, parity):
+                arrivals, phases = state[slot]
+                needed = _count(node.barrier, slot)
                 raise SimulationError(
                     f"Waiting on `{node.barrier.name}[{slot}]` for the phase of parity {parity} "
                     "would wait for ever.",
@@ -333,6 +372,13 @@ class _Executor:
                     "was told.",
                 )
 
+    def has_completed(self, state: list[tuple[int, int]], slot: int, parity: int) -> bool:
+        """Let others run until the phase of `parity` has completed; False when it never will."""
+        mask, span = self.state.mask, self.values.span
+        result = self.strands.wait_until(lambda: state[slot][1] % 2 != parity)
+        self.state.mask, self.values.span = mask, span
+        return result
+
     def check_slot(self, barrier: Buffer, slot: int) -> None:
         count = len(barrier.root.arrive_counts)
         if not 0 <= slot < count:
@@ -340,6 +386,25 @@ class _Executor:
                 f"`{barrier.name}[{slot}]` does not exist: there are {count} barriers.",
                 span=self.values.span,
             )
+
+
+def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:
+    """The branches that wait for barriers, and those with barriers right after each."""
+    result: dict[If, tuple[If, ...]] = {}
+    for k, node in enumerate(body):
+        for inner in node.bodies:
+            result |= waiting_branches(inner)
+        if isinstance(node, If) and _holds(node, BarrierWait):
+            rest = itertools.takewhile(
+                lambda n: isinstance(n, If) and _holds(n, BarrierWait, BarrierArrive),
+                body[k + 1 :],
+            )
+            result[node] = tuple(n for n in rest if isinstance(n, If))
+    return result
+
+
+def _holds(node: Node, *kinds: type[Node]) -> bool:
+    return any(isinstance(inner, kinds) for inner in walk((node,)))
 
 
 _UNKNOWN = ThreadDependent()

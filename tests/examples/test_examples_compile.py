@@ -1,0 +1,111 @@
+"""Every kernel of every example compiles for every target: no spills, no stack, no warnings."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tilejit.language as T
+from tilejit import ResourceError, TileFunction
+from tilejit.target import TARGETS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ASSEMBLER_NUMBER = re.compile(r"\bC7\d\d\d\b")  # ptxas's performance warnings carry one
+
+
+def kernels(name: str) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location(f"kernels_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def half(*shape: int) -> Any:
+    return T.Tensor(shape, "float16")
+
+
+def brain(*shape: int) -> Any:
+    return T.Tensor(shape, "bfloat16")
+
+
+def single(*shape: int) -> Any:
+    return T.Tensor(shape, "float32")
+
+
+# the sizes are those that the examples run at
+CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    ("quickstart", "matmul"): lambda: ((half(512, 512), half(512, 512), single(512, 512)), {}),
+    ("elementwise", "gelu_add"): lambda: ((single(203, 517),) * 3, {}),
+    ("elementwise", "causal_mask"): lambda: ((single(203, 517),) * 2, {}),
+    ("elementwise", "transpose"): lambda: ((single(203, 517), single(517, 203)), {}),
+    ("strided", "scale"): lambda: ((single(90, 150), single(90, 150)), {}),
+    ("strided", "add_any"): lambda: ((), {}),
+    ("pointer_table", "gather_rows"): lambda: (
+        (T.Tensor((4,), "int64"), T.Tensor((4,), "int32"), T.Tensor((4,), "int32"), single(434)),
+        {},
+    ),
+    ("pointer_table", "copy_from"): lambda: ((), {"out": single(300)}),
+    ("matmul", "matmul"): lambda: (
+        (brain(150, 90), brain(90, 170), single(150, 170)),
+        {"BM": 64, "BN": 64},
+    ),
+}
+
+
+def assert_clean(kernel: Any) -> None:
+    """Nothing in local memory, and the assembler has no more to say than what it used."""
+    for frame in kernel.kernels:
+        assert frame.cubin[:4] == b"\x7fELF"
+        resources = frame.resources
+        assert (resources.spill_bytes, resources.stack_bytes) == (0, 0), resources
+        assert 0 < resources.registers <= 255
+        log = frame.compiled.log
+        assert not ASSEMBLER_NUMBER.search(log), log
+        assert not re.search(r"(?i)warning|advisory|error", log), log
+
+
+def test_list_of_kernels_is_complete():
+    found = {
+        (path.stem, name)
+        for path in EXAMPLES.glob("*.py")
+        if path.stem != "compile_time"
+        for name, value in kernels(path.stem).items()
+        if isinstance(value, TileFunction)
+    }
+    assert found == set(CASES)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("example", "name"), CASES)
+def test_example_kernel_compiles_cleanly(example, name, target):
+    arguments, constants = CASES[example, name]()
+    assert_clean(kernels(example)[name].compile(*arguments, target=target, **constants))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_quickstart_compiles_cleanly_where_no_tile_divides(target):
+    arguments = half(503, 1017), half(1017, 763), single(503, 763)
+    assert_clean(kernels("quickstart")["matmul"].compile(*arguments, target=target))
+
+
+@pytest.mark.parametrize(
+    "tiling", kernels("matmul")["TILINGS"], ids=lambda t: str(tuple(t.values()))
+)
+def test_benchmark_tiling_compiles_cleanly_wherever_it_fits(tiling):
+    matmul = kernels("matmul")["matmul"]
+    square = brain(4096, 4096)
+    slots = tiling["stages"] * tiling["BK"] * (tiling["BM"] + tiling["BN"])
+    compiled = 0
+    for target in TARGETS.values():
+        if 2 * slots <= target.shared_bytes:
+            assert_clean(matmul.compile(square, square, square, target=target, **tiling))
+            compiled += 1
+        else:
+            with pytest.raises(ResourceError, match="bytes of shared memory"):
+                matmul.compile(square, square, square, target=target, **tiling)
+    assert compiled >= 3

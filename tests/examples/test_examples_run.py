@@ -1,0 +1,88 @@
+"""Every example runs, gives right answers and says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SIZES = ((130, 70, 40), (33, 129, 65))
+
+
+def load(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_is_right_on_every_executor(executor, capsys):
+    load("quickstart").main(SIZES)
+    where = {"reference": "reference executor", "simulator": "simulator", "gpu": "(sm_"}[executor]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(SIZES)
+    for (M, N, K), line in zip(SIZES, lines, strict=True):
+        assert line.startswith(f"{M}x{N}x{K} float16 is right: ")
+        assert where in line
+
+
+def test_elementwise_is_right_on_every_executor(executor, capsys):
+    load("elementwise").main()
+    assert capsys.readouterr().out == "gelu_add, causal_mask and transpose are right\n"
+
+
+def test_strided_is_right_on_every_executor(executor, capsys):
+    load("strided").main()
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_pointer_table_is_right_on_every_executor(executor, capsys, monkeypatch):
+    example = load("pointer_table")
+    monkeypatch.setattr(example, "has_gpu", lambda: executor == "gpu")  # its arrays go there
+    example.main()
+    assert capsys.readouterr().out.startswith("4 groups of [5, 300, 128, 1] floats gathered")
+
+
+def test_matmul_is_right_on_every_executor(executor, capsys):
+    load("matmul").check()
+    assert capsys.readouterr().out == "matmul 150x170x90: right\n"
+
+
+def test_first_command_of_the_readme_runs_as_a_script():
+    lines = run_script("examples/quickstart.py").splitlines()
+    assert [line.split()[0] for line in lines] == ["512x512x512", "503x763x1017"]
+    assert all(" float16 is right: " in line for line in lines)
+
+
+def test_simulator_variable_runs_the_generated_kernel():
+    code = (
+        f"import sys; sys.path.insert(0, 'examples'); import quickstart; quickstart.main({SIZES})"
+    )
+    for line in run_script("-c", code, NUMBA_ENABLE_CUDASIM="1").splitlines():
+        assert " float16 is right: " in line
+        assert "on Numba's CUDA simulator (sm_" in line
+
+
+def test_compile_time_prints_every_stage(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # it measures the kernels of its neighbours
+    example = load("compile_time")
+    monkeypatch.setattr(example, "ROUNDS", 1)
+    example.report("sm_80")
+    out = capsys.readouterr().out
+    for label in ("trace", "passes", "lower", "Numba front end", "libNVVM", "nvJitLink", "total"):
+        assert f"\n{label} " in out
+    assert "import tilejit, after numpy: " in out

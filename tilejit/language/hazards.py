@@ -1,0 +1,79 @@
+"""Refuses T.Parallel loops whose iterations certainly depend on each other.
+
+Knows linear indexes. What it cannot prove is left to the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tilejit.errors import TraceError
+from tilejit.ir.analysis import difference, linear
+from tilejit.ir.expr import Expr, show
+from tilejit.ir.node import Body, If, Load, Parallel, Store, While, walk
+
+
+def check_iterations(body: Body) -> None:
+    """Refuse an iteration that reads an element which another iteration writes.
+
+    Raises:
+        TraceError: at the read.
+    """
+    for node in walk(body):
+        if isinstance(node, Parallel):
+            _check(node)
+
+
+def _check(loop: Parallel) -> None:
+    accesses = list(_unconditional(loop.body))
+    stores = [n for n in accesses if isinstance(n, Store) and not n.buffer.scope.is_per_thread]
+    for load in accesses:
+        if not isinstance(load, Load) or load.when is not None:
+            continue
+        for store in stores:
+            if store.buffer is load.buffer and _is_of_another(loop, load, store):
+                text = ", ".join(show(e) for e in load.index)
+                raise TraceError(
+                    f"`{load.buffer.name}[{text}]` is written by another iteration of T.Parallel.",
+                    span=load.span,
+                    related=[(store.span, "written here")],
+                    hint="Iterations run in any order: write to another tile, or use T.serial.",
+                )
+
+
+def _unconditional(body: Body) -> Iterator[Load | Store]:
+    """Accesses that every iteration makes, but for inner loops of no rounds."""
+    for node in body:
+        if isinstance(node, Load | Store):
+            yield node
+        elif not isinstance(node, If | While):
+            for inner in node.bodies:
+                yield from _unconditional(inner)
+
+
+def _is_of_another(loop: Parallel, load: Load, store: Store) -> bool:
+    """True when some iteration certainly reads what another one stores."""
+    is_shifted = False
+    for read, written in zip(load.index, store.index, strict=True):
+        offset = difference(read, written)
+        if offset is None:
+            return False
+        shift = _shift(loop, written, offset)
+        if shift is None:
+            return False
+        is_shifted |= shift != 0
+    return is_shifted
+
+
+def _shift(loop: Parallel, written: Expr, offset: int) -> int | None:
+    """How many iterations lie between the two indexes along one dimension; None if unclear."""
+    terms, _ = linear(written)
+    steps = [(loop.extents[d], terms[v]) for d, v in enumerate(loop.vars) if v in terms]
+    if not steps:
+        return 0 if offset == 0 else None
+    if len(steps) > 1:
+        return None
+    ((extent, factor),) = steps
+    if offset % factor or abs(offset // factor) >= extent:
+        return None
+    return offset // factor
