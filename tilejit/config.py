@@ -24,7 +24,8 @@ class Options:
     dump: str = _knob(
         "TILEJIT_DUMP",
         "",
-        "Comma-separated stages to print to stderr: trace, a pass name, source, ptx, explain.",
+        "Comma-separated stages to print to stderr: trace, select_atoms, infer_layouts, "
+        "pipeline_loops, insert_sync, allocate_memory, source, explain, ptx.",
     )
     verify: bool = _knob("TILEJIT_VERIFY", True, "Verify the tile graph after every pass.")
     full_traceback: bool = _knob(

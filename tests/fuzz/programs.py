@@ -161,7 +161,7 @@ class Assembly:
     # --- the whole -------------------------------------------------------------------------------
 
     def finish(self) -> Program:
-        tensors = [p for p in self.parameters]
+        tensors = list(self.parameters)
         head = f"{self.grid[0]}" if self.is_flat else f"{self.grid[0]}, {self.grid[1]}"
         blocks = "bx" if self.is_flat else "(bx, by)"
         lines = ["import tilejit.language as T", "from tilejit import tilejit", ""]
@@ -245,10 +245,10 @@ def multiplied(a: Assembly, dtypes: tuple[str, str, str, int]) -> tuple[Product,
         M, N, K = w.pick(16, 16, 32, 48, 64), w.pick(8, 16, 16, 24, 32, 64), w.pick(16, 32, 32, 64)
     else:
         M, N, K = (w.pick(1, 4, 8, 10, 16, 20, 33) for _ in range(3))
-    while M * N > 32 * a.threads:
+    while 32 * a.threads < M * N:
         M, N = max(M // 2, 1), max(N // 2, 1)
     t_a, t_b = w.chance(0.3), w.chance(0.4)
-    scope = "fragment" if w.chance(0.2) and M * K <= 16 * a.threads else "shared"
+    scope = "fragment" if w.chance(0.2) and 16 * a.threads >= M * K else "shared"
     tiles = (
         a.tile(scope, left, (K, M) if t_a else (M, K), dtypes[3]),
         a.tile("shared", right, (N, K) if t_b else (K, N), dtypes[3]),

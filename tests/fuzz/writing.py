@@ -59,7 +59,8 @@ class Memory:
 @dataclass
 class Program:
     """source: of a module with the @tilejit function `kernel`. arrays: its tensors by name, with
-    what outputs hold before. declared: those whose shape is, so that they are contiguous. scalars: further arguments. expected: outputs after a run."""
+    what outputs hold before. declared: those whose shape is, so that they are contiguous.
+    scalars: further arguments. expected: outputs after a run."""
 
     source: str
     arrays: dict[str, Array]

@@ -101,6 +101,22 @@ def test_fragment_of_any_width_holds_its_elements(run, rng, width):
     assert (c == (a * 2 + i.astype(np.float32) - j.astype(np.float32))).all()
 
 
+@pytest.mark.parametrize("threads", [48, 96, 128])
+@pytest.mark.parametrize("rows", [16, 17, 32])
+def test_loop_over_a_part_of_a_fragment_leaves_the_rest_alone(run, threads, rows):
+    @tilejit
+    def kernel(C: T.Tensor, *, threads, rows):
+        with T.Kernel(1, threads=threads):
+            f = T.alloc_fragment((rows, 16), "float32")
+            T.fill(f, 1)
+            for i, j in T.Parallel(16, 16):
+                f[i, j] = 5
+            T.copy(f, C)
+
+    c = run(kernel, out=[((rows, 16), np.float32)], threads=threads, rows=rows)
+    assert (c == np.where(np.arange(rows) < 16, 5, 1)[:, None]).all()
+
+
 def test_transpose_through_shared_memory_is_right(run, rng):
     @tilejit
     def kernel(A: T.Tensor, C: T.Tensor):
@@ -356,3 +372,17 @@ def test_index_past_32_bits_is_computed_in_64(run):
     a = np.array([7], np.int8)  # every other block reads far outside: zero, not wrapped around
     c = run(kernel, a, out=[((4,), np.int8)])
     assert c.tolist() == [7, 0, 0, 0]
+
+
+def test_views_of_a_tensors_data_reach_the_same_memory(run, rng):
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor):
+        M, N = A.shape
+        flat = T.Tensor((M * N,), A.dtype, data=A.data)
+        out = T.make_tensor(C.data, (M * N,), C.dtype)
+        with T.Kernel(T.ceildiv(M * N, 64), threads=64) as bx:
+            for i in T.Parallel(64):
+                out[bx * 64 + i] = flat[bx * 64 + i] * 2
+
+    a = rng.standard_normal((9, 13)).astype(np.float32)
+    assert (run(kernel, a, out=[((9, 13), np.float32)]) == a * 2).all()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import tilejit.language as T
-from tilejit import tilejit
+from tilejit import passes, tilejit
+from tilejit.ir.kernel import ParamKind
+from tilejit.ir.node import walk
+from tilejit.ops.copy import Copy
 
 UNIT = 2.0**-22  # of sum |a||b|: the rounding of a float32 accumulation, generously
 
@@ -280,3 +285,50 @@ def test_matmul_with_runtime_extents_serves_every_size(run, rng):
     for m, n, k in [(32, 32, 32), (33, 47, 65), (1, 5, 3), (64, 40, 16)]:
         a, b = operand(rng, (m, k), np.float16), operand(rng, (k, n), np.float16)
         assert_close(run(kernel, a, b, out=[((m, n), "float32")]), a, b, np.float32)
+
+
+def test_runtime_extents_that_are_multiples_are_copied_wide(run, rng):
+    M, K = T.dynamic("M"), T.dynamic("K")
+
+    @tilejit
+    def kernel(A: T.Tensor((M, K), "float16"), B: T.Tensor((K, 32), "float16"),
+               C: T.Tensor((M, 32), "float32")):  # fmt: skip
+        with T.Kernel(T.ceildiv(M, 32)) as by:
+            a = T.alloc_shared((32, 32), "float16")
+            b = T.alloc_shared((32, 32), "float16")
+            acc = T.alloc_fragment((32, 32), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 32), num_stages=2):
+                T.copy(A[by * 32, k * 32], a)
+                T.copy(B[k * 32, 0], b)
+                T.gemm(a, b, acc)
+            T.copy(acc, C[by * 32, 0])
+
+    for k in (64, 72, 63, 80, 68):
+        a, b = operand(rng, (40, k), np.float16), operand(rng, (k, 32), np.float16)
+        assert_close(run(kernel, a, b, out=[((40, 32), "float32")]), a, b, np.float32)
+
+    compiled = kernel.compile(target="sm_80")
+    assert "copy A -> a: through registers" in compiled.explain()
+    traced = compiled.graph
+    extents = [param.var for param in traced.params if param.kind is ParamKind.SYMBOL]
+    wide = passes.run(replace(traced, multiples=dict.fromkeys(extents, 8)), compiled.target)
+    copies = [n for n in walk(wide.body) if isinstance(n, Copy)]
+    atoms = {str(n.atom) for n in copies if n.src.buffer.name == "A"}
+    assert atoms == {"cp.async, 8 elements a time"}
+
+
+def test_call_with_runtime_extents_makes_a_kernel_for_each_divisibility(reference):
+    N = T.dynamic("N")
+
+    @tilejit
+    def double(A: T.Tensor((N,), "float32"), B: T.Tensor((N,), "float32")):
+        with T.Kernel(T.ceildiv(N, 64), threads=64) as bx:
+            for i in T.Parallel(64):
+                B[bx * 64 + i] = A[bx * 64 + i] * 2
+
+    for n in (16, 32, 24, 40, 20, 7, 9, 160):
+        a, b = np.arange(n, dtype=np.float32), np.full(n, np.nan, np.float32)
+        double(a, b)
+        assert (b == 2 * a).all()
+    assert len(double._cache) == 4  # multiples of 16, 8, 4 and 1

@@ -114,12 +114,12 @@ def test_runtime_symbol_and_scalar_are_not_in_the_signature(executor, monkeypatc
                 B[bx * 8 + i, j] = A[bx * 8 + i, j] * alpha
 
     traces = count_traces(scale, monkeypatch)
-    for rows, alpha in ((1, 2), (13, 0.5), (16, -1.0)):
+    for rows, alpha in ((1, 2), (13, 0.5), (19, -1.0), (16, 3.0), (32, 4)):
         x = np.random.default_rng(rows).random((rows, 4), np.float32)
         out = filled(x)
         scale(x, alpha, out)
         np.testing.assert_array_equal(out, x * np.float32(alpha))
-    assert len(traces) == 1
+    assert len(traces) == 2  # the second for extents that 16 divides
 
 
 def test_changed_global_is_traced_again(executor, monkeypatch):
@@ -396,3 +396,19 @@ def test_dump_prints_the_stages_asked_for(capsys):
     assert "T.Parallel(32)" in text
     assert "cuda.blockIdx.x" in text
     assert ".visible" not in text
+
+
+def test_dump_prints_the_graph_after_the_passes_asked_for(capsys):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor):
+        with T.Kernel(1, threads=32):
+            tile = T.alloc_shared((8, 32), "float32")
+            T.copy(A, tile)
+            T.copy(tile, B)
+
+    table = T.Tensor((8, 32), "float32")
+    with options(dump="select_atoms, allocate_memory"):
+        kernel.compile(table, table, target="sm_80")
+    selected, allocated = capsys.readouterr().err.strip().split("\n\n")
+    assert "# registers" in selected and "at byte 0" not in selected
+    assert "at byte 0" in allocated

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tilejit.dtypes import int32
@@ -209,7 +209,7 @@ def difference(a: Expr, b: Expr) -> int | None:
     return p - q if x == y else None
 
 
-def divisor(e: Expr, known: dict[Expr, int] | None = None) -> int:
+def divisor(e: Expr, known: Mapping[Var, int] | None = None) -> int:
     """A number that provably divides `e` (0 when `e` is provably 0).
 
     known: divisors of variables, such as strides promised to be multiples of 8.
@@ -217,7 +217,7 @@ def divisor(e: Expr, known: dict[Expr, int] | None = None) -> int:
     known = known or {}
     done: dict[Expr, int] = {}
     for node in walk(e):
-        if node in known:
+        if isinstance(node, Var) and node in known:
             done[node] = known[node]
         elif isinstance(node, Const):
             done[node] = abs(int(node.value)) if not isinstance(node.value, float) else 1

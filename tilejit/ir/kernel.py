@@ -52,6 +52,7 @@ class Kernel:
 
     grid: blocks along x, y, z (host expressions of symbols and scalars).
     threads: user threads along x, y, z.
+    multiples: numbers that the call promises to divide runtime extents and strides.
     block_vars, thread_vars: variables of blockIdx and threadIdx, x first; as many as were named.
 
     Decided by passes, empty before:
@@ -71,6 +72,7 @@ class Kernel:
     thread_vars: tuple[Var, ...]
     body: Body
     target: Target | None = None
+    multiples: Mapping[Var, int] = field(default_factory=lambda: _EMPTY)
     fast_math: bool = False
     fragments: Mapping[Any, FragmentLayout] = field(default_factory=lambda: _EMPTY)
     shared: Mapping[Buffer, SharedLayout] = field(default_factory=lambda: _EMPTY)

@@ -32,7 +32,7 @@ def accesses(node: Parallel) -> Iterator[Access]:
 def loop_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
     """The layout of a loop's iterations, once the fragments' layouts are decided."""
     found = layout_from_fragments(node, kernel.fragments, kernel.num_threads)
-    return found or default_layout(node, kernel.num_threads)
+    return found or default_layout(node, kernel)
 
 
 def layout_from_fragments(
@@ -100,12 +100,12 @@ def is_local(
     return local_registers(fragment, loop, names, at) is not None
 
 
-def default_layout(node: Parallel, threads: int) -> FragmentLayout:
+def default_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
     """The layout of a loop that no fragment decides."""
-    return blocked(node.extents, threads, loop_vector(node, threads))
+    return blocked(node.extents, kernel.num_threads, loop_vector(node, kernel))
 
 
-def loop_vector(node: Parallel, threads: int) -> int:
+def loop_vector(node: Parallel, kernel: Kernel) -> int:
     """Iterations along the last variable that a thread takes together.
 
     As many as fill the widest access of the narrowest element, but no more than every global
@@ -120,34 +120,36 @@ def loop_vector(node: Parallel, threads: int) -> int:
     widths = []
     for _, buffer, at in accesses(node):
         if buffer.scope in (Scope.GLOBAL, Scope.SHARED):
-            width = contiguous_width(buffer, at, last)
+            width = contiguous_width(buffer, at, last, kernel.multiples)
             if width is not None:
                 widths.append(min(width, VECTOR_BYTES // buffer.dtype.bytes))
     if not widths:
         return 1
     sizes = [b.dtype.bytes for _, b, _ in accesses(node) if b.scope is not Scope.FRAGMENT]
     vector = min(VECTOR_BYTES // min(sizes), limit, extent & -extent)
-    vector = min(vector, _common_width(node, last))
+    vector = min(vector, _common_width(node, last, kernel.multiples))
     total = math.prod(node.extents)
-    while vector > 1 and total // vector < threads:
+    while vector > 1 and total // vector < kernel.num_threads:
         vector //= 2
     return max(1, vector)
 
 
-def _common_width(node: Parallel, last: Var) -> int:
+def _common_width(node: Parallel, last: Var, multiples: Mapping[Var, int]) -> int:
     """The vector that every access along the last variable can use."""
     result = VECTOR_BYTES
     for _, buffer, at in accesses(node):
         if buffer.scope is not Scope.GLOBAL:
             continue
-        width = contiguous_width(buffer, at, last)
+        width = contiguous_width(buffer, at, last, multiples)
         if width is not None:
             # wider elements need several accesses, each aligned
             result = min(result, width if width < VECTOR_BYTES // buffer.dtype.bytes else result)
     return result
 
 
-def contiguous_width(buffer: Buffer, at: Sequence[Expr], last: Var) -> int | None:
+def contiguous_width(
+    buffer: Buffer, at: Sequence[Expr], last: Var, multiples: Mapping[Var, int]
+) -> int | None:
     """Neighbouring iterations that one aligned access can serve, up to 16 bytes' worth; 1 when
     they are not neighbours in memory; None when the access does not depend on `last`."""
     if not at or not any(last in variables(e) for e in at):
@@ -160,11 +162,11 @@ def contiguous_width(buffer: Buffer, at: Sequence[Expr], last: Var) -> int | Non
     width = VECTOR_BYTES // buffer.dtype.bytes
     if buffer.scope is Scope.GLOBAL:
         width = min(width, max(1, (buffer.align or buffer.dtype.bytes) // buffer.dtype.bytes))
-        width = _power(width, divisor(buffer.offset))
+        width = _power(width, divisor(buffer.offset, multiples))
         for stride in buffer.element_strides[:-1]:
-            width = _power(width, divisor(stride))
+            width = _power(width, divisor(stride, multiples))
     start = substitute(at[-1], {last: arith("mul", last, 0)})
-    return _power(width, divisor(start))
+    return _power(width, divisor(start, multiples))
 
 
 def _power(width: int, number: int) -> int:

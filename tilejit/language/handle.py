@@ -156,6 +156,11 @@ class BufferHandle(_Tile):
         return self.buffer.scope
 
     @property
+    def data(self) -> BufferHandle:
+        """The memory, for the `data=` of a view and for `T.make_tensor`."""
+        return self
+
+    @property
     def name(self) -> str:
         return self.buffer.name
 

@@ -362,7 +362,8 @@ class EmitterBase:
     ) -> Address:
         terms, constant = linear(offset)
         variable = total(terms, 0)
-        align = power_of_two_divisor(divisor(variable) if terms else 0, align)
+        known = divisor(variable, self.kernel.multiples) if terms else 0
+        align = power_of_two_divisor(known, align)
         align = power_of_two_divisor(constant, align)
         value: Value | None = None
         if terms:  # shared and local memory are small: an offset in range fits 32 bits

@@ -175,8 +175,15 @@ class StatementEmitter(EmitterBase):
         if scope is Scope.FRAGMENT:
             registers = self.fragment_access(node.buffer, node.index, points)
             held = self.state[node.buffer]
+            # padding of a loop spread like the fragment is padding there too, else an element
+            is_alike = points.layout == self.kernel.fragments[node.buffer] and (
+                tuple(node.index) == tuple(points.variables)
+            )
             for register, value, point in zip(registers, values, points.points, strict=True):
-                held[register] = self._merge(point.condition, value, held[register])
+                bounds = None if is_alike else point.bounds
+                held[register] = self._merge(
+                    self.both(bounds, point.condition), value, held[register]
+                )
         elif scope.is_per_thread and node.buffer.root not in self.facts.in_memory:
             for value, point in zip(values, points.points, strict=True):
                 self._store_private(node, point, value)
@@ -295,10 +302,10 @@ class StatementEmitter(EmitterBase):
         if not proven:
             # a vector is inside or outside as a whole when it starts and the extent ends at its
             # multiple
-            starts = 0
+            starts, multiples = 0, self.kernel.multiples
             for first in range(0, len(points.points), points.vector):
-                starts = math.gcd(starts, divisor(points.points[first].sub(at[-1])))
-            known = divisor(buffer.shape[-1]) if extent is None else extent
+                starts = math.gcd(starts, divisor(points.points[first].sub(at[-1]), multiples))
+            known = divisor(buffer.shape[-1], multiples) if extent is None else extent
             width = math.gcd(width, math.gcd(starts, known))
         return width
 
@@ -310,7 +317,8 @@ class StatementEmitter(EmitterBase):
         # consecutive within a swizzle chunk, and within a panel
         starts = 0
         for first in range(0, len(points.points), points.vector):
-            starts = math.gcd(starts, divisor(points.points[first].sub(at[-1])))
+            start = points.points[first].sub(at[-1])
+            starts = math.gcd(starts, divisor(start, self.kernel.multiples))
         chunk = 16 // layout.itemsize if layout.swizzle > 1 else layout.panel
         return math.gcd(width, math.gcd(starts, chunk)) if starts else math.gcd(width, chunk)
 

@@ -5,25 +5,28 @@ Knows loop layouts, vector groups and asynchronous copies. Does not know matrix 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tilejit.dtypes import int32, uint32
 from tilejit.errors import InternalError, UnsupportedError
-from tilejit.ir.analysis import interval
+from tilejit.ir.analysis import divisor, interval, linear, provably
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, arith, binary, const, index
 from tilejit.ir.loops import loop_layout
-from tilejit.ir.node import Atomic, Body, If, Node, Parallel, all_reads, all_writes, walk
+from tilejit.ir.node import Atomic, Body, If, Node, Parallel, Store, all_reads, all_writes, walk
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
 from tilejit.layout.fragment import FragmentLayout, blocked
 from tilejit.lower.emit import Point, Points
-from tilejit.lower.index import coordinates, thread_digit, thread_part
+from tilejit.lower.index import coordinates, thread_digit, thread_part, total
+from tilejit.lower.quads import LANES, PAIR, ROW, TILES, tile_stride, trade
 from tilejit.lower.statements import (
     ROUND,
     StatementEmitter,
+    points_registers,
     split_points,
     writes_shared_temporary,
 )
@@ -121,6 +124,61 @@ class TileEmitter(StatementEmitter):
             value = thread_digit(self.thread, digit.stride, digit.size, layout.threads)
             conditions.append(self.value(binary("eq", value, const(0))))
         return self.both(*conditions)
+
+    # ---- wide stores ------------------------------------------------------------------------
+
+    def _store_memory(self, node: Store, points: Points, values: list[Value]) -> None:
+        if not self._store_quads(node, points, values):
+            super()._store_memory(node, points, values)
+
+    def _store_quads(self, node: Store, points: Points, values: list[Value]) -> bool:
+        """Store an accumulator's 16-bit pairs 16 bytes a time; False when they cannot be."""
+        layout, dtype = points.layout, node.buffer.dtype
+        stride = tile_stride(layout, dtype) if layout is not None else None
+        if stride is None or points.once is not None or self.divergent or points.axis is None:
+            return False
+        if node.buffer.scope is not Scope.GLOBAL:
+            return False
+        if any(p.condition is not None or p.bounds is not None for p in points.points):
+            return False
+        if self.access_width(node.buffer, node.index, points) < PAIR:
+            return False
+        place_of = {register: n for n, register in enumerate(points_registers(points))}
+        firsts = [r for r in place_of if r % PAIR == 0 and r // stride % TILES == 0]
+        rows = [[r + j * stride for j in range(TILES)] for r in firsts]
+        if any(r not in place_of for row in rows for r in row):
+            return False
+        moved = [self._moved(points, place_of[r]) for r in firsts]
+        indexes = [tuple(point.sub(e) for e in node.index) for point in moved]
+        if not all(self._is_wide(node, at) for at in indexes):
+            return False
+        lane = self.value(thread_digit(self.thread, 1, LANES, self.kernel.num_threads))
+        for row, at in zip(rows, indexes, strict=True):
+            starts = [place_of[r] for r in row]
+            words = [self.m.pack(values[n : n + PAIR], dtype) for n in starts]
+            elements = [v for w in trade(self.m, words, lane) for v in self.m.unpack(w, dtype)]
+            when = self.guard(node.buffer, at)
+            self.m.store(self.address(node.buffer, at), elements, dtype, when)
+        return True
+
+    def _moved(self, points: Points, number: int) -> Point:
+        """The first point of four rows with its last coordinate where the lane's elements begin
+        after the trade."""
+        point = points.points[number]
+        assert points.axis is not None
+        quad = thread_digit(self.thread, 1, LANES, self.kernel.num_threads)
+        axis = arith("add", point.mapping[points.axis], arith("mul", quad, ROW - PAIR))
+        return Point({**point.mapping, points.axis: total(*linear(axis))})
+
+    def _is_wide(self, node: Store, at: tuple[Expr, ...]) -> bool:
+        """Whether one access takes a lane's elements: aligned, in range together or not at all."""
+        buffer, multiples = node.buffer, self.kernel.multiples
+        last = arith("add", at[-1], ROW - 1)
+        if self.inside(last, buffer.shape[-1]) is not None or not provably("ge", at[-1], index(0)):
+            together = math.gcd(divisor(at[-1], multiples), divisor(buffer.shape[-1], multiples))
+            if together % ROW:
+                return False
+        return self.address(buffer, at).align >= ROW * buffer.dtype.bytes
 
     # ---- asynchronous copies ----------------------------------------------------------------
 

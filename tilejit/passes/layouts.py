@@ -116,7 +116,7 @@ class _Inference:
             mine = [at for _, b, at in accesses(loop) if b is buffer]
             for at in mine:
                 if at and at[-1] is loop.vars[-1] if loop.vars else False:
-                    vectors.append(loop_vector(loop, self.threads))
+                    vectors.append(loop_vector(loop, self.kernel))
                 else:
                     vectors.append(1)
         if not vectors:

@@ -154,6 +154,7 @@ class _Selector:
 
     def _fits(self, node: Copy, vector: int) -> bool:
         source, target = node.src.buffer, node.dst.buffer
+        known = self.kernel.multiples
         size = vector * source.dtype.bytes
         if node.coalesced_width and vector > node.coalesced_width:
             return False
@@ -161,14 +162,14 @@ class _Selector:
             return False
         for buffer, region in ((source, node.src), (target, node.dst)):
             strides = buffer.element_strides
-            if int_value(strides[-1]) != 1 or divisor(region.starts[-1]) % vector:
+            if int_value(strides[-1]) != 1 or divisor(region.starts[-1], known) % vector:
                 return False
             if buffer.scope is Scope.GLOBAL or buffer.strides is not None:
-                if any(divisor(s) % vector for s in strides[:-1]):
+                if any(divisor(s, known) % vector for s in strides[:-1]):
                     return False
             if buffer.scope is Scope.SHARED and divisor(buffer.shape[-1]) % vector:
                 return False
-            if divisor(buffer.offset) % vector:
+            if divisor(buffer.offset, known) % vector:
                 return False
         return True
 

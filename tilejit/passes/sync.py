@@ -127,9 +127,7 @@ class _Synchroniser:
             awaited |= {n.barrier.root for n in inner if isinstance(n, BarrierWait)}
         return nodes[:count]
 
-    def before_all(
-        self, nodes: list[Node], pending: _Pending
-    ) -> tuple[list[Node], _Pending]:
+    def before_all(self, nodes: list[Node], pending: _Pending) -> tuple[list[Node], _Pending]:
         """A barrier before nodes that run side by side, where any of them needs one."""
         reads: Touched = {}
         writes: Touched = {}

@@ -5,6 +5,7 @@ Knows the order of things from call to launch. Does not know how any of them is 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 from tilejit.errors import ArgumentError, ArgumentTypeError, a_kind
+from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Program
 from tilejit.language.function import PrimFunc, TracedFunction
 from tilejit.runtime import device
@@ -21,6 +23,7 @@ from tilejit.runtime.captures import Captures
 from tilejit.runtime.device import Executor
 from tilejit.runtime.factory import prim_kernel
 from tilejit.runtime.kernel import TileKernel
+from tilejit.runtime.matching import symbol_multiples
 from tilejit.runtime.signature import Call, Signature
 from tilejit.runtime.traceback import without_our_frames
 from tilejit.target import Target, as_target
@@ -80,10 +83,13 @@ class TileFunction:
             symbols = self._signature.match(call)
             executor = device.executor()
             target = self._target_of(call.views, executor)
-            key = (call.key, self._captures.key(), target.name)
+            multiples = symbol_multiples(symbols)
+            key = (call.key, self._captures.key(), target.name, tuple(multiples.values()))
             kernel = self._cache.find(key)
             if kernel is None:
-                kernel = self._cache.find_or_build(key, lambda: self._build(call, target))
+                kernel = self._cache.find_or_build(
+                    key, lambda: self._build(call, target, multiples)
+                )
             if kernel.is_factory_made:
                 return kernel
             return kernel.run(call.values, symbols, stream, executor)
@@ -126,7 +132,9 @@ class TileFunction:
             )
         return self._target
 
-    def _build(self, call: Call, target: Target) -> TileKernel:
+    def _build(
+        self, call: Call, target: Target, multiples: Mapping[Var, int] | None = None
+    ) -> TileKernel:
         traced = self._traced.trace(
             self._signature.trace_arguments(call), name=self.__name__, fast_math=self._fast_math
         )
@@ -144,6 +152,9 @@ class TileFunction:
                 f"{self.__name__}: out_idx is for a function that returns a T.prim_func.",
                 hint="Make the output with `C = T.empty(shape, dtype)` and return it.",
             )
+        if multiples:
+            kernels = (dataclasses.replace(k, multiples=multiples) for k in traced.kernels)
+            traced = dataclasses.replace(traced, kernels=tuple(kernels))
         return TileKernel(
             traced, target, call.names, constants=call.constants, overlaps=call.overlaps
         )

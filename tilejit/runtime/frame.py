@@ -68,7 +68,13 @@ class TileFrame:
     @property
     def planned(self) -> Kernel:
         """The tile graph after all passes."""
-        return self._once("passes", lambda: passes.run(self.graph, self.target))
+        return self._once("passes", self._plan)
+
+    def _plan(self) -> Kernel:
+        after = passes.stages(self.graph, self.target)
+        for name, kernel in after[1:]:
+            _dump(name, kernel)
+        return after[-1][1]
 
     @property
     def lowered(self) -> Lowered:

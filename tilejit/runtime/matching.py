@@ -20,6 +20,12 @@ Symbols = dict[Var, int]
 _SAME_MEMORY = {(float32, tfloat32), (tfloat32, float32), (uint64, int64)}
 
 
+def symbol_multiples(symbols: Symbols) -> dict[Var, int]:
+    """What divides each symbol's value: 16, 8, 4 or 1. It decides how wide memory accesses can
+    be (16 elements of the narrowest dtype are 16 bytes), so it belongs to the signature."""
+    return {v: next(m for m in (16, 8, 4, 1) if value % m == 0) for v, value in symbols.items()}
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
