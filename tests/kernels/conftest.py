@@ -79,7 +79,9 @@ def _to_device(x: Any) -> Any:
 
     name = as_dtype(x.dtype).name
     strides = tuple(s // x.itemsize for s in x.strides)
-    if x.flags.c_contiguous or x.size == 0:
+    if x.size == 0:
+        return torch.empty(x.shape, dtype=getattr(torch, name), device="cuda")
+    if x.flags.c_contiguous:
         raw = torch.from_numpy(np.ascontiguousarray(x).view(np.uint8).reshape(-1).copy()).cuda()
         return raw.view(getattr(torch, name)).view(x.shape)
     span = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1

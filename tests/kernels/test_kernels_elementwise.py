@@ -101,6 +101,21 @@ def test_fragment_of_any_width_holds_its_elements(run, rng, width):
     assert (c == (a * 2 + i.astype(np.float32) - j.astype(np.float32))).all()
 
 
+def test_fragment_cleared_in_a_loop_that_may_not_run_keeps_its_elements(run):
+    @tilejit
+    def kernel(C: T.Tensor):
+        with T.Kernel(2, threads=32) as bx:
+            f = T.alloc_fragment((32,), "float32")
+            T.fill(f, 1)
+            for _ in T.unroll(1):
+                for _ in T.serial(bx):
+                    T.clear(f)
+            T.copy(f, C[bx * 32])
+
+    c = run(kernel, out=[((64,), np.float32)])
+    assert (c == np.repeat([1, 0], 32)).all()
+
+
 @pytest.mark.parametrize("threads", [48, 96, 128])
 @pytest.mark.parametrize("rows", [16, 17, 32])
 def test_loop_over_a_part_of_a_fragment_leaves_the_rest_alone(run, threads, rows):

@@ -241,7 +241,7 @@ class _Skeleton:
 
     def _is_defined_first(self, key: Key, nodes: Body | None = None) -> bool:
         """True when the first use of the state sets all of it, in the same body as, or around,
-        all other uses."""
+        all other uses; within `nodes` also whenever they run, for the state outlives them."""
 
         def search(body: Body) -> bool | None:
             users = [n for n in body if key in self._keys((n,))]
@@ -252,7 +252,7 @@ class _Skeleton:
             if len(users) == 1 and users[0].bodies and not isinstance(users[0], Parallel):
                 inner = [b for b in users[0].bodies if any(key in self._keys((n,)) for n in b)]
                 if len(inner) == 1 and isinstance(users[0], For):
-                    return search(inner[0])
+                    return (nodes is None or bool(trip_count(users[0]))) and search(inner[0])
             return False
 
         return bool(search(self.kernel.body if nodes is None else nodes))
