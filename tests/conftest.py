@@ -11,7 +11,14 @@ from tilejit.runtime.device import has_gpu, use_executor
 EXECUTORS = ("reference", "simulator", "gpu") if has_gpu() else ("reference", "simulator")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz", type=float, default=1.0, metavar="N", help="N times as many random programs"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fuzz(n): runs n random programs, n times --fuzz")
     config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
 
 

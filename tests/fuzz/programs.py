@@ -292,3 +292,91 @@ def tiles(seed: int) -> Program:
         box = m.Box(output.name, output.dtype, text, output.base, acc.extents)
         a.body.append(m.copy(w.whole(acc), box))
     return a.finish()
+
+
+MATMUL = """\
+import tilejit.language as T
+from tilejit import tilejit
+
+M, N, K = T.dynamic("M"), T.dynamic("N"), T.dynamic("K")
+
+@tilejit
+def kernel(A: {A}, B: {B}, C: {C}):
+    M, N = C.shape
+    K = A.shape[{k_axis}]
+    with T.Kernel(T.ceildiv(N, {BN}), T.ceildiv(M, {BM}), threads={threads}) as (bx, by):
+        a = T.alloc_{scope}({a_shape}, "{a}")
+        b = T.alloc_shared({b_shape}, "{b}")
+        acc = T.alloc_fragment(({BM}, {BN}), "{acc}")
+        T.clear(acc)
+        for k in T.Pipelined(T.ceildiv(K, {BK}){stages}):
+            T.copy(A[{a_at}], a)
+            T.copy(B[{b_at}], b)
+            T.gemm(a, b, acc, {t_a}, {t_b}, T.GemmWarpPolicy.{policy})
+        T.copy(acc, C[by * {BM}, bx * {BN}])
+"""
+
+
+def matmul(seed: int) -> Program:
+    """A tile matmul of real numbers: tile shape, dtypes, transposes, warps, policy and stages are
+    drawn; M, N and K are constants or known at the call."""
+    w = Writer(seed, Profile(exact=True))
+    a, b, acc, _ = w.pick(*PRODUCTS)
+    BM, BN, BK = w.pick(16, 32, 48, 64), w.pick(8, 16, 24, 32, 64), w.pick(16, 32, 64)
+    if w.chance(0.2):
+        BM, BN, BK = (w.pick(1, 3, 4, 8, 10, 20) for _ in range(3))
+    M, N, K = (w.rng.randrange(1, 2 * n + 2) for n in (BM, BN, BK))
+    if w.chance(0.5):
+        M, N, K = BM * w.pick(1, 2), BN * w.pick(1, 2), BK * w.pick(1, 2, 5)
+    t_a, t_b = w.chance(0.3), w.chance(0.4)
+    is_dynamic = w.chance(0.4)
+    declared = {
+        name: f'T.Tensor(({shape}), "{dtype}")' if is_dynamic else "T.Tensor"
+        for name, shape, dtype in (
+            ("A", "K, M" if t_a else "M, K", a),
+            ("B", "N, K" if t_b else "K, N", b),
+            ("C", "M, N", acc),
+        )
+    }
+    threads = w.pick(32, 64, 96, 128, 256)
+    can_hold = BM * BK <= 16 * threads
+    source = MATMUL.format(
+        **declared, BM=BM, BN=BN, BK=BK, threads=threads, t_a=t_a, t_b=t_b, a=a, b=b, acc=acc,
+        k_axis=0 if t_a else 1,
+        a_shape=(BK, BM) if t_a else (BM, BK), b_shape=(BN, BK) if t_b else (BK, BN),
+        a_at=f"k * {BK}, by * {BM}" if t_a else f"by * {BM}, k * {BK}",
+        b_at=f"bx * {BN}, k * {BK}" if t_b else f"k * {BK}, bx * {BN}",
+        stages=w.pick("", *(f", num_stages={n}" for n in range(5))),
+        policy=w.pick("Square", "FullRow", "FullCol"),
+        scope="fragment" if can_hold and w.chance(0.2) else "shared",
+    )  # fmt: skip
+    left, right = operand(w, (M, K), as_dtype(a)), operand(w, (K, N), as_dtype(b))
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    size = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64)
+    unit = _UNITS.get(acc, 0.0) + (2.0**-10 if a == "tfloat32" else 0)
+    total = as_dtype(acc)
+    before = np.frombuffer(b"\xff" * M * N * total.bytes, total.numpy).reshape(M, N)
+    return Program(
+        source=source,
+        arrays={
+            "A": np.ascontiguousarray(left.T) if t_a else left,
+            "B": np.ascontiguousarray(right.T) if t_b else right,
+            "C": before.copy(),
+        },
+        outputs=("C",),
+        declared=frozenset("ABC") if is_dynamic else frozenset(),
+        scalars={},
+        expected={"C": exact},
+        bounds={"C": (K + 1) * unit * size + 1e-30},
+    )
+
+
+# relative error of one addition, generously
+_UNITS = {"float16": 2.0**-10, "float32": 2.0**-22, "float64": 2.0**-51}
+
+
+def operand(w: Writer, shape: tuple[int, int], dtype: DType) -> Array:
+    if dtype.is_integer:
+        low, high = int(dtype.min), int(dtype.max)
+        return w.numbers.integers(low, high, shape, dtype.numpy, endpoint=True)
+    return w.numbers.standard_normal(shape).astype(dtype.numpy)

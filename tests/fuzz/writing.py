@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import meaning as m
@@ -68,6 +68,7 @@ class Program:
     declared: frozenset[str]
     scalars: dict[str, Any]
     expected: dict[str, Array]
+    bounds: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -406,8 +407,7 @@ class Writer:
         k = self.fresh("k")
         head, start, stop, step = self.range(k)
         before = list(self.scope)
-        low, high = sorted((start.low or 0, (stop.high or 0)))
-        self.scope.append(m.name(k, int32, low, high))
+        self.scope.append(m.name(k, int32, *_ends(start, stop)))
         body = self.body(targets, depth)
         self.scope = before
         return m.loop(head, k, start, stop, step, body)
@@ -652,8 +652,7 @@ class Writer:
         else:
             head, start, stop, step = self.range(k)
         before = list(self.scope)
-        low, high = sorted((start.low or 0, (stop.high or 0)))
-        self.scope.append(m.name(k, int32, low, high))
+        self.scope.append(m.name(k, int32, *_ends(start, stop)))
         body = self.tile_statements(depth)
         self.scope = before
         return m.loop(head, k, start, stop, step, body)
@@ -742,6 +741,12 @@ class Writer:
 def _constant(term: Term) -> int | None:
     """The number of a term made of literals alone."""
     return term.low if term.low is not None and term.low == term.high else None
+
+
+def _ends(start: Term, stop: Term) -> tuple[int, int]:
+    """Bounds of a loop's variable."""
+    ends = [e or 0 for e in (start.low, start.high, stop.low, stop.high)]
+    return min(ends), max(ends)
 
 
 def _is_stable(term: Term) -> bool:

@@ -116,6 +116,22 @@ def test_fragment_cleared_in_a_loop_that_may_not_run_keeps_its_elements(run):
     assert (c == np.repeat([1, 0], 32)).all()
 
 
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_variable_of_a_loop_that_may_not_run_needs_no_value_before_it(run, rounds):
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor, n: T.int32):
+        with T.Kernel(1, threads=32):
+            C[0] = 0
+            for k in T.serial(n):
+                x = T.alloc_var("int32", A[k])
+                x += 1
+                C[0] += x
+
+    a = np.arange(3, dtype=np.int32)
+    c = run(lambda A, C: kernel(A, C, rounds), a, out=[((1,), np.int32)])
+    assert c[0] == (6 if rounds else 0)
+
+
 @pytest.mark.parametrize("threads", [48, 96, 128])
 @pytest.mark.parametrize("rows", [16, 17, 32])
 def test_loop_over_a_part_of_a_fragment_leaves_the_rest_alone(run, threads, rows):

@@ -202,6 +202,13 @@ def test_predicates_know_integers_and_infinities():
     assert bool(T.isnan(symbol("i"))) is False and bool(T.isfinite(symbol("i"))) is True
 
 
+def test_bit_counts_of_a_traced_value_that_folds_stay_traced():
+    x = symbol("x", "int8")
+    for count, number in ((T.popcount(x % 1), 0), (T.clz(x - x), 8)):
+        assert isinstance(count, Value) and count.dtype == "int8"
+        assert value_of(count) == number
+
+
 def test_if_then_else_selects_and_promotes():
     x = symbol("x")
     assert T.if_then_else(True, 1, 2) == 1 and T.Select(False, 1, 2) == 2

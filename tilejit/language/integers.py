@@ -15,7 +15,7 @@ import numpy as np
 from tilejit.dtypes import int32
 from tilejit.errors import ArgumentError, ArgumentTypeError, DTypeError
 from tilejit.ir.analysis import interval
-from tilejit.ir.expr import Const, Expr, binary, int_value, unary
+from tilejit.ir.expr import Const, Expr, binary, const, int_value, unary
 from tilejit.language.value import Scalar, Value, arithmetic, as_expr, operands
 
 
@@ -169,4 +169,5 @@ def _bit_count(op: str, x: Any) -> Any:
     if not isinstance(expr, Const):
         return Value(unary(op, expr))
     bits = int(expr.value) & ((1 << expr.dtype.bits) - 1)
-    return bits.bit_count() if op == "popcount" else expr.dtype.bits - bits.bit_length()
+    number = bits.bit_count() if op == "popcount" else expr.dtype.bits - bits.bit_length()
+    return Value(const(number, expr.dtype)) if has_traced(x) else number

@@ -115,6 +115,7 @@ class _Skeleton:
             "thread", int32, VarKind.THREAD, index(0), index(kernel.num_threads - 1)
         )
         self.held = {key: self._held_of(key) for key in self._keys(kernel.body)}
+        self.user_counts = {key: len(self._users(key, kernel.body)) for key in self.held}
         self.uses = _count_uses(kernel)
 
     # ---- names ------------------------------------------------------------------------------
@@ -154,6 +155,12 @@ class _Skeleton:
                 elif buffer.scope.is_per_thread and buffer.root not in self.facts.in_memory:
                     found.setdefault(buffer.root)
         return list(found)
+
+    def _users(self, key: Key, body: Body) -> list[Node]:
+        """The nodes that touch the state themselves."""
+        return [
+            n for n in walk(body) if any(key in (b, b.root) for b in (*n.reads, *n.writes))
+        ]
 
     # ---- the whole kernel -------------------------------------------------------------------
 
@@ -241,7 +248,8 @@ class _Skeleton:
 
     def _is_defined_first(self, key: Key, nodes: Body | None = None) -> bool:
         """True when the first use of the state sets all of it, in the same body as, or around,
-        all other uses; within `nodes` also whenever they run, for the state outlives them."""
+        all other uses. State that outlives `nodes` must be set even if a loop has no rounds."""
+        outlives = nodes is not None and len(self._users(key, nodes)) < self.user_counts[key]
 
         def search(body: Body) -> bool | None:
             users = [n for n in body if key in self._keys((n,))]
@@ -252,7 +260,9 @@ class _Skeleton:
             if len(users) == 1 and users[0].bodies and not isinstance(users[0], Parallel):
                 inner = [b for b in users[0].bodies if any(key in self._keys((n,)) for n in b)]
                 if len(inner) == 1 and isinstance(users[0], For):
-                    return (nodes is None or bool(trip_count(users[0]))) and search(inner[0])
+                    if outlives and not trip_count(users[0]):
+                        return False
+                    return search(inner[0])
             return False
 
         return bool(search(self.kernel.body if nodes is None else nodes))

@@ -1,0 +1,26 @@
+"""Random programs compile for every target: no compiler refuses them, and registers suffice."""
+
+import programs
+import pytest
+from checking import compile_some
+
+from tilejit.target import TARGETS
+
+# what the math library computes with an array of its own (argument reduction of large angles)
+WITH_STACK = ("T.sin(", "T.cos(")
+
+
+@pytest.mark.fuzz(14)
+def test_random_program_compiles_without_spills(seed):
+    make = programs.tiles if seed % 3 == 2 else programs.elementwise
+    program, kernel, _ = compile_some(make, seed, list(TARGETS)[seed % len(TARGETS)])
+    used = kernel.resources
+    assert used.spill_bytes == 0
+    assert used.stack_bytes == 0 or any(name in program.source for name in WITH_STACK)
+
+
+@pytest.mark.fuzz(2)
+@pytest.mark.parametrize("target", TARGETS)
+def test_random_matmul_compiles_without_spills(seed, target):
+    _, kernel, _ = compile_some(programs.matmul, seed, target)
+    assert (kernel.resources.spill_bytes, kernel.resources.stack_bytes) == (0, 0)

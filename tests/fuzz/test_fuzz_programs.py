@@ -1,0 +1,25 @@
+"""Random programs mean the same to everybody: to an oracle of their own, to the reference executor
+before and after every pass, and as generated code to the simulator, which also looks for races
+and for accesses out of bounds."""
+
+import programs
+import pytest
+from checking import check_some
+
+# each has instructions that others have not
+TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_120a")
+
+
+@pytest.mark.fuzz(70)
+def test_random_elementwise_program_means_the_same_everywhere(seed):
+    check_some(programs.elementwise, seed, TARGETS[seed % 4])
+
+
+@pytest.mark.fuzz(25)
+def test_random_tile_program_means_the_same_everywhere(seed):
+    check_some(programs.tiles, seed, TARGETS[seed % 4])
+
+
+@pytest.mark.fuzz(30)
+def test_random_matmul_is_as_near_to_the_exact_product_as_its_dtypes_allow(seed):
+    check_some(programs.matmul, seed, TARGETS[seed % 4])
