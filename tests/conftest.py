@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from tilejit import config
 from tilejit.runtime.device import has_gpu, use_executor
 
-EXECUTORS = ("reference", "simulator", "gpu") if has_gpu() else ("reference", "simulator")
+# Numba reads the variable when it is imported, and is then without its compiler. Here it means
+# that no test runs on a GPU; a kernel simulates as well in a process that has the compiler.
+SIMULATES = config.from_environment(os.environ).simulate
+os.environ.pop("NUMBA_ENABLE_CUDASIM", None)
+
+HAS_GPU = has_gpu() and not SIMULATES
+EXECUTORS = ("reference", "simulator", "gpu") if HAS_GPU else ("reference", "simulator")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if has_gpu():
+    if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -35,6 +43,13 @@ def executor(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once on each: the NumPy reference, Numba's CUDA simulator, the GPU."""
     with use_executor(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=SIMULATES)
+def simulated() -> Iterator[None]:
+    """With NUMBA_ENABLE_CUDASIM=1, calls of tests that choose no executor simulate."""
+    with use_executor("simulator"):
+        yield
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def compile_program(
         name: Argument(a, rng, is_plain or name in program.declared)
         for name, a in program.arrays.items()
     }
+    arguments |= {name: arguments[other] for name, other in program.twins.items()}
     return build(program).compile(**given(program, arguments), target=target), arguments
 
 
@@ -155,6 +156,7 @@ def compare(program: Program, arguments: dict[str, Argument], who: str) -> None:
                 assert_near(argument.view, program.expected[name], bounds, f"{who}: {name}")
         else:
             assert_same(argument.view, program.arrays[name], f"{who} changed the input {name}")
+    for argument in arguments.values():
         argument.reset()
 
 

@@ -6,6 +6,7 @@ Knows how a program is put together and what its tensors hold. Does not know how
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import meaning as m
 import numpy as np
@@ -28,6 +29,7 @@ class Assembly:
         self.is_flat = self.grid[1] == 1 and self.writer.chance(0.6)
         self.arrays: dict[str, Array] = {}
         self.declared: set[str] = set()
+        self.twins: dict[str, str] = {}
         self.symbols: list[str] = []
         self.parameters: list[str] = []
         self.tiles: list[Memory] = []
@@ -113,6 +115,14 @@ class Assembly:
         self.writer.memories.append(memory)
         return memory
 
+    def twin(self, name: str, other: Memory) -> None:
+        """A tensor that is given the array of another one."""
+        self.tensor(name, other.dtype, self.arrays[other.name].shape, self.arrays[other.name])
+        self.declared |= {name, other.name}  # contiguous both
+        self.writer.memories.append(replace(other, name=name))
+        self.writer.twins |= {name: other.name, other.name: name}
+        self.twins[name] = other.name
+
     def base(self, block: Term, size: int) -> Term:
         name = self.writer.fresh("base")
         value = m.binary("mul", block, literal(size))
@@ -178,11 +188,13 @@ class Assembly:
             declared=frozenset(self.declared),
             scalars=self.scalars,
             expected={name: after[name] for name in outputs},
+            twins=self.twins,
         )
 
     def run(self) -> dict[str, Array]:
         """The tensors after all blocks have run."""
         memory = {name: array.copy() for name, array in self.arrays.items()}
+        memory |= {name: memory[other] for name, other in self.twins.items()}
         for by in range(self.grid[1]):
             for bx in range(self.grid[0]):
                 for tile in self.tiles:
@@ -203,7 +215,9 @@ def elementwise(seed: int) -> Program:
     for n in range(w.rng.randrange(1, 4)):
         a.input(f"A{n}", w.dtype(), a.shape(w.pick(1, 2, rank), "input", 4))
     a.input("P", int32, (w.rng.randrange(20, 200),))
-    a.output("O", w.dtype(), a.shape(rank, "output", 4))
+    first = a.output("O", w.dtype(), a.shape(rank, "output", 4))
+    if w.chance(0.15):
+        a.twin("Z", first)
     if w.chance(0.3):
         a.output("Q", w.dtype(), a.shape(w.pick(1, 2), "output", 4))
     with_threads = w.chance(0.3)
@@ -339,7 +353,7 @@ def matmul(seed: int) -> Program:
         )
     }
     threads = w.pick(32, 64, 96, 128, 256)
-    can_hold = BM * BK <= 16 * threads
+    can_hold = 16 * threads >= BM * BK
     source = MATMUL.format(
         **declared, BM=BM, BN=BN, BK=BK, threads=threads, t_a=t_a, t_b=t_b, a=a, b=b, acc=acc,
         k_axis=0 if t_a else 1,

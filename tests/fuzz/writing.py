@@ -60,7 +60,8 @@ class Memory:
 class Program:
     """source: of a module with the @tilejit function `kernel`. arrays: its tensors by name, with
     what outputs hold before. declared: those whose shape is, so that they are contiguous.
-    scalars: further arguments. expected: outputs after a run."""
+    scalars: further arguments. expected: outputs after a run; they may differ by `bounds`.
+    twins: tensors for which the array of another one is given."""
 
     source: str
     arrays: dict[str, Array]
@@ -69,6 +70,7 @@ class Program:
     scalars: dict[str, Any]
     expected: dict[str, Array]
     bounds: dict[str, Array] = field(default_factory=dict)
+    twins: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Writer:
         self.memories: list[Memory] = []
         self.scope: list[Term] = []  # variables in scope
         self.own: dict[str, list[Term]] = {}  # index that an iteration writes, by buffer
+        self.twins: dict[str, str] = {}  # tensors that are the same array
         self.products: list[Product] = []
         self.loops = 0
 
@@ -456,17 +459,22 @@ class Writer:
         terms = [m.name(v, int32, 0, n - 1) for v, n in zip(variables, box, strict=True)]
         self.scope += terms
         targets = [first]
-        self.own[first.name] = first.at([f(terms) for f in maps])
+        self.possess(first, [f(terms) for f in maps])
         for other in writable:
             fits = len(other.extents) == len(box) and all(
                 n <= e for n, e in zip(box, other.extents, strict=True)
             )
-            if other is not first and fits and self.chance(0.25) and len(targets) < 2:
+            if other.name not in self.own and fits and self.chance(0.25) and len(targets) < 2:
                 targets.append(other)
-                self.own[other.name] = other.at(list(terms))
+                self.possess(other, terms)
         body = self.body(targets, depth=2)
         self.scope, self.own = outer, own
         return m.parallel(variables, box, body)
+
+    def possess(self, target: Memory, index: Sequence[Term]) -> None:
+        """An iteration reads and writes only this element of `target`."""
+        for name in (target.name, self.twins.get(target.name, target.name)):
+            self.own[name] = target.at(index)
 
     def iterations(
         self, target: Memory
@@ -504,7 +512,7 @@ class Writer:
         dst = self.rng.choice(targets)
         sources = [
             x for x in self.memories
-            if x.name != dst.name and self.is_copyable(x, dst)
+            if dst.name not in (x.name, self.twins.get(x.name)) and self.is_copyable(x, dst)
         ]  # fmt: skip
         if not sources:
             return self.fill()
@@ -732,7 +740,7 @@ class Writer:
         thread = m.name(variable, int32, 0, threads - 1)
         self.scope = [*outer, thread]
         for target in targets:
-            self.own[target.name] = target.at([thread])
+            self.possess(target, [thread])
         body = self.body(targets, depth=2)
         self.scope, self.own, self.memories = outer, own, memories
         return m.per_thread(variable, threads, body)

@@ -90,11 +90,11 @@ def _interval(e: Expr, done: dict[Expr, Interval]) -> Interval:
     if e.op == "mul":
         return _times(a, b)
     if e.op == "floordiv" and b.low is not None and b.low > 0:
-        low = None if a.low is None else min(a.low // b.low, a.low // (b.high or b.low))
-        if a.low is not None and a.low < 0:
-            low = a.low // b.low
-        elif a.low is not None:
-            low = 0 if b.high is None else a.low // b.high
+        low = a.low
+        if low is not None and low < 0:
+            low = low // b.low
+        elif low is not None:
+            low = 0 if b.high is None else low // b.high
         high = None if a.high is None else (a.high // b.low if a.high >= 0 else -1)
         return Interval(low, high)
     if e.op == "floormod" and b.low is not None and b.low > 0:

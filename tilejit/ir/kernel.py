@@ -33,7 +33,8 @@ class Param:
 
     var: the variable it binds: the address for TENSOR and POINTER (64 bits), else the value.
     buffer: for TENSOR, the buffer that `var` is the address of.
-    noalias: nothing else in the call overlaps it and the kernel never writes it.
+    noalias: nothing that the kernel writes overlaps it, nor does the kernel write it.
+    overlaps: the kernel writes another argument of the call that shares bytes with it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Param:
     var: Var
     buffer: Buffer | None = None
     noalias: bool = False
+    overlaps: bool = False
 
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})

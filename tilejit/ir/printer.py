@@ -105,6 +105,7 @@ class _Printer:
         extras += [f"align={buffer.align}"] if buffer.align else []
         extras += ['buffer_type="auto_broadcast"'] if buffer.broadcasts else []
         extras += ["noalias=True"] if param.noalias else []
+        extras += ["overlaps=True"] if param.overlaps else []
         return f"{names.of(buffer)}: T.{kind}({names.shape(buffer.shape)}, {', '.join(extras)})"
 
     def offset(self, buffer: Buffer) -> list[str]:

@@ -94,7 +94,7 @@ def _params(
     _check_symbols(trace, used, symbols)
     names: set[str] = set()
     params: list[Param] = []
-    readable = _noalias(tensors, body, overlaps)
+    readable, shared = _noalias(tensors, body, overlaps)
     for item in (*host.arguments, *host.outputs, *symbols):
         var = item.data if isinstance(item, Buffer) else item
         assert isinstance(var, Var), f"{item} has no address"
@@ -113,6 +113,7 @@ def _params(
                 var=var,
                 buffer=item if isinstance(item, Buffer) else None,
                 noalias=var in readable,
+                overlaps=var in shared,
             )
         )
     return tuple(params)
@@ -138,18 +139,24 @@ def _check_symbols(trace: Trace, used: set[Var], symbols: list[Var]) -> None:
             )
 
 
-def _noalias(tensors: list[Buffer], body: Body, overlaps: dict[Expr, frozenset[str]]) -> set[Expr]:
-    """Addresses of tensors that are never written and share no byte with what is."""
+def _noalias(
+    tensors: list[Buffer], body: Body, overlaps: dict[Expr, frozenset[str]]
+) -> tuple[set[Expr], set[Expr]]:
+    """Addresses of tensors that are never written and share no byte with what is, and of those
+    that share bytes with another one that is written."""
     written = {
         b.root.data for node in walk(body) for b in node.writes if b.root.scope is Scope.GLOBAL
     }
-    own = {b.data for b in tensors}
+    own = {b.data for b in tensors if isinstance(b.data, Expr)}
     if written - own:  # through a raw pointer, which may point anywhere
-        return set()
+        return set(), own
     changed = {b.name for b in tensors if b.data in written}
     result: set[Expr] = set()
+    shared: set[Expr] = set()
     for b in tensors:
         assert isinstance(b.data, Var), f"{b.name} has no address"
-        if b.data not in written and not changed & overlaps.get(b.data, frozenset()):
+        if changed & overlaps.get(b.data, frozenset()):
+            shared.add(b.data)
+        elif b.data not in written:
             result.add(b.data)
-    return result
+    return result, shared

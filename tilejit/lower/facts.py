@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
 from tilejit.ir.expr import Expr, Var, const_value, int_value, variables
@@ -26,6 +27,7 @@ class Facts:
     """threads: user threads of a block; in_memory: private arrays that live in local memory;
     unrolled: variables of loops that are unrolled where they are emitted."""
 
+    aliases: Aliases
     divergence: Divergence
     in_memory: frozenset[Buffer]
     unrolled: frozenset[Var]
@@ -40,7 +42,7 @@ def facts(kernel: Kernel) -> Facts:
         if free and root.extents and _elements(root) > SELECT_LIMIT:
             in_memory.add(root)
         del node
-    return Facts(divergence(kernel), frozenset(in_memory), frozenset(unrolled))
+    return Facts(Aliases(kernel), divergence(kernel), frozenset(in_memory), frozenset(unrolled))
 
 
 def _elements(buffer: Buffer) -> int:

@@ -276,17 +276,13 @@ class StatementEmitter(EmitterBase):
         width, axis = points.vector, points.axis
         if width == 1 or axis is None or not at:
             return 1
-        first = points.points[0]
-        substituted = [first.sub(e) for e in at]
-        for d, e in enumerate(at):
-            if d < len(at) - 1 and axis in variables(Point(points.constants).sub(e)):
-                return 1
-        for k in range(1, width):
-            other = points.points[k]
-            if difference(other.sub(at[-1]), substituted[-1]) != k:
-                return 1
-            if points.points[k].condition is not first.condition:
-                return 1
+        if any(axis in variables(Point(points.constants).sub(e)) for e in at[:-1]):
+            return 1
+        if not all(
+            are_neighbours(points.points[first : first + width], at[-1])
+            for first in range(0, len(points.points), width)
+        ):
+            return 1
         if buffer.scope is Scope.GLOBAL:
             return self._global_width(buffer, at, points, width)
         root = buffer.root
@@ -468,6 +464,16 @@ def split_points(points: Points) -> list[Points]:
         replace(points, points=[point], vector=1, axis=None, registers=[register])
         for point, register in zip(points.points, points_registers(points), strict=True)
     ]
+
+
+def are_neighbours(points: Sequence[Point], last: Expr) -> bool:
+    """True when the points run together and `last` goes up by one from each to the next."""
+    first, *others = points
+    start = first.sub(last)
+    return all(
+        other.condition is first.condition and difference(other.sub(last), start) == k
+        for k, other in enumerate(others, 1)
+    )
 
 
 def points_registers(points: Points) -> list[int]:

@@ -9,12 +9,12 @@ import math
 from dataclasses import replace
 
 from tilejit.dtypes import int32, uint32
-from tilejit.errors import InternalError, UnsupportedError
+from tilejit.errors import InternalError
 from tilejit.ir.analysis import divisor, interval, linear, provably
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, arith, binary, const, index
 from tilejit.ir.loops import loop_layout
-from tilejit.ir.node import Atomic, Body, If, Node, Parallel, Store, all_reads, all_writes, walk
+from tilejit.ir.node import Body, If, Node, Parallel, Store, all_reads, all_writes, walk
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
@@ -75,18 +75,14 @@ class TileEmitter(StatementEmitter):
     def _emit_round(self, node: Parallel, points: Points, meets: bool) -> None:
         """Statement after statement. With `meets`, threads run copies of an iteration and all of
         them load: they meet before one of them stores to what they have loaded."""
+        memory = self.facts.aliases.of
         loaded: set[Buffer] = set()
         for inner in node.body:
-            written = {b.root for b in all_writes(inner) if not _is_private(b)}
-            read = {b.root for b in all_reads(inner) if not _is_private(b)}
-            if meets and written & read and not isinstance(inner, Atomic):
-                raise UnsupportedError(
-                    f"`{next(iter(written & read)).name}` is read and written in one branch or "
-                    f"loop of a T.Parallel with fewer iterations than the block's "
-                    f"{self.kernel.num_threads} threads, whose value also goes to a fragment.",
-                    span=inner.span,
-                    hint="Use two T.Parallel loops, or as many threads as iterations.",
-                )
+            written = {memory(b) for b in all_writes(inner) if not _is_private(b)}
+            read = {memory(b) for b in all_reads(inner) if not _is_private(b)}
+            assert not (meets and inner.bodies and written & read), (
+                f"copies of an iteration change what others read, at {inner.span}"
+            )
             if meets and written & loaded:
                 self.m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
                 loaded.clear()

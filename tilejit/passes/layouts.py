@@ -12,11 +12,23 @@ from dataclasses import dataclass, replace
 
 from tilejit.errors import ResourceError, Span
 from tilejit.ir.access import local_registers
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import Expr, Var, const, int_value, substitute, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.loops import accesses, layout_from_fragments, loop_layout, loop_vector
-from tilejit.ir.node import Atomic, Body, For, Load, Node, Parallel, Store, walk
+from tilejit.ir.node import (
+    Atomic,
+    Body,
+    For,
+    Load,
+    Node,
+    Parallel,
+    Store,
+    all_reads,
+    all_writes,
+    walk,
+)
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
@@ -182,6 +194,7 @@ class _Converter:
         self.layouts = dict(kernel.fragments)
         self.notes: list[str] = []
         self.scratch: dict[Buffer, Buffer] = {}
+        self.aliases = Aliases(kernel)
 
     def visit(self, body: Body, steps: dict[Var, Sequence[int]]) -> Body:
         """steps: values of the enclosing loops that can be unrolled."""
@@ -237,11 +250,13 @@ class _Converter:
     def elsewhere(self, loop: Parallel, steps: dict[Var, Sequence[int]]) -> list[Buffer]:
         """The fragments that a thread does not hold where its iterations ask for them."""
         layout = loop_layout(loop, replace(self.kernel, fragments=self.layouts))
+        fragments = [(b, at) for _, b, at in accesses(loop) if b.scope is Scope.FRAGMENT]
+        if layout.replicas > 1 and _is_for_one_thread(loop, self.aliases):
+            return [buffer for buffer, _ in fragments]
         return [
             buffer
-            for _, buffer, at in accesses(loop)
-            if buffer.scope is Scope.FRAGMENT
-            and not self.is_local(self.layouts[buffer], layout, loop, at, steps)
+            for buffer, at in fragments
+            if not self.is_local(self.layouts[buffer], layout, loop, at, steps)
         ]
 
     def is_local(
@@ -333,6 +348,24 @@ class _Converter:
             ]
             return result
         return [*result, node]
+
+
+def _is_for_one_thread(loop: Parallel, aliases: Aliases) -> bool:
+    """True when threads that hold copies of an iteration must all execute it, to set a fragment,
+    and cannot: a branch or inner loop changes memory that it also reads."""
+    if not any(b.scope is Scope.FRAGMENT for n in walk(loop.body) for b in n.writes):
+        return False
+    for node in loop.body:
+        if node.bodies:
+            written = {aliases.of(b) for b in all_writes(node) if _is_common(b)}
+            if any(aliases.of(b) in written for b in all_reads(node) if _is_common(b)):
+                return True
+    return False
+
+
+def _is_common(buffer: Buffer) -> bool:
+    """True for memory that the block's threads share."""
+    return buffer.scope in (Scope.GLOBAL, Scope.SHARED)
 
 
 def inner_steps(body: Body) -> dict[Var, Sequence[int]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_, uint32
 from tilejit.errors import UnsupportedError
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     Expr,
@@ -80,6 +81,7 @@ class _Split:
 class _Pipeliner:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.aliases = Aliases(kernel)
         self.slots: dict[Buffer, int] = {}
         self.shared = dict(kernel.shared)
         self.fragments = dict(kernel.fragments)
@@ -121,7 +123,7 @@ class _Pipeliner:
         """Asynchronous copies into buffers that only this loop uses, from memory that the loop
         does not write, with the loads that their indices need."""
         written = set().union(*(all_writes(n) for n in node.body)) if node.body else set()
-        written_roots = {b.root for b in written}
+        changed = {self.aliases.of(b) for b in written}
         chosen: dict[Node, None] = {}
         buffers: list[Buffer] = []
         for position, child in enumerate(node.body):
@@ -133,8 +135,8 @@ class _Pipeliner:
             needed = self.needed_loads(node.body, position, child)
             if needed is None or not self.is_private(node, child):
                 continue
-            sources = {child.src.buffer.root, *(n.buffer.root for n in needed)}
-            if sources & written_roots or target in buffers:
+            sources = {self.aliases.of(b) for b in (child.src.buffer, *(n.buffer for n in needed))}
+            if sources & changed or target in buffers:
                 continue
             for load in needed:
                 chosen.setdefault(load)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.analysis import linear
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
@@ -95,7 +96,7 @@ class _Synchroniser:
         self.constant = frozenset(
             b.root for b in kernel.buffers if b.scope is Scope.GLOBAL and b.root not in written
         )
-        self.aliases = _aliases(kernel)
+        self.aliases = Aliases(kernel)
         # Variables that have one value for a block's whole life
         self.fixed = {*kernel.block_vars, *(p.var for p in kernel.params)}
 
@@ -238,7 +239,7 @@ class _Synchroniser:
         }
 
     def standing_for(self, buffer: Buffer) -> Buffer:
-        return self.aliases.get(buffer.root, buffer.root)
+        return self.aliases.of(buffer)
 
     # ---- control flow -----------------------------------------------------------------------
 
@@ -264,17 +265,3 @@ class _Synchroniser:
 
 # Stand for the variables of any T.Parallel loop, by position.
 _PLACES = tuple(Var(f"place{d}", int32, VarKind.PARALLEL) for d in range(16))
-
-
-def _aliases(kernel: Kernel) -> dict[Buffer, Buffer]:
-    """Global buffers that may share memory, each mapped to one that stands for all of them: what
-    the kernel writes, and what is not known to lie apart from it."""
-    own = {p.buffer for p in kernel.params if p.buffer is not None}
-    apart = {p.buffer for p in kernel.params if p.buffer is not None and p.noalias}
-    written = kernel.written
-    shared = [b.root for b in kernel.scoped(Scope.GLOBAL) if b.root not in apart]
-    unknown = [b for b in shared if b not in written or b not in own]  # or made from addresses
-    if not unknown or not any(b in written for b in shared):
-        return {}
-    first = next(b for b in shared if b in written)
-    return dict.fromkeys(shared, first)
