@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -60,9 +60,33 @@ _current: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
 )
 
 
+_environ = os.environ
+_names = tuple(knob.metadata["env"] for knob in fields(Options))
+_raw_names = tuple(map(getattr(_environ, "encodekey", str), _names))
+_raw_value: Callable[[Any], object] | None = getattr(getattr(_environ, "_data", None), "get", None)
+_parsed: tuple[tuple[object, ...], Options] = ((), Options())
+
+
+def _of_process() -> Options:
+    """The options of `os.environ`, parsed again only when one of its variables has changed.
+
+    `os.environ` encodes and decodes at each access, which costs more than launching a kernel: the
+    raw values are compared, where this Python has them.
+    """
+    global _parsed
+    if _raw_value is None or os.environ is not _environ:
+        return from_environment(os.environ)
+    values = tuple(map(_raw_value, _raw_names))
+    seen, parsed = _parsed
+    if values != seen:
+        parsed = from_environment(_environ)
+        _parsed = values, parsed  # one store: a thread sees both or neither
+    return parsed
+
+
 def current() -> Options:
     """The options in force: those of the innermost `options()` block, else the environment's."""
-    return _current.get() or from_environment(os.environ)
+    return _current.get() or _of_process()
 
 
 @contextlib.contextmanager

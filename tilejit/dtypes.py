@@ -5,6 +5,7 @@ Knows names, sizes, NumPy promotion and value ranges. Does not know machine regi
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from enum import StrEnum
@@ -229,8 +230,6 @@ def as_dtype(spelling: object) -> DType:
             f"Python's `{spelling.__name__}` does not say how wide the elements are.",
             hint=f'Write "{narrow}" or "{wide}".',
         )
-    import difflib
-
     text = spelling if isinstance(spelling, str) else str(spelling)
     close = difflib.get_close_matches(text, list(_by_name), n=1)
     hint = f'Did you mean "{close[0]}"?' if close else "Known: " + ", ".join(map(str, ALL)) + "."

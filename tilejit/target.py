@@ -49,9 +49,6 @@ class Target:
     # per block, the opt-in maximum (CUDA Programming Guide, compute capabilities)
     shared_bytes: int
     features: frozenset[Feature]
-    warp_size: int = 32
-    registers_per_thread: int = 255
-    max_threads: int = 1024
 
     @property
     def compute(self) -> str:

@@ -9,6 +9,8 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SIZES = ((130, 70, 40), (33, 129, 65))
@@ -86,3 +88,22 @@ def test_compile_time_prints_every_stage(monkeypatch, capsys):
     for label in ("trace", "passes", "lower", "Numba front end", "libNVVM", "nvJitLink", "total"):
         assert f"\n{label} " in out
     assert "import tilejit, after numpy: " in out
+
+
+def test_call_time_without_a_gpu_says_that_it_needs_one():
+    done = subprocess.run(
+        [sys.executable, "examples/call_time.py"],
+        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        "There is no GPU here: a call would run in NumPy, and its time says nothing.\n"
+    )
+
+
+@pytest.mark.gpu
+def test_call_time_prints_a_line_for_each_kind_of_argument():
+    lines = run_script("examples/call_time.py").splitlines()
+    assert lines[0].startswith("host microseconds of a warm call on ")
+    kinds = [line[:26].strip() for line in lines[2:]]
+    assert sorted(kinds) == ["CuPy", "Numba device array", "__cuda_array_interface__", "torch"]

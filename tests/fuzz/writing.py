@@ -467,7 +467,8 @@ class Writer:
             if other.name not in self.own and fits and self.chance(0.25) and len(targets) < 2:
                 targets.append(other)
                 self.possess(other, terms)
-        body = self.body(targets, depth=2)
+        size = math.prod(box)  # the simulator takes its time for deep loops over many elements
+        body = self.body(targets, depth=2 if size <= 512 else 1 if size <= 1024 else 0)
         self.scope, self.own = outer, own
         return m.parallel(variables, box, body)
 

@@ -24,7 +24,6 @@ from tilejit.ir.node import (
     Store,
     SyncThreads,
     While,
-    range_of,
 )
 from tilejit.ir.printer import print_kernel
 from tilejit.isa.atom import CopyAtom, CopyMethod
@@ -87,7 +86,8 @@ def matmul():
         Fill(dst=whole(acc), value=const(0.0, float32)),
         For(
             var=k,
-            **range_of(16),
+            start=index(0),
+            stop=index(16),
             kind=LoopKind.PIPELINED,
             num_stages=3,
             body=(load_a, load_b, Gemm(a=whole(a), b=whole(b), acc=whole(acc))),

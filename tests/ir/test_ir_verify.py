@@ -21,7 +21,6 @@ from tilejit.ir.node import (
     Store,
     SyncThreads,
     While,
-    range_of,
 )
 from tilejit.ir.verify import verify
 from tilejit.layout.fragment import blocked
@@ -85,7 +84,7 @@ def test_good_kernel_of_every_node_passes():
             condition=binary("lt", w, v),
             body=(store(w, ZERO, target=x),),
         ),
-        For(var=k, **range_of(v), body=(store(k, k, BX),)),
+        For(var=k, start=index(0), stop=v, body=(store(k, k, BX),)),
         Parallel(
             vars=(i, j),
             extents=(8, 8),
@@ -122,7 +121,7 @@ def test_variable_out_of_scope_is_refused_at_the_nodes_line():
 
 def test_loop_variable_after_its_loop_is_refused():
     k = var("k")
-    body = For(var=k, **range_of(3), body=())
+    body = For(var=k, start=index(0), stop=index(3), body=())
     assert_refused(kernel_of(body, store(k)), "Store: k is used where it is not defined.")
     verify(kernel_of(body, body))
 

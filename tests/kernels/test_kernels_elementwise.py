@@ -116,6 +116,93 @@ def test_fragment_cleared_in_a_loop_that_may_not_run_keeps_its_elements(run):
     assert (c == np.repeat([1, 0], 32)).all()
 
 
+@pytest.mark.usefixtures("executor")
+def test_loop_with_copies_of_iterations_orders_tensors_that_are_one_array():
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=128):
+            f = T.alloc_fragment((8,), "float32")
+            for i in T.Parallel(8):
+                v = A[i]
+                C[i] = v + 1
+                f[i] = v
+            T.copy(f, C[8])
+
+    c = np.arange(16, dtype=np.float32)
+    kernel(c[:8], c)
+    assert c.tolist() == [*range(1, 9), *range(8)]
+
+
+@pytest.mark.usefixtures("executor")
+def test_loops_over_two_outputs_that_are_one_array_are_ordered():
+    @tilejit
+    def kernel(C: T.Tensor, D: T.Tensor):
+        with T.Kernel(1, threads=128):
+            f = T.alloc_fragment((128,), "float32")
+            for i in T.Parallel(128):
+                C[i] = i
+            for i in T.Parallel(128):
+                f[i] = D[127 - i]
+            T.copy(f, D)
+
+    c = np.zeros(128, np.float32)
+    kernel(c, c)
+    assert c.tolist() == [*reversed(range(128))]
+
+
+@pytest.mark.usefixtures("executor")
+def test_pipeline_does_not_read_ahead_of_what_it_writes_under_another_name():
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=32):
+            s = T.alloc_shared((32,), "float32")
+            for k in T.Pipelined(4, num_stages=3):
+                T.copy(A[k * 32], s)
+                for i in T.Parallel(32):
+                    C[k * 32 + 32 + i] = s[i] + 1
+
+    c = np.zeros(160, np.float32)
+    kernel(c, c)
+    assert c.tolist() == np.repeat(np.arange(5), 32).tolist()
+
+
+def test_loop_with_copies_of_iterations_reads_back_what_it_has_written(run, rng):
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor, D: T.Tensor):
+        with T.Kernel(1, threads=128):
+            f = T.alloc_fragment((8,), "float32")
+            for i in T.Parallel(8):
+                C[i] = A[i] + 1
+                f[i] = C[i] * 2
+                C[i] = f[i] - 1
+            T.copy(f, D)
+
+    a = rng.standard_normal(8).astype(np.float32)
+    c, d = run(kernel, a, out=[((8,), np.float32)] * 2)
+    assert (d == (a + 1) * 2).all()
+    assert (c == d - 1).all()
+
+
+def test_branch_that_updates_memory_and_a_fragment_runs_in_one_thread(run, rng):
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor, D: T.Tensor):
+        with T.Kernel(1, threads=128):
+            f = T.alloc_fragment((8,), "float32")
+            T.fill(f, 1)
+            for i in T.Parallel(8):
+                C[i] = A[i]
+            for i in T.Parallel(8):
+                with T.If(A[i] > 0):
+                    C[i] += f[i]
+                    f[i] = C[i] * 2
+            T.copy(f, D)
+
+    a = rng.standard_normal(8).astype(np.float32)
+    c, d = run(kernel, a, out=[((8,), np.float32)] * 2)
+    assert (c == np.where(a > 0, a + 1, a)).all()
+    assert (d == np.where(a > 0, (a + 1) * 2, 1)).all()
+
+
 @pytest.mark.parametrize("rounds", [0, 3])
 def test_variable_of_a_loop_that_may_not_run_needs_no_value_before_it(run, rounds):
     @tilejit

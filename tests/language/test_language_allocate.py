@@ -109,6 +109,7 @@ def test_alloc_takes_only_its_own_scopes():
         assert T.alloc_shared(4, "int8", "shared.dyn").scope == "shared.dyn"
         assert T.alloc_local(4, "int8", "local").scope == "local"
         assert T.alloc_fragment(4, "int8", "local.fragment").scope == "local.fragment"
+        assert T.alloc_fragment(4, "int8", "local").scope == "local"
         with refused(
             ArgumentError,
             'T.alloc_shared: scope "local" is not one it can have.',
@@ -117,10 +118,10 @@ def test_alloc_takes_only_its_own_scopes():
             T.alloc_shared(4, "int8", "local")
         with refused(
             ArgumentError,
-            'T.alloc_fragment: scope "local" is not one it can have.',
-            'Scopes: "local.fragment".',
+            'T.alloc_fragment: scope "shared" is not one it can have.',
+            'Scopes: "local", "local.fragment".',
         ):
-            T.alloc_fragment(4, "int8", "local")
+            T.alloc_fragment(4, "int8", "shared")
         with refused(
             ArgumentError,
             'T.alloc_local: scope "shared.tmem" is not one it can have.',

@@ -92,6 +92,30 @@ def test_list_counts_by_its_contents():
     assert captures.key() == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.__setitem__("a", True),  # equal to 1, and another type
+        lambda table: table.__setitem__("c", 3),
+        lambda table: table.pop("b"),
+        lambda table: table.__setitem__("a", table.pop("a")),  # the order counts
+        lambda table: table.__setitem__("b", -0.0),
+    ],
+)
+def test_dict_of_numbers_counts_by_its_items_and_their_types(change):
+    table = {"a": 1, "b": 0.0}
+
+    def function():
+        return table["a"]
+
+    captures = Captures(function, "f")
+    before = captures.key()
+    table["a"], table["b"] = int("1"), float("0")
+    assert captures.key() == before
+    change(table)
+    assert captures.key() != before
+
+
 def test_nested_list_in_a_dict_counts_by_its_contents():
     inner = [1]
     outer = {"a": inner}

@@ -38,7 +38,6 @@ from tilejit.ir.node import (
     Store,
     SyncThreads,
     While,
-    range_of,
 )
 from tilejit.ir.printer import print_kernel
 from tilejit.ops.copy import Copy, Fill
@@ -88,6 +87,11 @@ class Graph:
 
     def run(self, *body, memory=()):
         run_kernel(self.kernel(*body), self.arguments, self.grid, memory=memory)
+
+
+def range_of(stop):
+    """The `start` and `stop` fields of a `For`."""
+    return {"start": index(0), "stop": index(stop)}
 
 
 def on_chip(name, shape, dtype="float32", scope=Scope.SHARED, **fields):

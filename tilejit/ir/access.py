@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tilejit.ir.expr import Const, Expr, Op, Var, int_value, walk
+from tilejit.ir.expr import Const, Expr, Op, Var, walk
 from tilejit.layout.fragment import FragmentLayout
 
 Registers = tuple[int, ...]
@@ -155,7 +155,3 @@ def _find(
             return None
         result.append(int(np.argmax(hits)))
     return tuple(result)
-
-
-def is_constant_index(at: Sequence[Expr]) -> bool:
-    return all(int_value(e) is not None for e in at)

@@ -1,17 +1,18 @@
 """What can be proven of an index expression: bounds, divisibility, dependence.
 
-Index arithmetic here is arithmetic of whole numbers; who lowers an expression asks `interval`
-whether 32 bits hold it.
+Index arithmetic of int32 and int64 is arithmetic of whole numbers; who lowers an expression asks
+`interval` whether 32 bits hold it. Other integers wrap, as values do.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tilejit.dtypes import int32
+from tilejit.dtypes import DType, int32, int64
 from tilejit.ir.expr import Const, Expr, Op, Var, VarKind, arith, int_value, walk
 
 # Largest runtime extent: checked at every call, so that index arithmetic over one dimension,
@@ -28,11 +29,16 @@ class Interval:
 
     @property
     def fits_int32(self) -> bool:
+        return self.within(_natural(int32))
+
+    def within(self, other: Interval) -> bool:
+        """True when no value lies outside the other, bounded interval."""
+        assert other.low is not None and other.high is not None, "the other interval has bounds"
         return (
             self.low is not None
             and self.high is not None
-            and self.low >= int32.min
-            and self.high <= int32.max
+            and self.low >= other.low
+            and self.high <= other.high
         )
 
 
@@ -64,65 +70,118 @@ def _interval(e: Expr, done: dict[Expr, Interval]) -> Interval:
         return Interval(0, 1)
     if not e.dtype.is_integer:
         return Interval(None, None)
-    natural = Interval(int(e.dtype.min), int(e.dtype.max))
+    natural = _natural(e.dtype)
     if any(not c.dtype.is_integer and not c.dtype.is_bool for c in e.children):
         return natural
     args = [done[c] for c in e.children]
     if e.op == "cast":
-        (a,) = args
-        inside = (
-            a.low is not None
-            and a.high is not None
-            and a.low >= natural.low  # type: ignore[operator]
-            and a.high <= natural.high  # type: ignore[operator]
-        )
-        return a if inside else natural
-    if e.op == "select":
+        is_exact = e.children[0].dtype.is_bool or keeps_value(e, args[0])
+        return args[0] if is_exact else natural
+    if not _is_exact(e):
+        return natural
+    found = _whole_interval(e.op, args)
+    return found if is_whole(e) or found.within(natural) else natural
+
+
+_EXACT = frozenset("add sub mul floordiv floormod min max and or xor select neg".split())
+
+
+def _is_exact(e: Op) -> bool:
+    """True when the operation gives the same whole number at any width that holds it."""
+    if e.op in ("shl", "shr"):
+        count = int_value(e.children[1])
+        return count is not None and 0 <= count < e.dtype.bits
+    return e.op in _EXACT
+
+
+def is_whole(e: Op) -> bool:
+    """True when the operation, in an index, is one of whole numbers: nothing wraps at 32 bits."""
+    return (e.dtype is int32 or e.dtype is int64) and _is_exact(e)
+
+
+def keeps_value(e: Op, child: Interval | None = None) -> bool:
+    """True when a cast between integers changes no value that its operand, of bounds `child`, can
+    have in an index."""
+    (source,) = e.children
+    if not source.dtype.is_integer or not e.dtype.is_integer:
+        return False
+    if source.dtype is int32 and e.dtype is int64:
+        return True
+    return (child or interval(source)).within(_natural(e.dtype))
+
+
+@functools.cache
+def _natural(dtype: DType) -> Interval:
+    return Interval(int(dtype.min), int(dtype.max))
+
+
+def _whole_interval(op: str, args: list[Interval]) -> Interval:
+    """Bounds of an operation of whole numbers."""
+    if op == "select":
         return _hull(args[1], args[2])
-    if len(args) == 1:
-        return _negate(args[0]) if e.op == "neg" else natural
+    if op == "neg":
+        return _negate(args[0])
     a, b = args
-    if e.op == "add":
-        return Interval(_plus(a.low, b.low), _plus(a.high, b.high))
-    if e.op == "sub":
-        n = _negate(b)
+    if op in ("add", "sub"):
+        n = b if op == "add" else _negate(b)
         return Interval(_plus(a.low, n.low), _plus(a.high, n.high))
-    if e.op == "mul":
+    if op == "mul":
         return _times(a, b)
-    if e.op == "floordiv" and b.low is not None and b.low > 0:
-        low = a.low
-        if low is not None and low < 0:
-            low = low // b.low
-        elif low is not None:
-            low = 0 if b.high is None else low // b.high
-        high = None if a.high is None else (a.high // b.low if a.high >= 0 else -1)
-        return Interval(low, high)
-    if e.op == "floormod" and b.low is not None and b.low > 0:
-        if b.high is None:
-            return Interval(0, None if a.low is None or a.low < 0 else a.high)
-        if b.low == b.high and None not in (a.low, a.high):
-            if a.low // b.low == a.high // b.low:  # type: ignore[operator]
-                return Interval(a.low % b.low, a.high % b.low)  # type: ignore[operator]
-        return Interval(0, b.high - 1)
-    if e.op == "min":
+    if op == "floordiv":
+        return _floordiv(a, b)
+    if op == "floormod":
+        return _floormod(a, b)
+    if op == "min":
         return Interval(_least(a.low, b.low), _known_min(a.high, b.high))
-    if e.op == "max":
+    if op == "max":
         return Interval(_known_max(a.low, b.low), _most(a.high, b.high))
-    if e.op == "and" and b.low is not None and b.low >= 0:
-        return Interval(0, b.high)
-    if e.op == "and" and a.low is not None and a.low >= 0:
-        return Interval(0, a.high)
-    if e.op in ("or", "xor") and all(i.low is not None and i.low >= 0 for i in args):
-        if None not in (a.high, b.high):
-            bits = max(a.high.bit_length(), b.high.bit_length())  # type: ignore[union-attr]
-            return Interval(0, (1 << bits) - 1)
-    if e.op == "shl" and b.low is not None and b.low == b.high and 0 <= b.low < 64:
-        return _times(a, Interval(1 << b.low, 1 << b.low))
-    if e.op == "shr" and b.low is not None and b.low == b.high and 0 <= b.low < 64:
-        return Interval(
-            None if a.low is None else a.low >> b.low, None if a.high is None else a.high >> b.low
-        )
-    return natural
+    if op in ("shl", "shr"):
+        assert b.low is not None and b.low == b.high, "is_whole takes shifts by constants"
+        return _shift(op, a, b.low)
+    return _bits(op, a, b)
+
+
+def _floordiv(a: Interval, b: Interval) -> Interval:
+    if b.low is None or b.low <= 0:  # by 0 it is 0
+        return _hull(_hull(a, _negate(a)), Interval(0, 0))
+    low = a.low
+    if low is not None and low < 0:
+        low = low // b.low
+    elif low is not None:
+        low = 0 if b.high is None else low // b.high
+    return Interval(low, None if a.high is None else a.high // b.low if a.high >= 0 else -1)
+
+
+def _floormod(a: Interval, b: Interval) -> Interval:
+    if b.low is None or b.low <= 0:
+        return _hull(_hull(b, _negate(b)), Interval(0, 0))
+    if b.high is None:
+        return Interval(0, None if a.low is None or a.low < 0 else a.high)
+    if b.low == b.high and a.low is not None and a.high is not None:
+        if a.low // b.low == a.high // b.low:
+            return Interval(a.low % b.low, a.high % b.low)
+    return Interval(0, b.high - 1)
+
+
+def _bits(op: str, a: Interval, b: Interval) -> Interval:
+    """Bounds of `a op b` for and, or, xor in two's complement."""
+    if op == "and":
+        for x in (b, a):
+            if x.low is not None and x.low >= 0:
+                return Interval(0, x.high)
+    if None in (a.low, a.high, b.low, b.high):
+        return Interval(None, None)
+    bounds = [n for n in (a.low, a.high, b.low, b.high) if n is not None]
+    span = 1 << max((n if n >= 0 else ~n).bit_length() for n in bounds)
+    return Interval(0 if min(bounds) >= 0 else -span, span - 1)
+
+
+def _shift(op: str, a: Interval, count: int) -> Interval:
+    if op == "shl":
+        return _times(a, Interval(1 << count, 1 << count))
+    return Interval(
+        None if a.low is None else a.low >> count, None if a.high is None else a.high >> count
+    )
 
 
 def _var_interval(v: Var) -> Interval:
@@ -177,7 +236,9 @@ def linear(e: Expr) -> tuple[dict[Expr, int], int]:
     """`e` as a sum of integer multiples of terms, and a constant: ({term: factor}, constant)."""
     if isinstance(e, Const):
         return {}, int(e.value)
-    if isinstance(e, Op) and e.dtype.is_integer:
+    if isinstance(e, Op) and e.op == "cast" and keeps_value(e):
+        return linear(e.children[0])
+    if isinstance(e, Op) and is_whole(e):
         if e.op in ("add", "sub"):
             (first, a), (second, b) = linear(e.children[0]), linear(e.children[1])
             sign = 1 if e.op == "add" else -1
@@ -197,9 +258,6 @@ def linear(e: Expr) -> tuple[dict[Expr, int], int]:
         if e.op == "neg":
             terms, constant = linear(e.children[0])
             return {t: -f for t, f in terms.items()}, -constant
-        if e.op == "cast" and e.children[0].dtype.is_integer and e.dtype.bits >= 32:
-            if e.children[0].dtype.bits >= 32:
-                return linear(e.children[0])
     return {e: 1}, 0
 
 
@@ -222,8 +280,10 @@ def divisor(e: Expr, known: Mapping[Var, int] | None = None) -> int:
         elif isinstance(node, Const):
             done[node] = abs(int(node.value)) if not isinstance(node.value, float) else 1
         elif isinstance(node, Op) and node.dtype.is_integer:
-            args = [done[c] for c in node.children]
-            done[node] = _divisor(node, args)
+            found = _divisor(node, [done[c] for c in node.children])
+            keeps = keeps_value(node) if node.op == "cast" else is_whole(node)
+            # what wraps stays a multiple of powers of 2
+            done[node] = found if keeps else math.gcd(found, 1 << node.dtype.bits)
         else:
             done[node] = 1
     return done[e]
@@ -251,6 +311,32 @@ def depends(e: Expr, on: Iterable[Var]) -> bool:
     """True when `e` uses any of the variables."""
     wanted = set(on)
     return any(node in wanted for node in walk(e) if isinstance(node, Var))
+
+
+def tells_apart(at: Iterable[Expr], extents: Mapping[Var, int]) -> bool:
+    """True when no two values of the variables give the same expressions `at`, all else equal.
+
+    extents: how many values in a row each variable takes.
+    """
+    sums = [linear(e)[0] for e in at]
+    unknown = {v for v, n in extents.items() if n > 1}
+    before = None
+    while unknown and before != unknown:
+        before = set(unknown)
+        for terms in sums:
+            unknown -= _told_by(terms, unknown, extents)
+    return not unknown
+
+
+def _told_by(terms: Mapping[Expr, int], unknown: set[Var], extents: Mapping[Var, int]) -> set[Var]:
+    """The unknown variables, when the sum of multiples tells them: as digits of a number do."""
+    mine = {t: abs(f) for t, f in terms.items() if depends(t, unknown)}
+    reach = 0
+    for term, factor in sorted(mine.items(), key=lambda entry: entry[1]):
+        if not isinstance(term, Var) or factor <= reach:
+            return set()
+        reach += factor * (extents[term] - 1)
+    return {t for t in mine if isinstance(t, Var)}
 
 
 def provably(op: str, a: Expr, b: Expr) -> bool:

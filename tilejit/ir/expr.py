@@ -170,8 +170,8 @@ def int_value(e: Expr) -> int | None:
     return int(e.value) if isinstance(e, Const) and not isinstance(e.value, float) else None
 
 
-# on integers and bools
-_FOLD: dict[str, Callable[[Any, Any], Any]] = {
+# On integers and bools, divisors not 0: whole numbers, not wrapped.
+FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
@@ -204,8 +204,8 @@ def binary(op: str, a: Expr, b: Expr) -> Expr:
     result = bool_ if op in COMPARE else a.dtype
     if isinstance(a, Const) and isinstance(b, Const) and not a.dtype.is_float:
         x, y = a.value, b.value
-        if op in _FOLD and not (op in _DIVISIONS and y == 0):
-            return const(_FOLD[op](x, y), result)
+        if op in FOLD and not (op in _DIVISIONS and y == 0):
+            return const(FOLD[op](x, y), result)
         if op in ("shl", "shr") and 0 <= y < a.dtype.bits:
             return const(int(x) << int(y) if op == "shl" else int(x) >> int(y), result)
     if a.dtype.is_integer:
@@ -249,7 +249,8 @@ def _integer_identity(op: str, a: Expr, b: Expr) -> Expr | None:
         return const(False, bool_)
     if op == "add" and y is not None and isinstance(a, Op) and a.op == "add":
         inner = int_value(a.children[1])
-        if inner is not None:  # (e + 1) + 2
+        # (e + 1) + 2; in an index nothing may wrap
+        if inner is not None and a.dtype.min <= inner + y <= a.dtype.max:
             return binary("add", a.children[0], const(inner + y, a.dtype))
     return None
 
@@ -313,7 +314,7 @@ def arith(op: str, a: int | Expr, b: int | Expr) -> Expr:
     """Index arithmetic: `binary` that takes ints and mixed widths; constants never wrap."""
     a, b = index(a), index(b)
     if op in ("add", "sub", "mul") and isinstance(a, Const) and isinstance(b, Const):
-        return index(_FOLD[op](int(a.value), int(b.value)))
+        return index(FOLD[op](int(a.value), int(b.value)))
     return binary(op, *same_width(a, b))
 
 

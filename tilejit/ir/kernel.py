@@ -116,6 +116,7 @@ class Kernel:
         return frozenset(b.root for node in walk(self.body) for b in node.writes)
 
     def __str__(self) -> str:
+        # here, because the printer is written over kernels
         from tilejit.ir.printer import print_kernel
 
         return print_kernel(self)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from tilejit.ir.access import local_registers
 from tilejit.ir.analysis import difference, divisor
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, int_value, substitute, variables
@@ -31,12 +30,12 @@ def accesses(node: Parallel) -> Iterator[Access]:
 
 def loop_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
     """The layout of a loop's iterations, once the fragments' layouts are decided."""
-    found = layout_from_fragments(node, kernel.fragments, kernel.num_threads)
+    found = layout_from_fragments(node, kernel.fragments)
     return found or default_layout(node, kernel)
 
 
 def layout_from_fragments(
-    node: Parallel, fragments: Mapping[Buffer, FragmentLayout], threads: int
+    node: Parallel, fragments: Mapping[Buffer, FragmentLayout]
 ) -> FragmentLayout | None:
     """The layout that a loop takes from the fragments it indexes by all its variables, those it
     writes first."""
@@ -87,17 +86,6 @@ def seen_from(
             dims.append(kept.dims[d])
             shape.append(n)
     return FragmentLayout(tuple(shape), tuple(dims), fragment.threads)
-
-
-def is_local(
-    fragment: FragmentLayout,
-    loop: FragmentLayout | None,
-    node: Parallel | None,
-    at: Sequence[Expr],
-) -> bool:
-    """True when each thread holds what its iterations ask for."""
-    names = node.vars if node is not None else ()
-    return local_registers(fragment, loop, names, at) is not None
 
 
 def default_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:

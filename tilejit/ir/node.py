@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Region
-from tilejit.ir.expr import Expr, Var, index
+from tilejit.ir.expr import Expr, Var
 from tilejit.ir.names import Names
 
 Body = tuple["Node", ...]
@@ -371,8 +371,3 @@ def all_writes(node: Node) -> set[Buffer]:
         for child in inner:
             found |= all_writes(child)
     return found
-
-
-def range_of(stop: int | Expr, start: int | Expr = 0) -> dict[str, Expr]:
-    """The `start` and `stop` fields of a `For`."""
-    return {"start": index(start), "stop": index(stop)}

@@ -48,7 +48,12 @@ class Address:
 
 
 class Machine(Protocol):
-    """Operations an emitter may use. `dtype` is always that of the operands."""
+    """Operations an emitter may use. `dtype` is always that of the operands.
+
+    checks_indexes: `check_index` does something, so indexes are worth computing for it.
+    """
+
+    checks_indexes: bool
 
     def const(self, value: bool | int | float, dtype: DType) -> Value: ...
 
@@ -107,6 +112,11 @@ class Machine(Protocol):
     ) -> Value | None:
         """Combine in one step (relaxed, device scope for global memory): add, min, max, and, or,
         xor, exch. Returns the old value if wanted (0 where `when` is false)."""
+
+    def check_index(
+        self, index: Sequence[Value], extents: Sequence[int], name: str, when: Value | None = None
+    ) -> None:
+        """Report an index (int64) outside the buffer `name`, where `when` is true."""
 
     def alloc_local(self, size: int, align: int) -> Value:
         """The base of `size` bytes of memory of each thread's own."""

@@ -55,7 +55,7 @@ def store(space: str, bits: int, count: int, constant: int, *, predicated: bool)
 _BITWISE = ("and", "or", "xor", "exch")
 
 
-def atomic_type(combine: str, dtype: DType, space: str, target: Target) -> str | None:
+def atomic_type(combine: str, dtype: DType, target: Target) -> str | None:
     """The type suffix of the atomic instruction that combines so, or None if there is none
     (atom)."""
     if dtype.bits in (32, 64) and combine in _BITWISE:

@@ -155,7 +155,7 @@ from tilejit.language.proxy import (
     make_tensor_from_addr,
     ptr,
 )
-from tilejit.language.symbol import dynamic, symbolic
+from tilejit.language.symbol import const, dynamic, symbolic
 
 # TileLang's capitalised spellings of the loops
 Serial, Unroll, Vectorized = serial, unroll, vectorized
@@ -217,6 +217,7 @@ __all__ = [
     "clamp",
     "clear",
     "clz",
+    "const",
     "copy",
     "cos",
     "cosh",
@@ -313,7 +314,6 @@ _INSTEAD = {
     "async_copy": "T.copy inside T.Pipelined",
     "grid": "nested T.serial loops",
     "tma_copy": "T.copy",
-    "const": "a keyword argument of the @tilejit function, or T.dynamic",
     "Ref": "the T.alloc_var handle itself",
     "print": "a tensor that you store to",
     "atomic_addx2": "T.atomic_add",

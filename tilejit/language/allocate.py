@@ -54,14 +54,15 @@ def alloc_local(shape: Any, dtype: Any, scope: Any = "local") -> BufferHandle:
 def alloc_fragment(shape: Any, dtype: Any, scope: Any = "local.fragment") -> BufferHandle:
     """A tile of the whole block, spread over its threads' registers; `shape` is the tile's.
 
-    Arguments and errors as for `alloc_shared`.
+    Arguments and errors as for `alloc_shared`; with the scope "local" it is an array of each
+    thread, as from `alloc_local`.
     """
-    return _alloc("T.alloc_fragment", shape, dtype, scope, Scope.FRAGMENT)
+    return _alloc("T.alloc_fragment", shape, dtype, scope, Scope.FRAGMENT, Scope.LOCAL)
 
 
-def _alloc(what: str, shape: Any, dtype: Any, scope: Any, wanted: Scope) -> BufferHandle:
+def _alloc(what: str, shape: Any, dtype: Any, scope: Any, *allowed: Scope) -> BufferHandle:
     current_kernel(what)
-    place = as_scope(scope, what, (wanted,))
+    place = as_scope(scope, what, allowed)
     return make_tile(Request(what, shape, dtype, place))
 
 

@@ -20,6 +20,7 @@ from tilejit.errors import Span, TraceError, caller_span
 from tilejit.ir.expr import Const, binary, const, unary
 from tilejit.ir.expr import select as select_expr
 from tilejit.ir.node import LoopKind
+from tilejit.language.declare import bind_declared
 from tilejit.language.frames import (
     Context,
     DeviceLoop,
@@ -175,6 +176,23 @@ def annotated(value: Any, annotation: Thunk) -> Any:
             else Value(const(dtype.constant(value), dtype))
         )
     return value
+
+
+def declare(name: str, value: Any, annotation: Thunk) -> None:
+    """`A: T.Tensor(...)` on its own: what argument `A` of the call has to be."""
+    trace = current()
+    if trace is None or not isinstance(value, BufferHandle):
+        return
+    try:
+        spec = annotation()
+    except NameError as error:
+        raise TraceError(
+            f"The annotation of `{name}` uses a name that is not defined: {error}.",
+            hint="A function takes along only the outer names that its statements use: use it in "
+            "one, or annotate the parameter instead.",
+        ) from None
+    if isinstance(spec, BufferHandle) and value.buffer in trace.host.arguments:
+        bind_declared(trace.host, name, value.buffer, spec.buffer)
 
 
 _INPLACE: dict[str, Callable[[Any, Any], Any]] = {
@@ -409,10 +427,10 @@ def jump(what: str, body: Frame | None, around: Frame | None) -> None:
         )
 
 
-def context(manager: Any, names: tuple[str, ...]) -> Any:
-    """What a `with` statement enters."""
+def context(manager: Any, names: tuple[str, ...], unpacks: bool) -> Any:
+    """What a `with` statement enters; `unpacks` when one name alone stands in a tuple."""
     if isinstance(manager, Context):
-        manager.names = names
+        manager.names, manager.unpacks = names, unpacks
         return manager
     trace = current()
     if trace is None or not trace.is_kernel or isinstance(manager, contextlib.nullcontext):

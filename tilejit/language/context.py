@@ -31,10 +31,12 @@ def require_read_source(what: str) -> None:
 class Context:
     """A context manager that tracing understands.
 
-    names: what the user calls the variables it gives, set before it is entered.
+    names, unpacks: what the user calls the variables it gives, and whether one alone stands in
+        a tuple, `as (bx,)`; set before it is entered.
     """
 
     names: tuple[str, ...] = ()
+    unpacks: bool = False
 
     def name(self, position: int, default: str) -> str:
         return self.names[position] if position < len(self.names) else default

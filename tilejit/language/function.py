@@ -17,6 +17,7 @@ from tilejit.errors import ArgumentTypeError, Span, TraceError, definition_span
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, const, index, int_value
 from tilejit.ir.kernel import Program
+from tilejit.language.declare import Again
 from tilejit.language.handle import BufferHandle
 from tilejit.language.parameters import (
     DEFAULT_ALIGN,
@@ -81,10 +82,25 @@ class TracedFunction:
         Raises:
             TileError: a mistake in the function, at its line.
         """
-        host = Trace(name or self.name, span=self.span)
         with self._lock:
             if self._rewritten is None:
                 self._rewritten = rewrite(self.function)
+        known: dict[str, object] = {}
+        while True:
+            host = Trace(name or self.name, span=self.span)
+            host.known = known
+            try:
+                return self._run(host, self._rewritten, args, fast_math)
+            except Again as again:  # now with the numbers of more extents
+                known = again.known
+
+    def _run(
+        self,
+        host: Trace,
+        function: Callable[..., Any],
+        args: Mapping[str, Argument],
+        fast_math: bool,
+    ) -> Program | PrimFunc:
         overlaps: dict[Expr, frozenset[str]] = {}
         positional: list[Any] = []
         named: dict[str, Any] = {}
@@ -95,7 +111,7 @@ class TracedFunction:
             else:
                 positional.append(value)
         with tracing(host):
-            result = self._rewritten(*positional, **named)
+            result = function(*positional, **named)
         if host.failures:
             raise host.failures[0]
         if isinstance(result, PrimFunc) and not host.kernels:

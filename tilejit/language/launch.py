@@ -70,6 +70,7 @@ class Kernel(Context):
                 related=[(host.span, "the outer kernel")],
                 hint="Close the first kernel; several in a row run in order.",
             )
+        self._check_names()
         trace = Trace(host.name, host, self.span)
         trace.grid, trace.threads = self.grid, self.threads
         trace.block_vars = tuple(
@@ -85,7 +86,17 @@ class Kernel(Context):
         self.trace = trace
         enter(trace)
         values = tuple(Value(v) for v in trace.block_vars)
-        return values[0] if len(values) == 1 else values
+        return values[0] if len(values) == 1 and not self.unpacks else values
+
+    def _check_names(self) -> None:
+        given, taken = len(self.grid), len(self.names)
+        if given > 1 and given != taken and (taken > 1 or self.unpacks):
+            names = "1 name takes" if taken == 1 else f"{taken} names take"
+            raise ArgumentError(
+                f"T.Kernel gives {given} block indexes, but {names} them.",
+                span=self.span,
+                hint="Write one name for each extent.",
+            )
 
     def __exit__(
         self,

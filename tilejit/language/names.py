@@ -69,9 +69,3 @@ else:
     long = dtypes.int64
     float8_e4m3 = dtypes.float8_e4m3fn
     tf32 = dtypes.tfloat32
-
-DTYPE_NAMES: tuple[str, ...] = (
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-    "float16", "bfloat16", "float32", "float64", "tfloat32", "float8_e4m3fn", "float8_e5m2",
-    "half", "float", "double", "short", "int", "uint", "long", "float8_e4m3", "tf32",
-)  # fmt: skip

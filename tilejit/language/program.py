@@ -87,11 +87,13 @@ def _params(
     host: Trace, trace: Trace, body: Body, overlaps: dict[Expr, frozenset[str]]
 ) -> tuple[Param, ...]:
     """The parameters the kernel uses: arguments in call order, outputs, symbols."""
-    used = used_variables(body)
+    used = used_variables(body).union(*(variables(e) for e in trace.grid))
     tensors = [a for a in (*host.arguments, *host.outputs) if isinstance(a, Buffer)]
-    symbols = list(dict.fromkeys(v for b in tensors for v in shape_variables(b)))
+    given = [a for a in host.arguments if isinstance(a, Buffer)]
+    symbols = list(dict.fromkeys(v for b in given for v in shape_variables(b)))
     symbols = [v for v in symbols if v.kind is VarKind.SYMBOL]
-    _check_symbols(trace, used, symbols)
+    made = {v for b in host.outputs for v in shape_variables(b)}
+    _check_symbols(trace, used | made, symbols)
     names: set[str] = set()
     params: list[Param] = []
     readable, shared = _noalias(tensors, body, overlaps)
@@ -127,10 +129,7 @@ _PARAM_KINDS = {
 
 
 def _check_symbols(trace: Trace, used: set[Var], symbols: list[Var]) -> None:
-    needed = set(used)
-    for e in trace.grid:
-        needed |= variables(e)
-    for var in sorted(needed, key=lambda v: v.serial):
+    for var in sorted(used, key=lambda v: v.serial):
         if var.kind is VarKind.SYMBOL and var not in symbols:
             raise TraceError(
                 f"The symbol `{var.name}` stands in no argument's shape, so a call cannot know it.",

@@ -328,7 +328,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         if node.value is None:
-            return node
+            return self._declared(node)
         if not isinstance(node.target, ast.Name):
             node.value = self.visit(node.value)
             return node
@@ -336,6 +336,15 @@ class _Rewriter(ast.NodeTransformer):
         value = _call("annotated", self._value(node.value), _thunk(node.annotation))
         value = _scope("bind", ast.Constant(name), _at(value, node))
         return _at(ast.Assign([ast.Name(name, ast.Store())], value), node)
+
+    def _declared(self, node: ast.AnnAssign) -> ast.stmt:
+        """`A: T.Tensor(...)` alone says what a parameter is; of other names it says nothing."""
+        target = node.target
+        if not isinstance(target, ast.Name) or target.id not in _parameters(self.definition)[1:]:
+            return node
+        known = ast.Name(target.id, ast.Load())
+        value = _call("declare", ast.Constant(target.id), known, _thunk(node.annotation))
+        return _at(ast.Expr(_at(value, node.annotation)), node)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> Any:
         value = _scope("bind", ast.Constant(node.target.id), self.visit(node.value))
@@ -480,9 +489,14 @@ class _Rewriter(ast.NodeTransformer):
         for item in node.items:
             target = item.optional_vars
             expression = item.context_expr
-            item.context_expr = _at(
-                _call("context", self.visit(expression), _display_names(target)), expression
+            unpacks = isinstance(target, ast.Tuple | ast.List) and len(target.elts) == 1
+            entered = _call(
+                "context",
+                self.visit(expression),
+                _display_names(target),
+                ast.Constant(unpacks),
             )
+            item.context_expr = _at(entered, expression)
             if target is not None:
                 names += _stored_names(target)
                 item.optional_vars = self.visit(target)

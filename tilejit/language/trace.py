@@ -81,6 +81,7 @@ class Trace:
         order; the buffers made by `T.empty`; the closed `T.Kernel` frames.
     grid, threads, block_vars, thread_vars: of a kernel, x first.
     failures: mistakes found too late to raise at their line; the first is raised at the end.
+    known: extents that annotations in the function's body have named, by that name.
     """
 
     def __init__(self, name: str, host: Trace | None = None, span: Span | None = None) -> None:
@@ -94,6 +95,7 @@ class Trace:
         self.outputs: list[Buffer] = []
         self.kernels: list[Trace] = []
         self.failures: list[BaseException] = []
+        self.known: dict[str, object] = {}
         self._places: dict[Var, tuple[Buffer, tuple[Expr, ...]]] = {}
         self.grid: tuple[Expr, ...] = ()
         self.threads: tuple[int, int, int] = (1, 1, 1)

@@ -13,8 +13,8 @@ from typing import Any
 
 from tilejit.dtypes import DType, bool_, float32, int32, int64, uint32, uint64
 from tilejit.errors import InternalError
-from tilejit.ir.analysis import divisor, interval, linear
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.analysis import divisor, interval, is_whole, keeps_value, linear
+from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     BINARY,
     COMPARE,
@@ -35,7 +35,6 @@ from tilejit.lower.facts import Facts
 from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
 
 _SMALL_FLOAT_BITS = 16
-_WHOLE = frozenset("add sub mul floordiv floormod min max and or xor shl shr select neg".split())
 
 
 @dataclass
@@ -235,13 +234,9 @@ class EmitterBase:
         if isinstance(e, Const):
             small = int32.min <= int(e.value) <= int32.max
             return m.const(int(e.value), int32 if small else int64), 32 if small else 64
-        if isinstance(e, Op) and e.op == "cast" and e.dtype.is_integer:
-            child = e.children[0]
-            inner, outer = interval(child), e.dtype
-            if child.dtype.is_integer and inner.low is not None and inner.high is not None:
-                if inner.low >= outer.min and inner.high <= outer.max:
-                    return self._index(child)
-        if isinstance(e, Op) and e.op in _WHOLE and e.dtype.is_integer:
+        if isinstance(e, Op) and e.op == "cast" and keeps_value(e):
+            return self._index(e.children[0])
+        if isinstance(e, Op) and is_whole(e):
             return self._whole_op(e)
         value = self.value(e)
         if e.dtype is int32 or e.dtype is int64:
@@ -287,10 +282,7 @@ class EmitterBase:
 
     def inside(self, e: Expr, extent: Expr) -> Value | None:
         """Whether 0 <= e < extent; None when that is proven."""
-        bounds, limit = interval(e), interval(extent)
-        above = bounds.low is not None and bounds.low >= 0
-        below = bounds.high is not None and limit.low is not None and bounds.high < limit.low
-        if above and below:
+        if is_surely_inside(e, extent):
             return None
         for layer in reversed(self._guards):
             if (e, extent) in layer:
@@ -313,6 +305,25 @@ class EmitterBase:
                 continue
             tests.append(self.inside(e, extent))
         return self.both(*tests)
+
+    def check(
+        self, buffer: Buffer, at: Sequence[Expr], when: Value | None = None, count: int = 1
+    ) -> None:
+        """Where the machine checks: report an access to `count` neighbours from `at` on that
+        leaves a buffer on the chip."""
+        if buffer.scope is Scope.GLOBAL or not self.m.checks_indexes:
+            return
+        for place in (at, (*at[:-1], arith("add", at[-1], count - 1))) if count > 1 else (at,):
+            if not all(map(is_surely_inside, place, buffer.shape)):
+                numbers = [self.index_value(e, 64)[0] for e in place]
+                self.m.check_index(numbers, buffer.extents, buffer.name, when)
+
+    def check_region(self, region: Region, point: Point) -> None:
+        """The same for a box of a buffer."""
+        starts = [point.sub(e) for e in region.starts]
+        ends = [arith("add", e, n - 1) for e, n in zip(starts, region.extents, strict=True)]
+        for at in (starts, ends):
+            self.check(region.buffer, at, point.condition)
 
     # ---- addresses --------------------------------------------------------------------------
 
@@ -390,6 +401,14 @@ class EmitterBase:
         element = self.view_element(buffer, at)
         number = int_value(element)
         return element if number is None else number
+
+
+def is_surely_inside(e: Expr, extent: Expr) -> bool:
+    """True when 0 <= e < extent is proven."""
+    bounds, limit = interval(e), interval(extent)
+    if bounds.low is None or bounds.high is None or limit.low is None:
+        return False
+    return bounds.low >= 0 and bounds.high < limit.low
 
 
 def _remainder(e: Expr, size: int, limit: int) -> Expr:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
-from tilejit.ir.expr import Expr, Var, const_value, int_value, variables
+from tilejit.ir.expr import Expr, Var, int_value, variables
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, Store, walk
+from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Store, walk
 from tilejit.ops.copy import Copy, Fill
 
 # A private array up to this many elements that is indexed by a runtime value is still kept in
@@ -36,12 +36,11 @@ class Facts:
 def facts(kernel: Kernel) -> Facts:
     unrolled = _unrolled_loops(kernel)
     in_memory = set()
-    for node, at, buffer in _private_accesses(kernel.body):
+    for buffer, at in _private_accesses(kernel.body):
         root = buffer.root
         free = {v for e in at for v in variables(e)} - unrolled
         if free and root.extents and _elements(root) > SELECT_LIMIT:
             in_memory.add(root)
-        del node
     return Facts(Aliases(kernel), divergence(kernel), frozenset(in_memory), frozenset(unrolled))
 
 
@@ -95,19 +94,15 @@ def _indexes_registers(loop: For) -> bool:
     return False
 
 
-def _private_accesses(body: Body) -> list[tuple[Node, Sequence[Expr], Buffer]]:
-    result: list[tuple[Node, Sequence[Expr], Buffer]] = []
+def _private_accesses(body: Body) -> list[tuple[Buffer, Sequence[Expr]]]:
+    result: list[tuple[Buffer, Sequence[Expr]]] = []
     for node in walk(body):
         if isinstance(node, Load | Store | Atomic) and node.buffer.scope is Scope.LOCAL:
-            result.append((node, node.index, node.buffer))
+            result.append((node.buffer, node.index))
         elif isinstance(node, Copy):
             for region in (node.src, node.dst):
                 if region.buffer.scope is Scope.LOCAL:
-                    result.append((node, region.starts, region.buffer))
+                    result.append((region.buffer, region.starts))
         elif isinstance(node, Fill) and node.dst.buffer.scope is Scope.LOCAL:
-            result.append((node, node.dst.starts, node.dst.buffer))
+            result.append((node.dst.buffer, node.dst.starts))
     return result
-
-
-def is_true(e: Expr) -> bool:
-    return const_value(e) is True

@@ -35,7 +35,7 @@ class LLVMAtomics(LLVMMemory):
         value = self.value(value)
         if address.space == "local":
             return self._atomic_local(address, combine, value, dtype, when, want_old)
-        suffix = memory.atomic_type(combine, dtype, address.space, self.target)
+        suffix = memory.atomic_type(combine, dtype, self.target)
         if suffix is None:
             return self._atomic_loop(address, combine, value, dtype, when, want_old)
         base, constant = self._place(address)

@@ -34,6 +34,13 @@ class LLVMMachine(LLVMAtomics):
             stride *= extent
         return self.word(0) if index is None else index
 
+    checks_indexes = False
+
+    def check_index(
+        self, index: Sequence[Value], extents: Sequence[int], name: str, when: Value | None = None
+    ) -> None:
+        """A GPU does not check."""
+
     # -- instructions ------------------------------------------------------------------------
 
     def issue(

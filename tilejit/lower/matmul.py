@@ -37,6 +37,8 @@ class MatmulEmitter(TileEmitter):
         if isinstance(node, Gemm):
             assert node.atom is not None, "select did not run"
             with self.scope():
+                for region in (node.a, node.b):
+                    self.check_region(region, points.points[0])
                 if node.atom.mma is None:
                     self.emit_fma(node, points.points[0])
                 else:
@@ -111,7 +113,7 @@ class MatmulEmitter(TileEmitter):
         self, node: Gemm, mma: MmaInstruction, tile: WarpTile, point: Point
     ) -> OperandSource:
         """Where the operand words of any step of k come from."""
-        a_words = self._a_source(node, mma, tile.rows, tile.lane, tile.origin_m, point)
+        a_words = self._a_source(node, mma, tile.lane, tile.origin_m, point)
         b_side = Operand(node.b, node.transpose_b, point)
 
         def rows(i: int, step: int) -> list[Value]:
@@ -157,7 +159,7 @@ class MatmulEmitter(TileEmitter):
         acc[:] = flat
 
     def _a_source(
-        self, node: Gemm, mma: MmaInstruction, rows: int, lane: Expr, origin: Expr, point: Point
+        self, node: Gemm, mma: MmaInstruction, lane: Expr, origin: Expr, point: Point
     ) -> Callable[[int, int], list[Value]]:
         """A function (row of instructions, step of k) -> the operand words of A."""
         if node.a.buffer.scope is not Scope.FRAGMENT:

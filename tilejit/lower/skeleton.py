@@ -158,9 +158,7 @@ class _Skeleton:
 
     def _users(self, key: Key, body: Body) -> list[Node]:
         """The nodes that touch the state themselves."""
-        return [
-            n for n in walk(body) if any(key in (b, b.root) for b in (*n.reads, *n.writes))
-        ]
+        return [n for n in walk(body) if any(key in (b, b.root) for b in (*n.reads, *n.writes))]
 
     # ---- the whole kernel -------------------------------------------------------------------
 

@@ -95,9 +95,10 @@ class StatementEmitter(EmitterBase):
             raise InternalError(f"No emitter for {type(node).__name__}.", span=node.span)
 
     def barrier_address(self, barrier: Buffer, slot: Expr, point: Point) -> Value:
-        offset = arith("mul", point.sub(slot), 8)
+        self.check(barrier, [point.sub(slot)], point.condition)
+        offset = arith("mul", point.sub(slot), isa_mbarrier.BYTES)
         offset = arith("add", offset, self.kernel.offsets[barrier.root])
-        return self.m.address(self._split("shared", None, offset, 8, False))
+        return self.m.address(self._split("shared", None, offset, isa_mbarrier.BYTES, False))
 
     # ---- loads ------------------------------------------------------------------------------
 
@@ -127,9 +128,12 @@ class StatementEmitter(EmitterBase):
 
     def _load_private(self, node: Load, point: Point) -> Value:
         held = self.state[node.buffer.root]
-        slot = self.private_slot(node.buffer, [point.sub(e) for e in node.index])
+        at = [point.sub(e) for e in node.index]
+        slot = self.private_slot(node.buffer, at)
         if isinstance(slot, int):
             return held[slot]
+        when = None if node.when is None else self.value(point.sub(node.when))
+        self.check(node.buffer, at, self.both(point.bounds, point.condition, when))
         number, bits = self.index_value(slot)
         dtype = int32 if bits == 32 else int64
         result = held[0]
@@ -143,13 +147,16 @@ class StatementEmitter(EmitterBase):
         done_values: list[Value] = []
         results: list[Value] = []
         width = self.access_width(node.buffer, node.index, points)
+        when_exprs = [None if node.when is None else p.sub(node.when) for p in points.points]
+        if any(when is not when_exprs[n - n % width] for n, when in enumerate(when_exprs)):
+            width = 1
         for number, point in enumerate(points.points):
             lane = number % width
             at = tuple(point.sub(e) for e in node.index)
             if lane:
                 results.append(done_values[lane])
                 continue
-            when_expr = None if node.when is None else point.sub(node.when)
+            when_expr = when_exprs[number]
             key = (at, when_expr, id(point.bounds), id(point.condition))
             if key in done:
                 done_values = done[key]
@@ -161,6 +168,7 @@ class StatementEmitter(EmitterBase):
                     points.once_loads,
                     None if when_expr is None else self.value(when_expr),
                 )
+                self.check(node.buffer, at, when, width)
                 address = self.address(node.buffer, at)
                 done_values = self.m.load(address, node.buffer.dtype, width, when)
                 done[key] = done_values
@@ -196,7 +204,9 @@ class StatementEmitter(EmitterBase):
     def _store_private(self, node: Store, point: Point, value: Value) -> None:
         held = self.state[node.buffer.root]
         condition = self.both(point.bounds, point.condition)
-        slot = self.private_slot(node.buffer, [point.sub(e) for e in node.index])
+        at = [point.sub(e) for e in node.index]
+        self.check(node.buffer, at, condition)
+        slot = self.private_slot(node.buffer, at)
         if isinstance(slot, int):
             held[slot] = self._merge(condition, value, held[slot])
             return
@@ -213,6 +223,7 @@ class StatementEmitter(EmitterBase):
             point = points.points[first]
             at = tuple(point.sub(e) for e in node.index)
             when = self.both(self.guard(node.buffer, at), point.bounds, point.condition, once)
+            self.check(node.buffer, at, when, width)
             group = values[first : first + width]
             self.m.store(self.address(node.buffer, at), group, node.buffer.dtype, when)
 
@@ -237,6 +248,7 @@ class StatementEmitter(EmitterBase):
                 raise InternalError("An atomic on private memory.", span=node.span)
             when = self.both(self.guard(node.buffer, at), point.bounds, point.condition, once)
             value = self.value(point.sub(node.value))
+            self.check(node.buffer, at, when)
             address = self.address(node.buffer, at)
             old = self.m.atomic(
                 address, node.combine, value, node.buffer.dtype, when, node.out is not None
@@ -253,7 +265,7 @@ class StatementEmitter(EmitterBase):
         """For each point the register of a fragment element."""
         layout = self.kernel.fragments[buffer]
         substituted = tuple(Point(points.constants).sub(e) for e in at)
-        key = (buffer, substituted, id(points.layout))
+        key = (buffer, substituted, points.layout)
         memo = self._accesses
         if key not in memo:
             memo[key] = local_registers(layout, points.layout, points.variables, substituted)
@@ -376,9 +388,10 @@ class StatementEmitter(EmitterBase):
                 self.emit_body(node.body, copy_points(points).with_constant(node.var, value))
 
     def _emit_vectorized(self, node: For, steps: list[Const], points: Points) -> None:
-        """Independent iterations of one thread: statement by statement, neighbours together."""
+        """Iterations of one thread: when independent, statement by statement and neighbours
+        together."""
         (outer,) = points.points
-        if writes_shared_temporary(node.body, (node.var,)):
+        if not are_independent(node, steps):
             for value in steps:
                 with self.scope():
                     self.emit_body(node.body, copy_points(points).with_constant(node.var, value))
@@ -481,6 +494,38 @@ def points_registers(points: Points) -> list[int]:
     if points.registers is not None:
         return points.registers
     return list(range(len(points.points)))
+
+
+def are_independent(node: For, steps: Sequence[Const]) -> bool:
+    """True when no round of the loop touches what another writes, so that statements may run
+    round by round."""
+    touched: dict[Buffer, list[Load | Store | Atomic]] = {}
+    inside = {var for n in walk(node.body) for var in n.defines}
+    for n in walk(node.body):
+        if isinstance(n, Load | Store | Atomic):
+            touched.setdefault(n.buffer.root, []).append(n)
+        elif n.reads or n.writes:
+            return False
+    for accesses in touched.values():
+        first, *others = accesses
+        if all(isinstance(n, Load) for n in accesses):
+            continue
+        if not others and not first.buffer.scope.is_per_thread:
+            continue  # stored to only: the last round last, as in the loop
+        if any(n.buffer is not first.buffer or n.index != first.index for n in others):
+            return False
+        if not any(_differs_each_round(e, node.var, steps, inside) for e in first.index):
+            return False
+    return True
+
+
+def _differs_each_round(e: Expr, var: Var, steps: Sequence[Const], inside: set[Var]) -> bool:
+    """True when an index is provably another number in every round of the loop over `var`."""
+    if inside & variables(e):
+        return False
+    start = Point({var: steps[0]}).sub(e)
+    moves = [difference(Point({var: step}).sub(e), start) for step in steps]
+    return None not in moves and len(set(moves)) == len(moves)
 
 
 def writes_shared_temporary(body: Body, loop: Sequence[Var]) -> bool:

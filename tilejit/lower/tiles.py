@@ -74,20 +74,24 @@ class TileEmitter(StatementEmitter):
 
     def _emit_round(self, node: Parallel, points: Points, meets: bool) -> None:
         """Statement after statement. With `meets`, threads run copies of an iteration and all of
-        them load: they meet before one of them stores to what they have loaded."""
+        them load: they meet before one of them stores to what they have loaded, and before they
+        load what one has stored."""
         memory = self.facts.aliases.of
         loaded: set[Buffer] = set()
+        stored: set[Buffer] = set()
         for inner in node.body:
             written = {memory(b) for b in all_writes(inner) if not _is_private(b)}
             read = {memory(b) for b in all_reads(inner) if not _is_private(b)}
             assert not (meets and inner.bodies and written & read), (
                 f"copies of an iteration change what others read, at {inner.span}"
             )
-            if meets and written & loaded:
+            if meets and (written & loaded or read & stored):
                 self.m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
                 loaded.clear()
+                stored.clear()
             self.emit_node(inner, points)
             loaded |= read
+            stored |= written
 
     def _points(
         self,
@@ -238,7 +242,6 @@ class TileEmitter(StatementEmitter):
         rows = self.guard_leading(node, at)
         extent, column = source.shape[-1], at[-1]
         left = arith("sub", extent, column)
-        bounds = interval(left)
         last = arith("add", column, vector - 1)
         if self.inside(last, extent) is None:
             count = full
@@ -249,7 +252,6 @@ class TileEmitter(StatementEmitter):
             low = interval(column).low
             if low is None or low < 0:
                 rows = self.both(rows, self.inside(column, extent))
-        del bounds
         return count if rows is None else self.m.select(rows, count, self.m.const(0, uint32))
 
     def guard_leading(self, node: Copy, at: tuple[Expr, ...]) -> Value | None:

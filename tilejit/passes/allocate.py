@@ -10,12 +10,12 @@ from dataclasses import replace
 from tilejit.errors import ResourceError
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
+from tilejit.isa import mbarrier
 
 # 128-byte swizzles repeat every 1024 bytes and count from an address with the low bits zero
 # (PTX ISA, "Swizzling modes"); other buffers only need the widest access.
 SWIZZLED_ALIGN = 1024
 PLAIN_ALIGN = 16
-BARRIER_BYTES = 8
 
 
 def allocate_memory(kernel: Kernel) -> Kernel:
@@ -33,7 +33,7 @@ def allocate_memory(kernel: Kernel) -> Kernel:
             sizes.append((buffer, layout.bytes, max(align, buffer.align)))
     for buffer in kernel.scoped(Scope.BARRIER):
         if not buffer.is_view:
-            sizes.append((buffer, BARRIER_BYTES * len(buffer.arrive_counts), BARRIER_BYTES))
+            sizes.append((buffer, mbarrier.BYTES * len(buffer.arrive_counts), mbarrier.BYTES))
     sizes.sort(key=lambda entry: -entry[2])  # strictest alignment first: no gaps
     offsets: dict[Buffer, int] = {}
     end = 0

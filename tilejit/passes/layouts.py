@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from tilejit.errors import ResourceError, Span
+from tilejit.errors import ResourceError
 from tilejit.ir.access import local_registers
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
@@ -61,15 +61,6 @@ def infer_layouts(kernel: Kernel) -> Kernel:
     return replace(kernel, shared=_shared_layouts(kernel))
 
 
-@dataclass(frozen=True)
-class _Demand:
-    """A layout that an atom asks of a fragment."""
-
-    buffer: Buffer
-    layout: FragmentLayout
-    span: Span | None
-
-
 class _Inference:
     """Layouts spread from atoms outward through elementwise loops until nothing changes; then one
     undecided fragment gets a default and they spread again."""
@@ -107,7 +98,7 @@ class _Inference:
                 changed |= self.spread_loop(loop)
 
     def spread_loop(self, loop: Parallel) -> bool:
-        layout = layout_from_fragments(loop, self.layouts, self.threads)
+        layout = layout_from_fragments(loop, self.layouts)
         if layout is None:
             return False
         changed = False

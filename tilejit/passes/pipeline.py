@@ -5,7 +5,6 @@ Knows which copies may run ahead and how many slots fit the chip. Does not know 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_, uint32
@@ -36,6 +35,7 @@ from tilejit.ir.node import (
     Node,
     Store,
     SyncThreads,
+    While,
     all_reads,
     all_writes,
     rewrite,
@@ -87,17 +87,19 @@ class _Pipeliner:
         self.fragments = dict(kernel.fragments)
         self.notes: list[str] = []
 
-    def visit(self, body: Body) -> Body:
+    def visit(self, body: Body, is_repeated: bool = False) -> Body:
+        """is_repeated: a loop around the body runs it again."""
         result: list[Node] = []
         for node in body:
-            fresh = node.with_bodies(*(self.visit(inner) for inner in node.bodies))
+            again = is_repeated or isinstance(node, For | While)
+            fresh = node.with_bodies(*(self.visit(inner, again) for inner in node.bodies))
             if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED:
-                result += self.loop(fresh)
+                result += self.loop(fresh, is_repeated)
             else:
                 result.append(fresh)
         return tuple(result)
 
-    def loop(self, node: For) -> list[Node]:
+    def loop(self, node: For, is_repeated: bool) -> list[Node]:
         where = f"pipelined loop at {node.span}" if node.span else "pipelined loop"
         if node.order or node.stage or node.group:
             raise UnsupportedError(
@@ -115,7 +117,9 @@ class _Pipeliner:
             return [_synchronous(replace(node, kind=LoopKind.SERIAL))]
         names = ", ".join(b.name for b in split.buffers)
         self.notes.append(f"{where}: {stages} slots of {names}")
-        return self.expand(node, split, stages)
+        # the last round of the time before may still read the slots that are filled first
+        meeting = [SyncThreads(inserted=True, span=node.span)] if is_repeated else []
+        return [*meeting, *self.expand(node, split, stages)]
 
     # ---- what may run ahead -----------------------------------------------------------------
 
@@ -229,7 +233,7 @@ class _Pipeliner:
         )
         fill: Body = (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
         work = [_synchronous(_into_slot(n, slotted, own)) for n in split.rest]
-        if carries_operands(split, work):
+        if carries_operands(split):
             following = arith("floormod", arith("add", iteration, 1), stages)
             carried = self.operand_registers(work[-1])
             first = tuple(_into_slot(n, slotted, index(0)) for n in split.rest[-1:])
@@ -328,7 +332,7 @@ MAX_CARRIED_WORDS = 48
 MAX_ACCUMULATORS = 128
 
 
-def carries_operands(split: _Split, work: Sequence[Node]) -> bool:
+def carries_operands(split: _Split) -> bool:
     """True when the iteration's work ends in a matrix multiply of two pipelined buffers: the first
     operands of the next iteration are then loaded, and the block meets, behind its last step."""
     if not split.rest or not isinstance(split.rest[-1], Gemm):

@@ -6,15 +6,16 @@ own elements. Does not know slots' contents or PTX.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
 from tilejit.ir.aliases import Aliases
-from tilejit.ir.analysis import linear
+from tilejit.ir.analysis import tells_apart
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
-from tilejit.ir.expr import Expr, Var, VarKind, substitute, variables
+from tilejit.ir.expr import Expr, Var, VarKind, arith, int_value, substitute, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.loops import accesses, loop_layout
 from tilejit.ir.node import (
@@ -192,9 +193,9 @@ class _Synchroniser:
         if loop is not None:
             layout = loop_layout(loop, self.kernel)
             for _, buffer, at in accesses(loop):
-                yield buffer, self.loop_owner(loop, layout, at)
+                yield buffer, self.loop_owner(loop, layout, buffer, at)
         elif isinstance(node, Load | Store | Atomic):
-            yield node.buffer, self.thread_owner(node.index)
+            yield node.buffer, self.thread_owner(node.buffer, node.index)
         elif isinstance(node, If | While | For):
             for inner in node.bodies:
                 for child in inner:
@@ -204,28 +205,33 @@ class _Synchroniser:
                 yield buffer, None
 
     def loop_owner(
-        self, loop: Parallel, layout: FragmentLayout, at: tuple[Expr, ...]
+        self, loop: Parallel, layout: FragmentLayout, buffer: Buffer, at: tuple[Expr, ...]
     ) -> Owner | None:
-        """Loops spread alike that use the same index go from a thread to the same elements. Not
-        so where threads run copies of an iteration: one stores and all load."""
+        """Loops spread alike that use the same index go from a thread to the same elements, when
+        no two iterations share one. Not so where threads run copies of an iteration: one stores
+        and all load."""
         if layout.replicas > 1:
             return None
+        places = dict(zip(_PLACES, loop.extents, strict=False))
         mapping: dict[Var, Expr] = dict(zip(loop.vars, _PLACES, strict=False))
         canonical = tuple(substitute(e, mapping) for e in at)
-        allowed = {*self.fixed, *_PLACES}
+        allowed = {*self.fixed, *places}
         if any(v not in allowed for e in canonical for v in variables(e)):
             return None
-        return ("loop", layout, canonical)
+        if not tells_apart(_distinct(buffer, canonical), places):
+            return None
+        return ("loop", buffer, layout, canonical)
 
-    def thread_owner(self, at: tuple[Expr, ...]) -> Owner | None:
-        """Outside loops: an index that differs from thread to thread in one dimension, and only
-        by the thread, never takes two threads to one element."""
+    def thread_owner(self, buffer: Buffer, at: tuple[Expr, ...]) -> Owner | None:
+        """Outside loops: an index that differs from thread to thread, and only by the thread,
+        never takes two threads to one element."""
         if self.kernel.threads[1:] != (1, 1) or not self.kernel.thread_vars:
             return None
         thread = self.kernel.thread_vars[0]
-        for d, e in enumerate(at):
-            if variables(e) <= {thread, *self.fixed} and linear(e)[0].get(thread):
-                return ("thread", d, e)
+        for d, e in enumerate(_distinct(buffer, at)):
+            if variables(e) <= {thread, *self.fixed}:
+                if tells_apart((e,), {thread: self.kernel.num_threads}):
+                    return ("thread", buffer, d, e)
         return None
 
     def shared(self, buffers: set[Buffer] | tuple[Buffer, ...]) -> dict[Buffer, None]:
@@ -250,18 +256,34 @@ class _Synchroniser:
             fresh = replace(node, then=then, orelse=orelse)
             return fresh, after_then.after(after_else.reads, after_else.writes)
         # What the last round left pending meets the first accesses of the next.
-        _, once = self.bodies(node, pending)
-        entry = pending.after(once.reads, once.writes)
-        again, after = self.bodies(node, entry)
-        return again, entry.after(after.reads, after.writes)
+        entry = pending
+        while True:
+            fresh_loop, back, left = self.round(node, entry)
+            grown = entry.after(back.reads, back.writes)
+            if grown == entry:
+                return fresh_loop, left
+            entry = grown
 
-    def bodies(self, node: Node, pending: _Pending) -> tuple[Node, _Pending]:
-        fresh = []
-        for inner in node.bodies:
-            changed, pending = self.body(inner, pending)
-            fresh.append(changed)
-        return node.with_bodies(*fresh), pending
+    def round(self, node: Node, entry: _Pending) -> tuple[Node, _Pending, _Pending]:
+        """A loop, and what is pending after a round of it and when it is left."""
+        if isinstance(node, While):
+            test, left = self.body(node.test, entry)
+            body, back = self.body(node.body, left)
+            return node.with_bodies(test, body), back, left
+        assert isinstance(node, For), f"{type(node).__name__} is no loop"
+        body, back = self.body(node.body, entry)
+        return node.with_bodies(body), back, entry
 
 
 # Stand for the variables of any T.Parallel loop, by position.
 _PLACES = tuple(Var(f"place{d}", int32, VarKind.PARALLEL) for d in range(16))
+
+
+def _distinct(buffer: Buffer, at: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Expressions that differ wherever two indexes mean different elements of memory."""
+    strides = [int_value(s) for s in buffer.strides or ()]
+    if strides and None not in strides:
+        parts = [arith("mul", e, s) for e, s in zip(at, buffer.strides or (), strict=True)]
+        return (functools.reduce(lambda a, b: arith("add", a, b), parts),)
+    repeats = [buffer.broadcasts and int_value(n) == 1 for n in buffer.shape]
+    return tuple(e for e, is_repeated in zip(at, repeats, strict=True) if not is_repeated)

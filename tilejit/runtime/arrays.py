@@ -191,13 +191,17 @@ def _read_cuda_interface(x: Any, framework: str = "") -> ArrayView:
         strides = compact_strides(shape)
     else:
         strides = _canonical(shape, _element_strides(byte_strides, dtype.bytes))
-    device = getattr(getattr(x, "device", None), "id", None)
     stream = interface.get("stream")
     return ArrayView(
-        x, framework, shape, strides, dtype, address or 0,
-        pointer_device(address) if device is None else int(device),
+        x, framework, shape, strides, dtype, address or 0, array_device(x, address or 0),
         not is_readonly, stream, x,
     )  # fmt: skip
+
+
+def array_device(x: Any, address: int) -> int:
+    """The device of an array with `__cuda_array_interface__`: as it says, else its address."""
+    device = getattr(getattr(x, "device", None), "id", None)
+    return pointer_device(address) if device is None else int(device)
 
 
 def _read_dlpack(x: Any) -> ArrayView:
@@ -258,6 +262,11 @@ def reader_of(kind: type) -> Reader | None:
         reader = _read_dlpack
     _readers[kind] = reader
     return reader
+
+
+def is_interface_reader(reader: Reader | None) -> bool:
+    """True for the reader of `__cuda_array_interface__`."""
+    return isinstance(reader, functools.partial) and reader.func is _read_cuda_interface
 
 
 def is_array(x: object) -> bool:
@@ -321,6 +330,15 @@ def needs_gradient(x: Any) -> bool:
     """True for a torch tensor whose writes autograd would have to record."""
     torch = sys.modules.get("torch")
     return bool(torch is not None and x.requires_grad and torch.is_grad_enabled())
+
+
+def maker(like: ArrayView, shape: tuple[int, ...], dtype: DType) -> Callable[[], Any] | None:
+    """Makes arrays as `allocate` does, beside a torch tensor; None for other frameworks."""
+    torch = sys.modules.get("torch")
+    kind = getattr(torch, "float32" if dtype is tfloat32 else dtype.name, None)
+    if like.framework != "torch" or torch is None or kind is None:
+        return None
+    return functools.partial(torch.empty, shape, dtype=kind, device=like.owner.device)
 
 
 def allocate(

@@ -62,6 +62,21 @@ class Binder:
                     self._missing([m for m in range(n, len(values)) if values[m] is MISSING])
         return values
 
+    def default(self, n: int) -> Any:
+        """Of the parameter at place `n`; `MISSING` where it has none."""
+        return self._defaults[n]
+
+    def places(self, count: int, keywords: Sequence[str]) -> dict[int, int] | None:
+        """Which argument each parameter gets, by place: `count` are given by position, and after
+        them those of `keywords`; None where `bind` refuses them."""
+        result = {n: n for n in range(count)}
+        for n, name in enumerate(keywords, count):
+            place = self._place.get(name)
+            if place is None or place in result:
+                return None
+            result[place] = n
+        return None if count > self._positional else result
+
     def _too_many(self, given: int) -> None:
         most = self._positional
         allowed = ", ".join(self.names[:most])

@@ -12,6 +12,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import operator
 import sysconfig
 import threading
 import types
@@ -25,7 +26,7 @@ from tilejit.dtypes import DType, lookup
 from tilejit.errors import ArgumentTypeError, Span, a_kind, definition_span, is_package_file
 
 _MISSING = object()
-_EXACT = (int, bool, str, bytes, type(None), complex, type(Ellipsis), DType, range)
+IMMUTABLE = (int, bool, str, bytes, type(None), complex, type(Ellipsis), DType, range)
 _IDENTICAL = (
     types.ModuleType, type, types.BuiltinFunctionType, types.MethodDescriptorType,
     types.WrapperDescriptorType, types.MethodWrapperType, types.GenericAlias, np.ufunc, np.dtype,
@@ -144,7 +145,7 @@ class _Reading:
     def value(self, value: Any, shown: str) -> Hashable:
         """A hashable that is equal exactly when the value means the same."""
         kind = type(value)
-        if kind in _EXACT:
+        if kind in IMMUTABLE:
             return (kind, value)
         if kind is float:
             return (float, value.hex())
@@ -170,7 +171,8 @@ class _Reading:
             return (kind, *self._items(value, shown))
         if isinstance(value, list | set | dict):
             part = _snapshot(value, shown, self)
-            self.checks.append(lambda: _still(value, part, shown, self))
+            same = _same_items(value)
+            self.checks.append(lambda: same() or _still(value, part, shown, self))
             return part
         if isinstance(value, slice):
             return (slice, *(self.value(v, shown) for v in (value.start, value.stop, value.step)))
@@ -232,6 +234,23 @@ def _snapshot(value: Any, shown: str, reading: _Reading) -> Hashable:
             *((reading.value(k, shown), reading.value(v, shown)) for k, v in value.items()),
         )
     return (type(value), *reading._items(value, shown))
+
+
+def _same_items(value: Any) -> Callable[[], bool]:
+    """A quick test that the container holds the objects that it holds now, none of which can
+    change; false does not say that it differs."""
+    keys = tuple(value)
+    values = tuple(value.values()) if isinstance(value, dict) else ()
+    if not all(type(item) in IMMUTABLE or type(item) is float for item in (*keys, *values)):
+        return lambda: False
+    count, same = len(keys), operator.is_
+    if isinstance(value, dict):
+        return lambda: (
+            len(value) == count
+            and all(map(same, value, keys))
+            and all(map(same, value.values(), values))
+        )
+    return lambda: len(value) == count and all(map(same, value, keys))
 
 
 def _still(value: Any, part: Hashable, shown: str, reading: _Reading) -> bool:
@@ -321,7 +340,7 @@ def freeze(value: Any, what: str, shown: str) -> Hashable:
             `what` and names `shown`.
     """
     kind = type(value)
-    if kind in _EXACT:
+    if kind in IMMUTABLE:
         return (kind, value)
     if isinstance(value, types.FunctionType):
         captures = _known.get(value)

@@ -22,10 +22,12 @@ from tilejit.runtime.cache import SignatureCache
 from tilejit.runtime.captures import Captures
 from tilejit.runtime.device import Executor
 from tilejit.runtime.factory import prim_kernel
+from tilejit.runtime.facts import slots_of
 from tilejit.runtime.kernel import TileKernel
 from tilejit.runtime.matching import symbol_multiples
 from tilejit.runtime.signature import Call, Signature
 from tilejit.runtime.traceback import without_our_frames
+from tilejit.runtime.warm import WarmCalls
 from tilejit.target import Target, as_target
 
 
@@ -54,6 +56,9 @@ class TileFunction:
         self._fast_math = fast_math
         self._cache: SignatureCache[TileKernel] = SignatureCache()
         self._own_stream = "stream" in self._signature.binder.names
+        self._warm = WarmCalls(
+            self._signature.binder, slots_of(self._signature), self._captures.key
+        )
         self.capture_knobs = (out_idx, str(target), fast_math)
 
     def __repr__(self) -> str:
@@ -79,6 +84,9 @@ class TileFunction:
         """
         with without_our_frames():
             stream = None if self._own_stream else kwargs.pop("stream", None)
+            look = self._warm.look(args, kwargs)
+            if look is not None and look.launch is not None:
+                return look.run(stream)
             call = self._signature.bind(args, kwargs)
             symbols = self._signature.match(call)
             executor = device.executor()
@@ -92,7 +100,7 @@ class TileFunction:
                 )
             if kernel.is_factory_made:
                 return kernel
-            return kernel.run(call.values, symbols, stream, executor)
+            return kernel.run(call.values, symbols, stream, executor, self._warm, look)
 
     def compile(self, *args: Any, target: str | Target | None = None, **kwargs: Any) -> TileKernel:
         """The kernel for these arguments, checked and generated but not run.

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -147,6 +147,17 @@ def _primary_context(device: int) -> Any:
         return _contexts[device]
 
 
+def activity(device: int) -> Callable[[], bool]:
+    """A quick test whether the device's primary context is the thread's current one."""
+    get_current, context = driver().cuCtxGetCurrent, int(_primary_context(device))
+
+    def is_active() -> bool:
+        status, current = get_current()
+        return not status and int(current) == context
+
+    return is_active
+
+
 @contextlib.contextmanager
 def active(device: int) -> Iterator[None]:
     """Make the device's primary context current in this thread, and put back what was."""
@@ -227,5 +238,10 @@ def pointer_device(address: int) -> int:
     api = driver()
     if not address:
         return current_device()
-    name = api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return int(check(api.cuPointerGetAttribute(name, address), "Finding where an array lives"))
+    result = api.cuPointerGetAttribute(_ordinal_attribute(), address)
+    return int(check(result, "Finding where an array lives"))
+
+
+@functools.cache
+def _ordinal_attribute() -> Any:
+    return driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL

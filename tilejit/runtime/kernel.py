@@ -22,6 +22,7 @@ from tilejit.runtime.arrays import HOST, ArrayView, host_array
 from tilejit.runtime.binding import Binder
 from tilejit.runtime.captures import freeze
 from tilejit.runtime.device import Executor
+from tilejit.runtime.facts import Slot
 from tilejit.runtime.frame import Resources, TileFrame
 from tilejit.runtime.launch import Staging, check_grid, stream_handle, stream_of
 from tilejit.runtime.matching import Matcher, Symbols, evaluate, scalar_value
@@ -29,6 +30,7 @@ from tilejit.runtime.placement import allocate_output, check_writable, place
 from tilejit.runtime.program import Grid, HostProgram
 from tilejit.runtime.signature import SPEC_ALIGN, misaligned, pointer_value, read_argument
 from tilejit.runtime.traceback import without_our_frames
+from tilejit.runtime.warm import Look, WarmCalls, settle
 from tilejit.sim import launch as simulator
 from tilejit.sim import reference
 from tilejit.target import Target
@@ -134,12 +136,31 @@ class TileKernel:
             TypeError, ValueError: an argument that is not what the kernel was compiled for.
         """
         with without_our_frames():
+            look = self._warm.look(args, kwargs)
+            if look is not None and look.launch is not None:
+                return look.run(stream)
             given = self._binder.bind(args, self._without_constants(kwargs))
             values, symbols = self._read(given)
             other = self._variant(values)
             if other is not None:
                 return other(*args, stream=stream, **kwargs)
-            return self.run(values, symbols, stream)
+            return self.run(values, symbols, stream, None, self._warm, look)
+
+    @cached_property
+    def _warm(self) -> WarmCalls:
+        slots = [self._slot(self.names[n], self.program.arguments[n]) for n in self._inputs]
+        return WarmCalls(self._binder, slots)
+
+    def _slot(self, name: str, argument: Buffer | Var) -> Slot:
+        """An argument as warm calls know it."""
+        if isinstance(argument, Buffer):
+            return Slot(name, "tensor", align=max(1, argument.align))
+        if argument.kind is VarKind.POINTER:
+            return Slot(name, "pointer")
+        buffers = [b for b in self.program.arguments if isinstance(b, Buffer)]
+        dims = [e for b in buffers for e in (*b.shape, *(b.strides or ()))]
+        is_keyed = any(argument in variables(e) for e in dims)
+        return Slot(name, "scalar", argument.dtype, is_keyed=is_keyed)
 
     @cached_property
     def _inputs(self) -> tuple[int, ...]:
@@ -242,9 +263,14 @@ class TileKernel:
         symbols: Symbols,
         stream: Any = None,
         executor: Executor | None = None,
+        warm: WarmCalls | None = None,
+        look: Look | None = None,
     ) -> Any:
         """Run with values that were checked: a view for each tensor, a number or address for
-        each scalar and pointer, in the order of the arguments."""
+        each scalar and pointer, in the order of the arguments.
+
+        warm, look: who remembers the call, and its facts.
+        """
         executor = executor or device.executor()
         views = [v for v in values if isinstance(v, ArrayView)]
         ordinal = place(self.name, self.names, values, executor)
@@ -266,9 +292,27 @@ class TileKernel:
             env[buffer.data] = fresh.address  # type: ignore[index]
         if executor is Executor.GPU:
             self._run_gpu(env, values, memory, ordinal, stream)
+            if warm is not None and look is not None:
+                self._remember(warm, look, values, symbols, ordinal)
         else:
             self._run_host(executor, env, values, memory)
         return self._results(values, memory)
+
+    def _remember(
+        self,
+        warm: WarmCalls,
+        look: Look,
+        values: Sequence[Any],
+        symbols: Symbols,
+        ordinal: int,
+    ) -> None:
+        launch = settle(
+            self.program, self.kernels, self._host, self.out_idx, values, symbols, ordinal,
+            self._grids,
+        )  # fmt: skip
+        if launch is not None:
+            views = [values[n] if n in self._tensors else None for n in self._inputs]
+            warm.remember(look, launch, views)
 
     def _results(self, values: Sequence[Any], memory: Mapping[Buffer, ArrayView]) -> Any:
         if self.out_idx:

@@ -6,10 +6,11 @@ Knows the driver through `device`. Does not know signatures, tracing or how cubi
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,21 +54,23 @@ class Packer:
 
     def pack(self, values: Sequence[Any]) -> int:
         """Address of the array of parameter pointers, valid in this thread until the next pack."""
+        address: int
         try:
-            block, pointers = self._local.block
+            block, address, _ = self._local.block
         except AttributeError:
             block = ctypes.create_string_buffer(max(1, self._count) * _SLOT_BYTES)
             base = ctypes.addressof(block)
             slots = (base + n * _SLOT_BYTES for n in range(self._count))
             pointers = (ctypes.c_void_p * max(1, self._count))(*slots)
-            self._local.block = block, pointers
+            address = ctypes.addressof(pointers)
+            self._local.block = block, address, pointers
         if self._raw:
             values = list(values)
             for n, dtype in self._raw:
                 bits = np.uint16 if dtype.bits == 16 else np.uint8
                 values[n] = int(dtype.constant(values[n]).view(bits))
         self._struct.pack_into(block, 0, *values)
-        return ctypes.addressof(pointers)
+        return address
 
 
 class LoadedKernel:
@@ -101,6 +104,23 @@ class LoadedKernel:
             handle = check(api.cuDeviceGet(device), doing)
             check(api.cuKernelSetAttribute(name, self._shared_bytes, self._kernel, handle), doing)
         self._prepared.add(device)
+
+    def launcher(self, grid: tuple[int, int, int], device: int) -> Callable[[int, int], None]:
+        """`launch` for one grid on one device, as a function of stream and parameters."""
+        if device not in self._prepared:
+            self._prepare(device)
+        start, doing = self._launch, f"Launching {self._name}"
+        function, shared_bytes = self._function, self._shared_bytes
+        (gx, gy, gz), (x, y, z) = grid, self._threads
+
+        def launch(stream: int, parameters: int) -> None:
+            status = start(
+                function, gx, gy, gz, x, y, z, shared_bytes, stream, parameters, 0
+            )  # fmt: skip
+            if status[0]:
+                check(status, doing)
+
+        return launch
 
     def launch(self, grid: tuple[int, int, int], parameters: int, stream: int, device: int) -> None:
         """Enqueue one launch in the device's context, which is current."""
@@ -146,20 +166,22 @@ def stream_handle(stream: Any) -> int:
     raise ArgumentTypeError(f"stream is {a_kind(stream)}, not a CUDA stream.")
 
 
-def stream_of(views: Sequence[ArrayView]) -> int:
-    """The current stream of the framework of the first array in device memory; 0 is CUDA's
+def stream_source(views: Sequence[ArrayView]) -> Callable[[], int]:
+    """Gives the current stream of the framework of the first array in device memory; 0 is CUDA's
     default stream."""
-    for view in views:
-        if view.device == HOST:
-            continue
-        if view.framework == "torch":
-            return int(sys.modules["torch"]._C._cuda_getCurrentRawStream(view.device))
-        if view.framework == "cupy":
-            return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
-        if view.stream is not None:
-            return view.stream
-        return 0
-    return 0
+    first = next((v for v in views if v.device != HOST), None)
+    if first is not None and first.framework == "torch":
+        return functools.partial(sys.modules["torch"]._C._cuda_getCurrentRawStream, first.device)
+    if first is not None and first.framework == "cupy":
+        current = sys.modules["cupy"].cuda.get_current_stream
+        return lambda: int(current().ptr)
+    handle = (first.stream if first is not None else None) or 0
+    return lambda: handle
+
+
+def stream_of(views: Sequence[ArrayView]) -> int:
+    """What `stream_source` gives now."""
+    return stream_source(views)()
 
 
 class Staging:

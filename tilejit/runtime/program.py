@@ -5,7 +5,7 @@ Knows `ir` programs and host expressions. Does not know arrays or executors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tilejit.ir.expr import Expr, Var, VarKind, variables
@@ -23,6 +23,8 @@ class HostProgram:
         self.grids = [self._grid(kernel) for kernel in program.kernels]
         self.output_shapes = [self.function(b.shape) for b in program.outputs]
         self.written = self._written()
+        self.grid_variables = _variables(e for k in program.kernels for e in k.grid)
+        self.output_variables = _variables(e for b in program.outputs for e in b.shape)
 
     def function(self, exprs: Sequence[Expr]) -> Callable[[Mapping[Var, Any]], tuple[Any, ...]]:
         """Evaluates the expressions from the program's values."""
@@ -48,3 +50,7 @@ class HostProgram:
                 if isinstance(buffer.data, Expr):
                     found |= {v for v in variables(buffer.data) if v.kind is VarKind.POINTER}
         return frozenset(found)
+
+
+def _variables(exprs: Iterable[Expr]) -> frozenset[Var]:
+    return frozenset(v for e in exprs for v in variables(e))

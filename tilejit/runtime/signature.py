@@ -104,7 +104,7 @@ class Signature:
         self.binder = _binder(what, parameters)
         self._slots = [(name, self.rules[name]) for name in self.binder.names]
         declared = [(n, r.annotation.buffer) for n, r in self._slots if r.kind == "declared"]
-        self._declared_align = {n: b.align for n, b in declared if b.align > SPEC_ALIGN}
+        self.declared_align = {n: b.align for n, b in declared if b.align > SPEC_ALIGN}
         self.matcher = Matcher(what, declared)
         self.declared = tuple(n for n, _ in declared)
 
@@ -151,7 +151,7 @@ class Signature:
         return Call(tuple(parts), tuple(names), values, constants, views, named)
 
     def _check_align(self, name: str, view: ArrayView) -> None:
-        promised = self._declared_align.get(name)
+        promised = self.declared_align.get(name)
         if promised is not None and view.address % promised:
             raise misaligned(self.what, name, promised)
 

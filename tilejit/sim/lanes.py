@@ -48,6 +48,8 @@ _BY_CONSTANT = {
 class LaneMachine(LaneEffects):
     """`isa.machine.Machine` and `isa.machine.LaneContext` for group `group` of a block."""
 
+    checks_indexes = True
+
     def __init__(self, block: Block, group: int) -> None:
         super().__init__(block, group)
         self._allocations = 0
@@ -194,6 +196,25 @@ class LaneMachine(LaneEffects):
                 after = evaluate_op(combine, (before, after), dtype)
             memory.write(place[now], np.ascontiguousarray(after).view(raw_dtype(dtype.bytes)))
             lanes = np.delete(lanes, first)
+
+    def check_index(
+        self,
+        index: Sequence[Array],
+        extents: Sequence[int],
+        name: str,
+        when: Array | None = None,
+    ) -> None:
+        mask = self.mask_with(when)
+        wrong: Any = False
+        for i, extent in zip(index, extents, strict=True):
+            wrong = wrong | (i < 0) | (i >= extent)
+        found = np.flatnonzero(wrong if mask is None else wrong & mask)
+        if len(found):
+            numbers = ", ".join(str(int(i[found[0] if len(i) > 1 else 0])) for i in index)
+            shape = ", ".join(map(str, extents))
+            raise SimulationError(
+                f"`{name}[{numbers}]` is outside of `{name}`, whose shape is ({shape})."
+            )
 
     def alloc_local(self, size: int, align: int) -> Array:
         self._allocations += 1

@@ -81,6 +81,8 @@ def _replay(steps: list[Step], machine: LaneMachine, registers: Registers) -> No
 class Recorder:
     """`isa.machine.Machine` whose values are registers. An array given as a value is a constant."""
 
+    checks_indexes = True
+
     def __init__(self) -> None:
         self.registers: list[Any] = []  # what each holds from the start: constants, else None
         self.steps: list[Step] = []
@@ -177,6 +179,12 @@ class Recorder:
     def load(self, address: Address, dtype: DType, count: int = 1, when: Any = None) -> list[Any]:
         find, c = self._find(address), self._maybe(when)
         return self._record(count, lambda m, r: m.load(find(r), dtype, count, r[c]))
+
+    def check_index(
+        self, index: Sequence[Any], extents: Sequence[int], name: str, when: Any = None
+    ) -> None:
+        places, c = self._all(index), self._maybe(when)
+        self._effect(lambda m, r: m.check_index([r[p] for p in places], extents, name, r[c]))
 
     def store(
         self, address: Address, values: Sequence[Any], dtype: DType, when: Any = None

@@ -9,37 +9,29 @@ box of a `T.Parallel`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tilejit.dtypes import DType, int32, int64
+from tilejit.dtypes import DType, int64
 from tilejit.errors import SimulationError, Span
-from tilejit.ir.expr import Const, Expr, Op, Var
+from tilejit.ir.analysis import is_whole, keeps_value
+from tilejit.ir.expr import FOLD, Const, Expr, Op, Var
 from tilejit.ops.scalar import Array, bitcast_array, cast_array, evaluate_op
 
 Value = Any  # int | bool | Array
 
+# Operations on numbers that are the same everywhere; dividing by 0 gives 0.
 _UNIFORM: dict[str, Callable[[Any, Any], Any]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
+    **{op: FOLD[op] for op in FOLD if op not in ("div", "fmod")},
     "floordiv": lambda a, b: a // b if b else 0,
     "floormod": lambda a, b: a % b if b else 0,
-    "min": min,
-    "max": max,
-    "and": lambda a, b: a & b,
-    "or": lambda a, b: a | b,
-    "xor": lambda a, b: a ^ b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
 }
-# Operations of index arithmetic, which is arithmetic of whole numbers.
+# In an index, by constants within the width only.
+_SHIFTS: dict[str, Callable[[int, int], int]] = {"shl": operator.lshift, "shr": operator.rshift}
+# Operations that take arrays of whole numbers as they are.
 _WHOLE: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -102,21 +94,17 @@ class Values:
 
     def whole(self, e: Expr) -> Value:
         """The value of an index expression in whole numbers: nothing wraps at 32 bits."""
-        if not isinstance(e, Op):
-            value = self._leaf(e)
-        elif e.dtype not in (int32, int64):
+        if isinstance(e, Op) and e.op == "cast" and keeps_value(e):
+            value = self.whole(e.children[0])
+        elif not isinstance(e, Op) or not is_whole(e):
             value = self.value(e)
-        elif e.op in _WHOLE or e.op in ("floordiv", "floormod", "neg"):
-            value = _apply_whole(e.op, [self.whole(c) for c in e.children])
         elif e.op == "select":
             condition = self.value(e.children[0])
             a, b = self.whole(e.children[1]), self.whole(e.children[2])
             value = np.where(condition, a, b) if isinstance(condition, np.ndarray) else None
             value = (a if condition else b) if value is None else value
-        elif e.op == "cast" and e.dtype is int64 and e.children[0].dtype is int32:
-            value = self.whole(e.children[0])
         else:
-            value = self.value(e)
+            value = _apply_whole(e.op, [self.whole(c) for c in e.children])
         if isinstance(value, np.ndarray):
             return value.astype(np.int64, copy=False) if value.ndim else int(value)
         return value
@@ -185,7 +173,7 @@ def _apply_whole(op: str, args: list[Value]) -> Value:
         return -args[0]
     a, b = args
     if not isinstance(a, np.ndarray) and not isinstance(b, np.ndarray):
-        return _UNIFORM[op](a, b)
+        return (_SHIFTS.get(op) or _UNIFORM[op])(a, b)
     if op in _WHOLE:
         return _WHOLE[op](a, b)
     return evaluate_op(op, (np.asarray(a, np.int64), np.asarray(b, np.int64)), int64)
