@@ -50,6 +50,7 @@ CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
         {},
     ),
     ("pointer_table", "copy_from"): lambda: ((), {"out": single(300)}),
+    ("call_time", "scale"): lambda: ((), {}),
     ("matmul", "matmul"): lambda: (
         (brain(150, 90), brain(90, 170), single(150, 170)),
         {"BM": 64, "BN": 64},
