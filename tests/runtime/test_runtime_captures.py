@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import math
+import sys
 import types
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 import tilejit.dtypes
 from tilejit.errors import ArgumentTypeError
-from tilejit.runtime.captures import Captures, chains, freeze
+from tilejit.runtime.captures import Captures, _is_installed, chains, freeze
 
 SIZE = 4
 TABLE = [1, 2]
@@ -197,6 +199,22 @@ def test_functions_of_libraries_count_by_identity():
         return np.prod((1, 2)) + math.ceil(2.5)
 
     assert key(function) == key(function)
+
+
+def test_library_installed_beside_its_metadata_counts_by_identity(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("STATE = object()\ndef f():\n    return STATE\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    library = importlib.import_module("elsewhere")
+
+    def function():
+        return library.f()
+
+    with pytest.raises(ArgumentTypeError):
+        key(function)
+    _is_installed.cache_clear()
+    (tmp_path / "elsewhere-1.0.dist-info").mkdir()
+    assert key(function) == key(function)
+    del sys.modules["elsewhere"]
 
 
 def test_mutable_object_is_refused_by_name():

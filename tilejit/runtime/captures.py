@@ -13,11 +13,13 @@ import dis
 import enum
 import functools
 import operator
+import sys
 import sysconfig
 import threading
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +76,21 @@ def _is_library(function: types.FunctionType, root_package: str) -> bool:
         return True
     if (function.__module__ or "").partition(".")[0] == root_package:
         return False
-    return filename.startswith(_LIBRARIES) or filename.startswith("<frozen")
+    if filename.startswith(_LIBRARIES) or filename.startswith("<frozen"):
+        return True
+    return _is_installed((function.__module__ or "").partition(".")[0])
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """True for a package that an installer put elsewhere, such as on PYTHONPATH: its metadata lie
+    beside it (an editable one's do not: that is the user's code)."""
+    file = getattr(sys.modules.get(package), "__file__", None)
+    if file is None:
+        return False
+    path = Path(file)
+    home = path.parent.parent if path.stem == "__init__" else path.parent
+    return any(home.glob(f"{package}-*.dist-info"))
 
 
 class _Reading:
