@@ -148,7 +148,8 @@ def compare(program: Program, arguments: dict[str, Argument], who: str) -> None:
         if name in program.outputs:
             bounds = program.bounds.get(name)
             if bounds is None:
-                assert_same(argument.view, program.expected[name], f"{who}: {name}")
+                want = program.expected[name]
+                assert_same(argument.view, want, f"{who}: {name}", program.has_sums)
             else:
                 assert_near(argument.view, program.expected[name], bounds, f"{who}: {name}")
         else:
@@ -162,8 +163,10 @@ def assert_near(got: np.ndarray, want: np.ndarray, bounds: np.ndarray, where: st
     assert not wrong.any(), f"{where}: {wrong.sum()} of {wrong.size} are too far off"
 
 
-def assert_same(got: np.ndarray, want: np.ndarray, where: str) -> None:
-    wrong = canonical(got) != canonical(want)
+def assert_same(
+    got: np.ndarray, want: np.ndarray, where: str, is_unsigned_zero: bool = False
+) -> None:
+    wrong = canonical(got, is_unsigned_zero) != canonical(want, is_unsigned_zero)
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise AssertionError(
@@ -172,10 +175,13 @@ def assert_same(got: np.ndarray, want: np.ndarray, where: str) -> None:
         )
 
 
-def canonical(a: np.ndarray) -> np.ndarray:
-    """The bits, with all NaN alike."""
+def canonical(a: np.ndarray, is_unsigned_zero: bool = False) -> np.ndarray:
+    """The bits, with all NaN alike, and on request both zeros."""
     array = np.ascontiguousarray(a)
     raw = array.view(f"u{a.itemsize}").copy()
     if as_dtype(a.dtype).is_float:
-        raw[np.isnan(array.astype(np.float64))] = 1
+        numbers = array.astype(np.float64)
+        raw[np.isnan(numbers)] = 1
+        if is_unsigned_zero:
+            raw[numbers == 0] = 0
     return raw

@@ -189,6 +189,7 @@ class Assembly:
             scalars=self.scalars,
             expected={name: after[name] for name in outputs},
             twins=self.twins,
+            has_sums=self.writer.profile.exact,
         )
 
     def run(self) -> dict[str, Array]:

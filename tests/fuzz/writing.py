@@ -61,7 +61,8 @@ class Program:
     """source: of a module with the @tilejit function `kernel`. arrays: its tensors by name, with
     what outputs hold before. declared: those whose shape is, so that they are contiguous.
     scalars: further arguments. expected: outputs after a run; they may differ by `bounds`.
-    twins: tensors for which the array of another one is given."""
+    twins: tensors for which the array of another one is given. has_sums: of products, where zeros
+    get the sign that the order of summation gives them."""
 
     source: str
     arrays: dict[str, Array]
@@ -71,6 +72,7 @@ class Program:
     expected: dict[str, Array]
     bounds: dict[str, Array] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
+    has_sums: bool = False
 
 
 @dataclass(frozen=True)
