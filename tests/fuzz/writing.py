@@ -561,11 +561,11 @@ class Writer:
             return self.whole(memory)
         extents = [0] * lead + list(shape)
         starts = [self.start(memory, d, n or 1) for d, n in enumerate(extents)]
-        starts = memory.at(starts)
         if not only_slice and self.chance(0.6):
+            starts = memory.at(starts)
             text = f"{memory.name}[{', '.join(t.text for t in starts)}]!"
             return Box(memory.name, memory.dtype, text, starts, extents)
-        starts = [t if _is_stable(t) else literal(0) for t in starts]
+        starts = memory.at([t if _is_stable(t) else literal(0) for t in starts])
         parts = [
             t.text if not n else f"{t.text}:{t.text} + {n}"
             for t, n in zip(starts, extents, strict=True)
