@@ -9,23 +9,9 @@ from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import Var, VarKind, arith, binary, ceildiv, const, index
 from tilejit.ir.kernel import Kernel, Param, ParamKind
-from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    For,
-    If,
-    Load,
-    LoopKind,
-    Node,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-)
+from tilejit.ir.node import Atomic, For, If, Load, LoopKind, Node, Parallel, Store, While
 from tilejit.ir.printer import print_kernel
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import blocked
 from tilejit.layout.shared import SharedLayout

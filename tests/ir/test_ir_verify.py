@@ -9,19 +9,8 @@ from tilejit.errors import InternalError, Span
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import Op, Var, VarKind, arith, binary, const, index, unary
 from tilejit.ir.kernel import Kernel, Param, ParamKind
-from tilejit.ir.node import (
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    For,
-    If,
-    Load,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-)
+from tilejit.ir.node import Atomic, For, If, Load, Parallel, Store, While
+from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.ir.verify import verify
 from tilejit.layout.fragment import blocked
 from tilejit.layout.shared import SharedLayout

@@ -13,15 +13,8 @@ from tilejit.errors import (
     UnsupportedError,
 )
 from tilejit.ir.expr import show
-from tilejit.ir.node import (
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    Load,
-    Parallel,
-    Store,
-    SyncThreads,
-)
+from tilejit.ir.node import Atomic, Load, Parallel, Store
+from tilejit.ir.sync import BarrierArrive, BarrierWait, SyncThreads
 from tilejit.language.trace import FrameKind, current
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy

@@ -25,6 +25,8 @@ class ParamKind(StrEnum):
     POINTER = "pointer"  # a raw address given by the user
     SCALAR = "scalar"
     SYMBOL = "symbol"  # runtime extent or stride, found in the arguments
+    TENSOR_MAP = "tensor map"  # how the tensor memory accelerator sees a tensor
+    WORKSPACE = "workspace"  # address of memory that the runtime keeps for the kernel
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -35,6 +37,8 @@ class Param:
     buffer: for TENSOR, the buffer that `var` is the address of.
     noalias: nothing that the kernel writes overlaps it, nor does the kernel write it.
     overlaps: the kernel writes another argument of the call that shares bytes with it.
+    box: for TENSOR_MAP, of the tensor `described`: elements that one copy moves along each
+        dimension, and the span of its swizzle in bytes.
     """
 
     name: str
@@ -43,6 +47,22 @@ class Param:
     buffer: Buffer | None = None
     noalias: bool = False
     overlaps: bool = False
+    box: TensorBox | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBox:
+    """What a tensor map says besides the tensor.
+
+    tensor: the buffer of a TENSOR parameter. extents: of a box, in elements, one a dimension.
+    swizzle: bytes over which the 16-byte chunks of a row are permuted (0, 32, 64 or 128; PTX ISA,
+        "Swizzling modes"). rounds: float32 elements are rounded to tfloat32 on their way.
+    """
+
+    tensor: Buffer
+    extents: tuple[int, ...]
+    swizzle: int = 0
+    rounds: bool = False
 
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
@@ -53,7 +73,7 @@ class Kernel:
     """One `T.Kernel` frame.
 
     grid: blocks along x, y, z (host expressions of symbols and scalars).
-    threads: user threads along x, y, z.
+    threads: user threads along x, y, z. is_free: the user left their number to the compiler.
     multiples: numbers that the call promises to divide runtime extents and strides.
     block_vars, thread_vars: variables of blockIdx and threadIdx, x first; as many as were named.
 
@@ -63,6 +83,11 @@ class Kernel:
     slots: copies of a shared buffer that the pipeline keeps; 1 where absent.
     offsets: byte offset of each shared buffer and barrier in dynamic shared memory.
     shared_bytes: dynamic shared memory of a block.
+    extra_threads: of a block besides the user's: producers.
+    cluster: blocks of a cluster along x, y, z.
+    blocks_var: the variable that holds how many blocks run.
+    is_persistent: a launch has no more blocks than the chip runs at once, each computing tiles
+        one after the other; `grid` then counts what there is to compute.
     notes: lines for `explain()`, in the order they were decided.
     """
 
@@ -81,12 +106,23 @@ class Kernel:
     slots: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
     offsets: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
     shared_bytes: int = 0
+    extra_threads: int = 0
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    blocks_var: Var | None = None
+    is_persistent: bool = False
+    is_free: bool = False
     notes: tuple[str, ...] = ()
     span: Span | None = None
 
     @property
     def num_threads(self) -> int:
+        """User threads of a block."""
         x, y, z = self.threads
+        return x * y * z
+
+    @property
+    def cluster_size(self) -> int:
+        x, y, z = self.cluster
         return x * y * z
 
     @property

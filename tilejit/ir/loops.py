@@ -30,6 +30,8 @@ def accesses(node: Parallel) -> Iterator[Access]:
 
 def loop_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
     """The layout of a loop's iterations, once the fragments' layouts are decided."""
+    if node.layout is not None:
+        return node.layout
     found = layout_from_fragments(node, kernel.fragments)
     return found or default_layout(node, kernel)
 

@@ -14,11 +14,7 @@ from tilejit.ir.expr import Const, Expr, int_value
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.names import Names
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
@@ -27,10 +23,10 @@ from tilejit.ir.node import (
     Node,
     Parallel,
     Store,
-    SyncThreads,
     While,
     walk,
 )
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 
 _INDENT = "    "
 _COMMENT_COLUMN = 60

@@ -24,20 +24,8 @@ from tilejit.ir.expr import (
     walk,
 )
 from tilejit.ir.kernel import Kernel, ParamKind
-from tilejit.ir.node import (
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    Body,
-    For,
-    If,
-    Load,
-    Node,
-    Parallel,
-    Store,
-    While,
-)
+from tilejit.ir.node import Atomic, Body, For, If, Load, Node, Parallel, Store, While
+from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierWait
 
 _PER_ITERATION = (Load, Store, Atomic, For, If, While)  # what may stand in a T.Parallel
 _COMBINE = frozenset(("add", "min", "max", "and", "or", "xor", "exch"))

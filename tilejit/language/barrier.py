@@ -10,7 +10,7 @@ from typing import Any
 from tilejit.dtypes import int32
 from tilejit.errors import ArgumentError, ArgumentTypeError, UnsupportedError, caller_span
 from tilejit.ir.expr import cast, int_value
-from tilejit.ir.node import BarrierArrive, BarrierWait, SyncThreads
+from tilejit.ir.sync import BarrierArrive, BarrierWait, SyncThreads
 from tilejit.language.handle import as_barrier
 from tilejit.language.value import as_expr
 from tilejit.language.where import tile_op

@@ -19,23 +19,8 @@ from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, const, index, variables
 from tilejit.ir.kernel import Kernel, ParamKind
-from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    Body,
-    For,
-    If,
-    Load,
-    Node,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-    walk,
-)
+from tilejit.ir.node import Atomic, Body, For, If, Load, Node, Parallel, Store, While, walk
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import mbarrier as isa_mbarrier
 from tilejit.isa.atom import CopyMethod

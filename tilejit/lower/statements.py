@@ -17,11 +17,7 @@ from tilejit.ir.analysis import difference, divisor
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, binary, const, int_value, variables
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
@@ -29,11 +25,11 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Store,
-    SyncThreads,
     While,
     all_writes,
     walk,
 )
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa import mbarrier as isa_mbarrier

@@ -6,10 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tilejit.ir.buffer import Buffer, Region
-from tilejit.ir.expr import Expr
+from tilejit.ir.expr import Expr, Var
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node
-from tilejit.isa.atom import CopyAtom
+from tilejit.isa.atom import CopyAtom, CopyMethod
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierSlot:
+    """One of the barriers of `T.alloc_barrier`."""
+
+    buffer: Buffer
+    slot: Expr
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -19,7 +27,15 @@ class Copy(Node):
     Elements of `src` outside a global tensor read as `pad`; those of `dst` are not written.
 
     coalesced_width: elements a thread moves at once, when the user says so.
+    eviction: how long the L2 cache should keep what is moved ("evict_first", "evict_last").
     atom: decided by `select`: how it is moved, None before.
+
+    Of copies by the tensor memory accelerator, which every executing thread issues:
+    barrier: for those to shared memory, where it announces the bytes that it brings and that they
+        have come; None before roles are split.
+    cluster_axis: the grid's axis along which the blocks of a cluster share what is brought: each
+        brings its part and hands it to all; None where each brings all.
+    tensor_map: the parameter that describes the global tensor, decided by `describe`.
     """
 
     src: Region
@@ -27,7 +43,11 @@ class Copy(Node):
     pad: Expr | None = None
     coalesced_width: int | None = None
     prefer: str | None = None
+    eviction: str | None = None
     atom: CopyAtom | None = None
+    barrier: BarrierSlot | None = None
+    cluster_axis: int | None = None
+    tensor_map: Var | None = None
 
     def __post_init__(self) -> None:
         assert self.src.shape == self.dst.shape, f"{self.src} to {self.dst}"
@@ -38,12 +58,20 @@ class Copy(Node):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.dst.buffer,)
+        signals = () if self.barrier is None else (self.barrier.buffer,)
+        return (self.dst.buffer, *signals)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
         pad = () if self.pad is None else (self.pad,)
-        return (*self.src.starts, *self.dst.starts, *pad)
+        slot = () if self.barrier is None else (self.barrier.slot,)
+        described = () if self.tensor_map is None else (self.tensor_map,)
+        return (*self.src.starts, *self.dst.starts, *pad, *slot, *described)
+
+    @property
+    def is_tma(self) -> bool:
+        """True for copies by the tensor memory accelerator."""
+        return self.atom is not None and self.atom.method is CopyMethod.TMA
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -63,6 +91,10 @@ class Copy(Node):
             text += f", coalesced_width={self.coalesced_width}"
         if self.prefer is not None:
             text += f", prefer={self.prefer!r}"
+        if self.eviction is not None:
+            text += f", eviction_policy={self.eviction!r}"
+        if self.barrier is not None:
+            text += f", barrier={names.index(self.barrier.buffer, (self.barrier.slot,))}"
         return f"T.copy({text})" + (f"  # {self.atom}" if self.atom else "")
 
 

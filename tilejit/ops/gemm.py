@@ -12,7 +12,8 @@ from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr
 from tilejit.ir.names import Names
 from tilejit.ir.node import Body, Node
-from tilejit.isa.atom import GemmAtom
+from tilejit.isa import wgmma
+from tilejit.isa.atom import GemmAtom, WgmmaAtom
 from tilejit.isa.mma import WARP, tile_a, tile_acc
 from tilejit.layout.fragment import FragmentLayout, blocked, register, thread
 
@@ -33,6 +34,8 @@ class Gemm(Node):
     b: (K, N), or (N, K) with transpose_b; shared.
     acc: (M, N) fragment, updated in place.
     atom: decided by `select`, None before.
+    is_async: it only starts: `acc` may not be touched, nor the operands written, before a
+        `GemmWait`. What atoms that complete later need; of others the product is there at once.
     carried: decided by `pipeline`: registers that hold the operands of the first step of k when
         the node starts, and those of `following` (the next iteration's a and b) when it ends.
         They are loaded while the last step is multiplied, after `meanwhile` has waited for them.
@@ -46,7 +49,8 @@ class Gemm(Node):
     transpose_b: bool = False
     policy: GemmWarpPolicy = GemmWarpPolicy.Square
     clear: bool = False
-    atom: GemmAtom | None = None
+    atom: GemmAtom | WgmmaAtom | None = None
+    is_async: bool = False
     carried: Buffer | None = None
     following: tuple[Region, Region] | None = None
     meanwhile: Body = ()
@@ -125,7 +129,30 @@ class Gemm(Node):
         if self.following:
             ahead = ", ".join(names.region(region) for region in self.following)
             comment += f"; loads {ahead} before its last step"
-        return f"T.gemm({text}){comment}"
+        return f"T.{'wgmma_gemm' if self.is_async else 'gemm'}({text}){comment}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GemmWait(Node):
+    """Wait until at most `pending` of the thread's newest asynchronous multiplies are unfinished
+    (PTX ISA, wgmma.wait_group).
+
+    registers: decided by `sync`: the fragments that multiplies in flight may read or change.
+    """
+
+    pending: int
+    registers: tuple[Buffer, ...] = ()
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.registers
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return self.registers
+
+    def show(self, names: Names) -> str:
+        return f"T.wait_wgmma({self.pending})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -171,16 +198,20 @@ def operand_words(node: Gemm) -> int:
     return rows * a_words + columns * b_words
 
 
-def acc_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+def acc_layout(node: Gemm, atom: GemmAtom | WgmmaAtom, threads: int) -> FragmentLayout:
     """Where the accumulator lives; warps beyond those of the atom hold copies."""
+    if isinstance(atom, WgmmaAtom):
+        return wgmma.tile_acc(atom.wgmma, node.m, node.n, atom.groups_m, atom.groups_n)
     if atom.mma is None:
         return fma_layout(node.m, node.n, threads)
     layout = tile_acc(atom.mma, node.m, node.n, atom.warps_m, atom.warps_n)
     return dataclasses.replace(layout, threads=threads)
 
 
-def left_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+def left_layout(node: Gemm, atom: GemmAtom | WgmmaAtom, threads: int) -> FragmentLayout:
     """Where A must live when it comes from a fragment."""
+    if isinstance(atom, WgmmaAtom):
+        return wgmma.tile_a(atom.wgmma, node.m, node.k, atom.groups_m, atom.groups_n)
     assert atom.mma is not None, "plain multiply-adds read A from shared memory"
     layout = tile_a(atom.mma, node.m, node.k, atom.warps_m, atom.warps_n)
     return dataclasses.replace(layout, threads=threads)

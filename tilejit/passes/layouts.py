@@ -29,13 +29,14 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
-from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
-from tilejit.ops.gemm import Gemm, acc_layout, left_layout
+from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, left_layout
 from tilejit.passes.select import shared_scratch
+from tilejit.passes.wgmma import warpgroup_layout
 
 # Words of a fragment a thread may hold: more cannot stay in 255 registers, and the compile time
 # of tuples grows with the square (256 words 0.5 s, 512 words 1.7 s).
@@ -329,11 +330,13 @@ class _Converter:
             registers = CopyAtom(CopyMethod.REGISTERS, 1)
             fetch = Copy(src=whole(shared), dst=whole(own), atom=registers, span=node.span)
             keep = Copy(src=whole(own), dst=whole(shared), atom=registers, span=node.span)
+            wait = GemmWait(pending=0, registers=(own,), span=node.span)
             if not node.clear:
                 result += [self.moved(node, node.acc.buffer, back=False), fetch]
             moved_acc = Region(own, node.acc.starts, node.acc.extents, node.acc.dropped)
             result += [
                 replace(node, acc=moved_acc),
+                *([wait] if node.is_async else []),
                 keep,
                 self.moved(node, node.acc.buffer, back=True),
             ]
@@ -398,11 +401,17 @@ def _check_registers(kernel: Kernel) -> None:
 
 
 def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
-    """Swizzled where a matrix multiply reads it, plain rows elsewhere and under views."""
+    """Swizzled where a matrix multiply reads it or the tensor memory accelerator fills it, plain
+    rows elsewhere and under views."""
     operands: set[Buffer] = set()
+    panels: set[Buffer] = set()
     for node in walk(kernel.body):
         if isinstance(node, Gemm):
             operands |= {node.a.buffer, node.b.buffer}
+            if isinstance(node.atom, WgmmaAtom):
+                panels |= {node.a.buffer, node.b.buffer}
+        elif isinstance(node, Copy) and node.is_tma:
+            operands |= {node.src.buffer, node.dst.buffer}
     viewed = {b.root for b in kernel.buffers if b.is_view}
     result: dict[Buffer, SharedLayout] = {}
     for buffer in kernel.scoped(Scope.SHARED):
@@ -413,6 +422,8 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
             strides = tuple(int_value(s) for s in buffer.strides)
             assert None not in strides, f"{buffer.name} has runtime strides"
             result[buffer] = SharedLayout(shape, itemsize, strides=strides)  # type: ignore[arg-type]
+        elif buffer in panels:
+            result[buffer] = warpgroup_layout(shape, buffer.dtype)
         elif buffer in operands and buffer not in viewed and len(shape) >= 2:
             result[buffer] = operand_layout(shape, itemsize)
         else:

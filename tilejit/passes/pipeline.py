@@ -24,8 +24,6 @@ from tilejit.ir.expr import (
 )
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
     Body,
     For,
@@ -34,13 +32,13 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Store,
-    SyncThreads,
     While,
     all_reads,
     all_writes,
     rewrite,
     walk,
 )
+from tilejit.ir.sync import AsyncCommit, AsyncWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.isa.mma import WARP
 from tilejit.layout.fragment import FragmentLayout, register, thread
@@ -93,7 +91,7 @@ class _Pipeliner:
         for node in body:
             again = is_repeated or isinstance(node, For | While)
             fresh = node.with_bodies(*(self.visit(inner, again) for inner in node.bodies))
-            if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED:
+            if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED and not is_fed(fresh):
                 result += self.loop(fresh, is_repeated)
             else:
                 result.append(fresh)
@@ -232,14 +230,14 @@ class _Pipeliner:
             SyncThreads(inserted=True, span=node.span),
         )
         fill: Body = (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
-        work = [_synchronous(_into_slot(n, slotted, own)) for n in split.rest]
+        work = [_synchronous(into_slot(n, slotted, own)) for n in split.rest]
         if carries_operands(split):
             following = arith("floormod", arith("add", iteration, 1), stages)
             carried = self.operand_registers(work[-1])
-            first = tuple(_into_slot(n, slotted, index(0)) for n in split.rest[-1:])
+            first = tuple(into_slot(n, slotted, index(0)) for n in split.rest[-1:])
             assert isinstance(first[0], Gemm)
             prologue += [*arrival, FetchOperands(gemm=first[0], carried=carried, span=node.span)]
-            (ahead,) = (_into_slot(n, slotted, following) for n in split.rest[-1:])
+            (ahead,) = (into_slot(n, slotted, following) for n in split.rest[-1:])
             assert isinstance(ahead, Gemm) and isinstance(work[-1], Gemm)
             work[-1] = replace(
                 work[-1],
@@ -276,21 +274,8 @@ class _Pipeliner:
 
     def with_slots(self, buffer: Buffer, stages: int) -> Buffer:
         """The buffer with a leading dimension of slots; it replaces the old one."""
-        fresh = replace(buffer, shape=(index(stages), *buffer.shape), strides=None)
-        layout = self.shared.pop(buffer)
-        if layout.strides is not None:
-            step = -(-layout.bytes // layout.itemsize)
-            strides: tuple[int, ...] | None = (step, *layout.strides)
-        else:
-            strides = None
-        self.shared[fresh] = SharedLayout(
-            (stages, *layout.shape),
-            layout.itemsize,
-            layout.panel,
-            layout.pitch,
-            layout.swizzle,
-            strides,
-        )
+        fresh, layout = with_slots(buffer, self.shared.pop(buffer), stages)
+        self.shared[fresh] = layout
         self.slots[fresh] = stages
         return fresh
 
@@ -311,7 +296,7 @@ class _Pipeliner:
                 moved_copy = replace(
                     child, src=_substitute_region(child.src, mapping), dst=child.dst
                 )
-                result.append(_into_slot(moved_copy, slotted, slot))
+                result.append(into_slot(moved_copy, slotted, slot))
         return tuple(result)
 
     def existing(self, node: For, value: Expr) -> Expr:
@@ -325,6 +310,31 @@ class _Pipeliner:
         if int_value(exists) is not None and exists.dtype is bool_:
             return body if int_value(exists) else ()
         return (If(condition=exists, then=body, span=node.span),)
+
+
+def with_slots(
+    buffer: Buffer, layout: SharedLayout, slots: int
+) -> tuple[Buffer, SharedLayout]:
+    """A buffer like this one with a leading dimension of slots, and how it lies."""
+    fresh = replace(buffer, shape=(index(slots), *buffer.shape), strides=None)
+    if layout.strides is not None:
+        step = -(-layout.bytes // layout.itemsize)
+        strides: tuple[int, ...] | None = (step, *layout.strides)
+    else:
+        strides = None
+    return fresh, SharedLayout(
+        (slots, *layout.shape),
+        layout.itemsize,
+        layout.panel,
+        layout.pitch,
+        layout.swizzle,
+        strides,
+    )
+
+
+def is_fed(loop: For) -> bool:
+    """True when producers bring what the loop uses: `specialise` sees to it."""
+    return any(isinstance(n, Copy) and n.is_tma for n in loop.body)
 
 
 # Operand registers worth carrying over the block's meeting: beyond them the accumulator spills.
@@ -358,7 +368,7 @@ def _substitute_load(node: Load, mapping: dict[Var, Expr], out: Var) -> Load:
     return replace(node, index=at, when=when, out=out)
 
 
-def _into_slot(node: Node, slotted: dict[Buffer, Buffer], slot: Expr) -> Node:
+def into_slot(node: Node, slotted: dict[Buffer, Buffer], slot: Expr) -> Node:
     """The node with every use of a pipelined buffer pointed at one of its slots."""
 
     def region(old: Region) -> Region:

@@ -36,16 +36,22 @@ from tilejit.ir.node import (
     Node,
     Parallel,
     Store,
-    SyncThreads,
     While,
     walk,
 )
-from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction
+from tilejit.ir.sync import SyncThreads
+from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, WgmmaAtom
 from tilejit.isa.mma import MMA, WARP, find_mma
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, is_private
-from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
+from tilejit.passes.hopper import copies_to_bring
+from tilejit.passes.tma import same_bits
+from tilejit.passes.wgmma import GROUP
 from tilejit.target import Feature, Target
+
+# Accumulator registers of a thread up to which one warpgroup is enough, with and without wgmma.
+FEW_WORDS, MANY_WORDS = 64, 128
 
 
 def select_atoms(kernel: Kernel, target: Target) -> Kernel:
@@ -57,12 +63,24 @@ def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
     not all threads take.
     """
-    kernel = _with_thread_vars(kernel)
+    kernel = _with_thread_vars(choose_threads(kernel, target))
     selector = _Selector(kernel, target)
     body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
     return replace(
         kernel, target=target, body=body, notes=(*kernel.notes, *dict.fromkeys(selector.notes))
     )
+
+
+def choose_threads(kernel: Kernel, target: Target) -> Kernel:
+    """As many threads as keep a thread's accumulators few, where the user left their number open:
+    one warpgroup, or two."""
+    if not kernel.is_free:
+        return kernel
+    gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
+    accumulators = {n.acc.buffer: n.m * n.n * n.acc.buffer.dtype.bytes // 4 for n in gemms}
+    most = FEW_WORDS if target.has(Feature.WGMMA) else MANY_WORDS
+    threads = GROUP if sum(accumulators.values()) <= most * GROUP else 2 * GROUP
+    return replace(kernel, threads=(threads, 1, 1), is_free=False)
 
 
 def _with_thread_vars(kernel: Kernel) -> Kernel:
@@ -82,6 +100,7 @@ class _Selector:
         self.divergence: Divergence = divergence(kernel)
         self.notes: list[str] = []
         self.used = _used_variables(kernel.body)
+        self.brought = copies_to_bring(kernel, target)
 
     def visit(self, body: Body, *, is_divergent: bool, is_pipelined: bool) -> Body:
         result: list[Node] = []
@@ -98,7 +117,7 @@ class _Selector:
             elif isinstance(node, Copy | Fill) and is_private(node):
                 result += as_loops(node)
             elif isinstance(node, Copy):
-                result.append(replace(node, atom=self.copy_atom(node, is_pipelined)))
+                result.append(self.copy(node, is_pipelined))
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
             elif isinstance(node, Atomic):
@@ -121,15 +140,26 @@ class _Selector:
 
     # ---- copies -----------------------------------------------------------------------------
 
+    def copy(self, node: Copy, is_pipelined: bool) -> Node:
+        if node in self.brought.copies:
+            return replace(node, atom=CopyAtom(CopyMethod.TMA, 0))
+        return replace(node, atom=self.copy_atom(node, is_pipelined))
+
     def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:
         source, target = node.src.buffer, node.dst.buffer
+        why_not_tma = self.brought.reasons.get(node, "")
         vector = self._async_vector(node) if is_pipelined else 0
         if vector:
+            if why_not_tma:
+                self.notes.append(
+                    f"copy {source.name} -> {target.name}: cp.async, not TMA ({why_not_tma})"
+                )
             return CopyAtom(CopyMethod.CP_ASYNC, vector)
         if is_pipelined and source.scope is Scope.GLOBAL and target.scope is Scope.SHARED:
+            tma = f"; not TMA ({why_not_tma})" if why_not_tma else ""
             self.notes.append(
                 f"copy {source.name} -> {target.name}: through registers, not asynchronous "
-                f"({self._why_not_async(node)})"
+                f"({self._why_not_async(node)}){tma}"
             )
         return CopyAtom(CopyMethod.REGISTERS, 1)
 
@@ -138,7 +168,7 @@ class _Selector:
         source, target = node.src.buffer, node.dst.buffer
         if (source.scope, target.scope) != (Scope.GLOBAL, Scope.SHARED):
             return 0
-        if source.dtype.bytes != target.dtype.bytes or not _same_bits(source, target):
+        if source.dtype.bytes != target.dtype.bytes or not same_bits(source, target):
             return 0
         if not self.target.has(Feature.CP_ASYNC) or not node.src.shape or node.prefer == "sync":
             return 0
@@ -174,15 +204,22 @@ class _Selector:
         return True
 
     def _why_not_async(self, node: Copy) -> str:
-        if not _same_bits(node.src.buffer, node.dst.buffer):
+        if not same_bits(node.src.buffer, node.dst.buffer):
             return f"it converts {node.src.buffer.dtype} to {node.dst.buffer.dtype}"
         return "rows are not provably aligned to 4, 8 or 16 bytes"
 
     # ---- matrix multiply --------------------------------------------------------------------
 
     def gemm(self, node: Gemm) -> list[Node]:
-        atom, reasons = choose_gemm(node, self.target, self.threads)
         name = f"gemm {node.a.buffer.name} @ {node.b.buffer.name} -> {node.acc.buffer.name}"
+        wgmma = self.brought.gemms.get(node)
+        if wgmma is not None:
+            self._note_gemm(name, wgmma, [])
+            held = [r.buffer for r in (node.a, node.acc) if r.buffer.scope is Scope.FRAGMENT]
+            wait = GemmWait(pending=0, registers=tuple(dict.fromkeys(held)), span=node.span)
+            return [replace(node, atom=wgmma, is_async=True), wait]
+        atom, reasons = choose_gemm(node, self.target, self.threads)
+        reasons = [*self.brought.gemm_reasons.get(node, ()), *reasons]
         if node.a.buffer.scope is Scope.FRAGMENT and (atom.mma is None or node.transpose_a):
             scratch = shared_scratch(node.a.buffer)
             copied = Copy(
@@ -199,7 +236,7 @@ class _Selector:
         self._note_gemm(name, atom, reasons)
         return [replace(node, atom=atom)]
 
-    def _note_gemm(self, name: str, atom: GemmAtom, reasons: list[str]) -> None:
+    def _note_gemm(self, name: str, atom: GemmAtom | WgmmaAtom, reasons: list[str]) -> None:
         self.notes.append(f"{name}: {atom}" + "".join(f"; not {r}" for r in reasons))
 
     # ---- atomics ----------------------------------------------------------------------------
@@ -238,12 +275,6 @@ def needs_all_threads(node: Node) -> bool:
 def _spelling(node: Node) -> str:
     names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel"}
     return names.get(type(node), "T.sync_threads")
-
-
-def _same_bits(source: Buffer, target: Buffer) -> bool:
-    """True when copying needs no conversion."""
-    pair = {source.dtype.name, target.dtype.name}
-    return source.dtype is target.dtype or pair == {"float32", "tfloat32"}
 
 
 def shared_scratch(like: Buffer) -> Buffer:

@@ -20,8 +20,6 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.loops import accesses, loop_layout
 from tilejit.ir.node import (
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
@@ -30,12 +28,12 @@ from tilejit.ir.node import (
     Node,
     Parallel,
     Store,
-    SyncThreads,
     While,
     all_reads,
     all_writes,
     walk,
 )
+from tilejit.ir.sync import BarrierArrive, BarrierWait, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.copy import Copy

@@ -23,23 +23,8 @@ from tilejit.ir.buffer import Buffer
 from tilejit.ir.divergence import divergence
 from tilejit.ir.expr import Expr, Var
 from tilejit.ir.kernel import Kernel, ParamKind
-from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    Body,
-    For,
-    If,
-    Load,
-    Node,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-    walk,
-)
+from tilejit.ir.node import Atomic, Body, For, If, Load, Node, Parallel, Store, While, walk
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm
 from tilejit.ops.scalar import Array, cast_array

@@ -1,0 +1,197 @@
+"""Sends accumulators to global memory by the tensor memory accelerator: in strips through shared
+memory, while the next strip or tile is computed.
+
+Knows how the warpgroups hold an accumulator. Does not know roles or slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from tilejit.dtypes import int32
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import If, Load, Node, Parallel, Store, rewrite, walk
+from tilejit.ir.sync import Control, ControlOp, SyncThreads
+from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
+from tilejit.layout.shared import SharedLayout
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.tma import misfit
+from tilejit.passes.wgmma import GROUP, warpgroup_layout
+
+STRIP_BYTES = 128  # of a row: the widest swizzle
+FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
+
+
+@dataclass
+class Staging:
+    """A kernel whose accumulators leave through shared memory.
+
+    buffers: the strips there, written by warpgroups of their own.
+    """
+
+    kernel: Kernel
+    buffers: list[Buffer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def stage_stores(kernel: Kernel) -> Staging:
+    """Replace copies of accumulators to tensors that the accelerator can write."""
+    staging = Staging(kernel)
+    stager = _Stager(kernel, staging)
+    body = rewrite(kernel.body, stager.visit)
+    staging.kernel = replace(
+        kernel,
+        body=body,
+        shared=stager.shared,
+        slots={**kernel.slots, **{b: b.extents[0] for b in staging.buffers}},
+    )
+    return staging
+
+
+class _Stager:
+    def __init__(self, kernel: Kernel, staging: Staging) -> None:
+        self.kernel = kernel
+        self.staging = staging
+        self.shared: dict[Buffer, SharedLayout] = dict(kernel.shared)
+        self.thread = kernel.thread_vars[0]
+        self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
+        self.strips: dict[tuple[int, ...], Buffer] = {}
+
+    def visit(self, node: Node) -> Node | tuple[Node, ...]:
+        if not isinstance(node, Copy) or node.atom is None:
+            return node
+        source, target = node.src.buffer, node.dst.buffer
+        if (source.scope, target.scope) != (Scope.FRAGMENT, Scope.GLOBAL):
+            return node
+        atom = self._holder(source)
+        if atom is None or not node.src.is_whole or source.rank != 2:
+            return node
+        columns = source.extents[1] // atom.groups_n
+        width = math.gcd(STRIP_BYTES // target.dtype.bytes, columns)
+        strips = columns // width
+        buffer = self._strip_buffer(source, target, atom, width, min(2, strips))
+        probe = self._store(node, buffer, atom, width, 0)
+        reason = misfit(replace(probe, atom=None), self.kernel)
+        if reason:
+            self.staging.notes.append(
+                f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"
+            )
+            return node
+        if buffer not in self.shared:
+            self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
+            self.staging.buffers.append(buffer)
+        self.staging.notes.append(
+            f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
+        )
+        return tuple(
+            n for strip in range(strips) for n in self._strip(node, buffer, atom, width, strip)
+        )
+
+    def _holder(self, fragment: Buffer) -> WgmmaAtom | None:
+        """The multiply whose accumulator lies as the fragment does."""
+        layout = self.kernel.fragments[fragment]
+        for gemm in self.gemms:
+            if isinstance(gemm.atom, WgmmaAtom):
+                if self.kernel.fragments[gemm.acc.buffer] == layout:
+                    return gemm.atom
+        return None
+
+    def _strip_buffer(
+        self, source: Buffer, target: Buffer, atom: WgmmaAtom, width: int, slots: int
+    ) -> Buffer:
+        rows = source.extents[0]
+        key = (slots, atom.groups_n, rows, width, target.dtype.bytes)
+        found = self.strips.get(key)
+        if found is None or found.dtype is not target.dtype:
+            found = self.strips[key] = Buffer(
+                name=f"{target.name}_strips",
+                shape=tuple(index(n) for n in key[:4]),
+                dtype=target.dtype,
+                scope=Scope.SHARED,
+                span=source.span,
+            )
+        return found
+
+    def _strip(
+        self, node: Copy, buffer: Buffer, atom: WgmmaAtom, width: int, strip: int
+    ) -> list[Node]:
+        """One strip: wait until its slot has been read, write it, send it."""
+        slots = buffer.extents[0]
+        span = node.span
+        meeting = SyncThreads(
+            inserted=True,
+            number=arith("add", arith("floordiv", self.thread, GROUP), FIRST_BARRIER),
+            threads=GROUP,
+            span=span,
+        )
+        first = arith("eq", arith("floormod", self.thread, GROUP), 0)
+        store = self._store(node, buffer, atom, width, strip)
+        return [
+            Control(op=ControlOp.STORE_WAIT_READ, count=slots - 1, span=span),
+            meeting,
+            self._written(node, buffer, atom, width, strip),
+            Control(op=ControlOp.FENCE_ASYNC, span=span),
+            meeting,
+            If(condition=first, then=(store,), span=span),
+            Control(op=ControlOp.STORE_COMMIT, span=span),
+        ]
+
+    def _written(
+        self, node: Copy, buffer: Buffer, atom: WgmmaAtom, width: int, strip: int
+    ) -> Parallel:
+        """The loop by which each thread writes the part of a strip that it holds."""
+        source, target = node.src.buffer, node.dst.buffer
+        rows, columns = source.extents[0], source.extents[1] // atom.groups_n
+        extents = (rows, atom.groups_n, width)
+        i, g, j = variables = tuple(
+            Var(name, int32, VarKind.PARALLEL, index(0), index(n - 1))
+            for name, n in zip("igj", extents, strict=True)
+        )
+        at = arith("add", arith("mul", g, columns), arith("add", j, strip * width))
+        loaded = Var(source.name, source.dtype, VarKind.VALUE)
+        load = Load(out=loaded, buffer=source, index=(i, at), span=node.span)
+        slot = index(strip % buffer.extents[0])
+        store = Store(
+            buffer=buffer,
+            index=(slot, g, i, j),
+            value=cast(loaded, target.dtype),
+            span=node.span,
+        )
+        held = self.kernel.fragments[source].split(1, columns).split(2, width)
+        return Parallel(
+            vars=variables,
+            extents=extents,
+            body=(load, store),
+            layout=held.project((0, 1, 3)),
+            span=node.span,
+        )
+
+    def _store(self, node: Copy, buffer: Buffer, atom: WgmmaAtom, width: int, strip: int) -> Copy:
+        """The copy of a warpgroup's part of a strip to the tensor, issued by one thread of it."""
+        source, target = node.src.buffer, node.dst.buffer
+        rows = source.extents[0] // atom.groups_m
+        columns = source.extents[1] // atom.groups_n
+        group = arith("floordiv", self.thread, GROUP)
+        down = arith("floordiv", group, atom.groups_n)
+        across = arith("floormod", group, atom.groups_n)
+        row = arith("mul", down, rows)
+        column = arith("add", arith("mul", across, columns), strip * width)
+        slot = index(strip % buffer.extents[0])
+        inner = Region(buffer, (slot, across, row, index(0)), (1, 1, rows, width), frozenset({0, 1}))
+        starts: list[Expr] = list(node.dst.starts)
+        extents = list(node.dst.extents)
+        for d, offset, extent in zip(node.dst.kept, (row, column), (rows, width), strict=True):
+            starts[d] = arith("add", starts[d], offset)
+            extents[d] = extent
+        outer = Region(target, tuple(starts), tuple(extents), node.dst.dropped)
+        return Copy(
+            src=inner,
+            dst=outer,
+            atom=CopyAtom(CopyMethod.TMA, 0),
+            eviction=node.eviction,
+            span=node.span,
+        )

@@ -1,0 +1,120 @@
+"""Whether a kernel is split into producers, which bring tiles by the tensor memory accelerator, and
+warpgroups that multiply them.
+
+Knows what must hold for that. Does not know slots, barriers or registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import For, LoopKind, Node, While, walk
+from tilejit.ir.sync import Control
+from tilejit.isa.atom import WgmmaAtom
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.bring import Reach, is_inward
+from tilejit.passes.tma import misfit, same_bits
+from tilejit.passes.wgmma import choose_wgmma
+from tilejit.target import Feature, Target
+
+
+@dataclass(frozen=True)
+class Brought:
+    """copies: those that producers make. gemms: the atoms of multiplies by warpgroups.
+    reasons, gemm_reasons: why others are not among them, where that is worth a word."""
+
+    copies: frozenset[Copy] = frozenset()
+    gemms: dict[Gemm, WgmmaAtom] = field(default_factory=dict)
+    reasons: dict[Copy, str] = field(default_factory=dict)
+    gemm_reasons: dict[Gemm, list[str]] = field(default_factory=dict)
+
+
+def copies_to_bring(kernel: Kernel, target: Target) -> Brought:
+    """What producers bring and warpgroups multiply.
+
+    A kernel has producers when it has a multiply for warpgroups whose operands come through
+    T.Pipelined loops, and every plain copy in such loops can be brought: a loop is fed in one way.
+    """
+    if not target.has(Feature.TMA, Feature.WGMMA, Feature.SETMAXNREG):
+        return Brought()
+    nodes = list(walk(kernel.body))
+    gemms = [n for n in nodes if isinstance(n, Gemm)]
+    viewed = {b.root for b in kernel.buffers if b.is_view}
+    fits = {n: _choose(n, kernel, target, viewed) for n in gemms}
+    atoms = {n: atom for n, atom in fits.items() if isinstance(atom, WgmmaAtom)}
+    why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
+    if not atoms:
+        return Brought(gemm_reasons=why)
+    reasons = _reasons(kernel)
+    refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
+    general = _obstacle(kernel, nodes)
+    if general or refused or not _pipelined_copies(kernel):
+        reason = general or "its operands are not brought by TMA"
+        own = dict(refused) if not general else dict.fromkeys(_pipelined_copies(kernel), general)
+        kept = {n: a for n, a in atoms.items() if _is_filled_by_threads(n, kernel)}
+        why |= {n: [f"wgmma ({reason})"] for n in atoms if n not in kept}
+        return Brought(gemms=kept, reasons=own, gemm_reasons=why)
+    copies = frozenset(c for c, r in reasons.items() if not r)
+    return Brought(copies, atoms, {c: r for c, r in reasons.items() if r}, why)
+
+
+def _choose(
+    node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer]
+) -> WgmmaAtom | str:
+    for region in (node.a, node.b):
+        if region.buffer.scope is Scope.SHARED and region.buffer in viewed:
+            return f"{region.buffer.name} has views, so it lies in plain rows"
+    return choose_wgmma(node, target, kernel.num_threads)
+
+
+def _reasons(kernel: Kernel) -> dict[Copy, str]:
+    """For every copy from global to shared memory without conversion, why it is not brought."""
+    reach = Reach(kernel).reasons
+    plain = [c for c in reach if same_bits(c.src.buffer, c.dst.buffer)]
+    return {c: misfit(c, kernel) or reach[c] for c in plain}
+
+
+def _pipelined_copies(kernel: Kernel) -> list[Copy]:
+    """Plain copies into shared memory that stand in loops with stages."""
+    return [
+        n
+        for loop in walk(kernel.body)
+        if isinstance(loop, For) and _has_stages(loop)
+        for n in loop.body
+        if isinstance(n, Copy) and is_inward(n) and same_bits(n.src.buffer, n.dst.buffer)
+    ]
+
+
+def _is_pipelined(copy: Copy, kernel: Kernel) -> bool:
+    return copy in _pipelined_copies(kernel)
+
+
+def _has_stages(loop: For) -> bool:
+    if loop.kind is not LoopKind.PIPELINED:
+        return False
+    return loop.num_stages is None or loop.num_stages > 1
+
+
+def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
+    """What in the kernel rules producers out."""
+    if any(b.scope is Scope.BARRIER for b in kernel.buffers):
+        return "the kernel has barriers of its own"
+    if any(isinstance(n, While) for n in nodes):
+        return "the kernel has a loop whose end only the block knows"
+    if any(isinstance(n, Control) for n in nodes):
+        return "the kernel orders asynchronous work itself"
+    if kernel.threads[1:] != (1, 1):
+        return "the block's threads have more than one dimension"
+    return ""
+
+
+def _is_filled_by_threads(node: Gemm, kernel: Kernel) -> bool:
+    """True when ordinary stores fill the operands in shared memory, so that a fence is enough."""
+    operands: set[Buffer] = {
+        r.buffer.root for r in (node.a, node.b) if r.buffer.scope is Scope.SHARED
+    }
+    pipelined = {c.dst.buffer.root for c in _pipelined_copies(kernel)}
+    return not operands & pipelined

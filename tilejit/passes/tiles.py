@@ -1,0 +1,219 @@
+"""Lets a block compute tile after tile, in an order that keeps neighbours in the L2 cache.
+
+Knows grids, clusters and which tiles share operands. Does not know what a tile's work is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from tilejit.dtypes import int32
+from tilejit.ir.analysis import divisor
+from tilejit.ir.buffer import Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, index, int_value, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, walk
+from tilejit.isa.atom import WgmmaAtom
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.tma import boxes_of
+
+MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
+TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
+
+
+@dataclass
+class Walk:
+    """How the tiles of a kernel are visited.
+
+    cluster: blocks that share tiles of operands, along `axis` of the grid.
+    """
+
+    kernel: Kernel
+    cluster: int
+    axis: int | None
+    group: int
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.block = Var("block", int32, VarKind.BLOCK, index(0), index(MAX_BLOCKS - 1))
+        self.blocks = Var("blocks", int32, VarKind.SCALAR, index(1), index(MAX_BLOCKS))
+
+    def around(self, body: Body) -> Body:
+        """The loop over a block's tiles around the work for one."""
+        if not body:
+            return body
+        units = self.units()
+        total: Expr = index(1)
+        for extent in units:
+            total = arith("mul", total, extent)
+        first = arith("floordiv", self.block, self.cluster)
+        step = arith("floordiv", self.blocks, self.cluster)
+        left = arith("sub", arith("add", total, arith("sub", step, 1)), first)
+        visits = arith("floordiv", left, step)
+        visit = Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+        unit = Var("unit", int32, VarKind.VALUE, index(0), arith("sub", total, 1))
+        opened: list[Node] = [Let(var=unit, value=arith("add", first, arith("mul", visit, step)))]
+        opened += self.decode(unit, units)
+        loop = For(
+            var=visit,
+            start=index(0),
+            stop=visits,
+            kind=LoopKind.TILES,
+            body=(*opened, *body),
+            span=self.kernel.span,
+        )
+        return (loop,)
+
+    def units(self) -> list[Expr]:
+        """Extents of the grid in what a cluster computes at once."""
+        return [
+            arith("floordiv", extent, self.cluster) if d == self.axis else extent
+            for d, extent in enumerate(self.kernel.grid)
+        ]
+
+    def decode(self, unit: Expr, units: Sequence[Expr]) -> list[Node]:
+        """The block variables of a unit: `group` rows of it together, each column before the
+        next."""
+        x, y, *z = units if len(units) > 1 else (*units, index(1))
+        nodes: list[Node] = []
+        places: list[Expr]
+        rest = unit
+        if z:
+            plane = arith("mul", x, y)
+            rest = self._named("place", arith("floormod", unit, plane), plane, nodes)
+            depth = arith("floordiv", unit, plane)
+        if self.group == 1:
+            places = [arith("floormod", rest, x), arith("floordiv", rest, x)]
+        else:
+            wide = arith("mul", x, self.group)
+            band = arith("mul", arith("floordiv", rest, wide), self.group)
+            inside = arith("floormod", rest, wide)
+            rows: Expr = index(self.group)
+            if divisor(y) % self.group:
+                rows = arith("min", rows, arith("sub", y, band))
+                rows = self._named("rows", rows, index(self.group + 1), nodes, low=1)
+            places = [
+                arith("floordiv", inside, rows),
+                arith("add", band, arith("floormod", inside, rows)),
+            ]
+        if z:
+            places.append(depth)
+        rank = arith("floormod", self.block, self.cluster)
+        for d, (var, place) in enumerate(
+            zip(self.kernel.block_vars, places[: len(units)], strict=True)
+        ):
+            if d == self.axis:
+                place = arith("add", arith("mul", place, self.cluster), rank)
+            nodes.append(Let(var=var, value=place))
+        return nodes
+
+    def _named(
+        self, name: str, value: Expr, stop: Expr, nodes: list[Node], low: int = 0
+    ) -> Expr:
+        var = Var(name, int32, VarKind.VALUE, index(low), arith("sub", stop, 1))
+        nodes.append(Let(var=var, value=value))
+        return var
+
+    def finish(self, kernel: Kernel) -> Kernel:
+        """The kernel whose blocks walk."""
+        total: Expr = index(1)
+        for extent in self.kernel.grid:
+            total = arith("mul", total, extent)
+        return replace(
+            kernel,
+            grid=(total,),
+            block_vars=(self.block,),
+            blocks_var=self.blocks,
+            cluster=(self.cluster, 1, 1),
+            is_persistent=True,
+        )
+
+
+def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:
+    """The order of a kernel's tiles: groups of rows such that what runs at once reads little."""
+    if len(kernel.grid) == 1:
+        group = 1
+        order = "in order"
+    else:
+        group = best_group(kernel, cluster, axis)
+        order = f"in groups of {group} along y"
+    walked = Walk(kernel, cluster, axis, group)
+    walked.notes.append(f"each block computes tiles one after the other, {order}")
+    if cluster > 1 and axis is not None:
+        walked.notes.append(f"clusters of {cluster} blocks along {'xyz'[axis]} share what they read")
+    return walked
+
+
+def best_group(kernel: Kernel, cluster: int, axis: int | None) -> int:
+    """Rows of tiles (along y) in a group, such that the tiles that run at once read the fewest
+    bytes."""
+    along_x, along_y = bytes_along(kernel, 0), bytes_along(kernel, 1)
+    steps = [cluster if axis == d else 1 for d in (0, 1)]
+    running = max(1, TYPICAL_BLOCKS // cluster)
+    most = int_value(kernel.grid[1])
+    most = running if most is None else max(1, most // steps[1])
+    best = (math.inf, 1)
+    for rows in range(1, min(running, most) + 1):
+        columns = -(-running // rows)
+        read = rows * steps[1] * along_y + columns * steps[0] * along_x
+        best = min(best, (read, rows))
+    return best[1]
+
+
+def bytes_along(kernel: Kernel, axis: int) -> int:
+    """Bytes of the brought tiles that differ from tile to tile along an axis of the grid."""
+    total = 0
+    for copy in _brought(kernel):
+        if not is_same_along(copy, kernel, axis):
+            total += math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
+    return max(total, 1)
+
+
+def _brought(kernel: Kernel) -> list[Copy]:
+    return [
+        n
+        for n in walk(kernel.body)
+        if isinstance(n, Copy) and n.is_tma and n.src.buffer.scope is Scope.GLOBAL
+    ]
+
+
+def is_same_along(copy: Copy, kernel: Kernel, axis: int) -> bool:
+    """Whether blocks that differ along the grid's axis only bring the same tile."""
+    moving: set[Var] = {kernel.block_vars[axis]}
+    for node in walk(kernel.body):
+        if isinstance(node, Let | Load) and any(variables(e) & moving for e in node.exprs):
+            moving.update(node.defines)
+        elif isinstance(node, For) and any(variables(e) & moving for e in node.exprs):
+            moving.add(node.var)
+    return not any(variables(e) & moving for e in copy.exprs)
+
+
+def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None]:
+    """How many blocks share tiles, and along which axis of the grid: two, along the axis that saves
+    most, where the grid divides so and only multiplies by warpgroups read what is shared."""
+    best: tuple[int, int | None] = (0, None)
+    if not _only_multiplied(kernel, brought):
+        return 1, None
+    for axis, extent in enumerate(kernel.grid):
+        if divisor(extent) % 2:
+            continue
+        saved = 0
+        for copy in brought:
+            layout = kernel.shared[copy.dst.buffer]
+            if is_same_along(copy, kernel, axis) and boxes_of(layout, copy.dst.extents, 2):
+                saved += math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
+        if saved > best[0]:
+            best = (saved, axis)
+    return (2, best[1]) if best[0] else (1, None)
+
+
+def _only_multiplied(kernel: Kernel, brought: Sequence[Copy]) -> bool:
+    buffers = {c.dst.buffer for c in brought}
+    for node in walk(kernel.body):
+        is_multiply = isinstance(node, Gemm) and isinstance(node.atom, WgmmaAtom)
+        if not is_multiply and any(b.root in buffers for b in node.reads):
+            return False
+    return True

@@ -1,0 +1,132 @@
+"""What the tensor memory accelerator can move: boxes of global tensors to and from shared memory.
+
+Knows its rules of alignment and shape (CUDA Driver API, cuTensorMapEncodeTiled). Does not know who
+issues a copy or who waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilejit.ir.analysis import divisor
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import int_value, is_const
+from tilejit.ir.kernel import Kernel, ParamKind
+from tilejit.layout.shared import SharedLayout
+from tilejit.ops.copy import Copy
+
+UNIT = 16  # bytes: of addresses, strides and rows of a box
+MAX_RANK = 5
+MAX_EXTENT = 256  # elements of a box along a dimension
+SWIZZLE_ROWS = 8  # after as many rows every swizzle begins anew
+
+
+def same_bits(source: Buffer, target: Buffer) -> bool:
+    """True when copying needs no conversion."""
+    pair = {source.dtype.name, target.dtype.name}
+    return source.dtype is target.dtype or pair == {"float32", "tfloat32"}
+
+
+def misfit(copy: Copy, kernel: Kernel) -> str:
+    """Why the accelerator cannot make the copy; "" when it can."""
+    if copy.prefer in ("cp_async", "sync"):
+        return f"prefer_instruction is {copy.prefer!r}"
+    scopes = copy.src.buffer.scope, copy.dst.buffer.scope
+    if set(scopes) != {Scope.GLOBAL, Scope.SHARED}:
+        return "it moves boxes between global and shared memory only"
+    if not same_bits(copy.src.buffer, copy.dst.buffer):
+        return f"it converts {copy.src.buffer.dtype} to {copy.dst.buffer.dtype}"
+    if copy.pad is not None and not is_const(copy.pad, 0):
+        return "what lies outside reads as 0 only"
+    if scopes[0] is Scope.GLOBAL:
+        outer, inner = copy.src, copy.dst
+    else:
+        outer, inner = copy.dst, copy.src
+    return _global_misfit(outer, kernel) or _shared_misfit(inner)
+
+
+def _global_misfit(region: Region, kernel: Kernel) -> str:
+    buffer, known, size = region.buffer, kernel.multiples, region.buffer.dtype.bytes
+    name = buffer.name
+    if not any(p.kind is ParamKind.TENSOR and p.buffer is buffer for p in kernel.params):
+        return f"{name} is no argument"
+    if buffer.broadcasts or not 1 <= buffer.rank <= MAX_RANK:
+        return f"{name} is no tensor of 1 to {MAX_RANK} dimensions"
+    if not region.shape or buffer.rank - 1 in region.dropped:
+        return f"a row of {name} is one element"
+    if any(int_value(e) == 0 for e in buffer.shape):
+        return f"{name} is empty"
+    *outer, last = buffer.element_strides
+    if int_value(last) != 1:
+        return f"neighbours in a row of {name} are not neighbours in memory"
+    for stride in outer:
+        if divisor(stride, known) * size % UNIT:
+            return f"rows of {name} do not provably begin at multiples of {UNIT} bytes"
+    offset = divisor(buffer.offset, known) * size
+    if max(buffer.align, size) % UNIT or offset % UNIT:
+        return f"{name} does not provably begin at a multiple of {UNIT} bytes"
+    if region.extents[-1] * size % UNIT:
+        return f"a row of {region.extents[-1]} {buffer.dtype} is no multiple of {UNIT} bytes"
+    return ""
+
+
+def _shared_misfit(region: Region) -> str:
+    """The tile lies in whole rows, or as a sub-tile that begins where a swizzle does."""
+    buffer = region.buffer
+    if buffer.is_view or buffer.strides is not None:
+        return f"{buffer.name} has a layout of its own"
+    if buffer.rank - 1 in region.dropped:
+        return f"a row of {buffer.name} is one element"
+    if int_value(region.starts[-1]) != 0 or region.extents[-1] != buffer.extents[-1]:
+        return f"it moves parts of the rows of {buffer.name}"
+    if buffer.rank > 1 and divisor(region.starts[-2]) % SWIZZLE_ROWS:
+        return f"it begins inside {SWIZZLE_ROWS} rows of {buffer.name}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """How a tile of `tiles` x `rows` x `columns` elements is cut into boxes, each moved at once.
+
+    Of the blocks of a cluster, each moves `tiles`, `rows` and `columns` only up to its share.
+    shared_axis: what is divided among the blocks: "rows", "columns", or "" where nothing is.
+    """
+
+    rows: int
+    columns: int
+    box_rows: int
+    box_columns: int
+    shared_axis: str = ""
+    blocks: int = 1
+
+    @property
+    def bytes_each(self) -> int:
+        """Elements of one box."""
+        return self.box_rows * self.box_columns
+
+
+def boxes_of(layout: SharedLayout, extents: tuple[int, ...], blocks: int = 1) -> Boxes | None:
+    """The boxes for a region of a tile laid out so, by each of `blocks` blocks of a cluster; None
+    when the tile cannot be divided among them."""
+    rows = extents[-2] if len(extents) > 1 else 1
+    panels = layout.columns // layout.panel
+    box_columns = _divisor_up_to(layout.panel, MAX_EXTENT)
+    if blocks == 1:
+        return Boxes(rows, layout.columns, _divisor_up_to(rows, MAX_EXTENT), box_columns)
+    if panels % blocks == 0:
+        box_rows = _divisor_up_to(rows, MAX_EXTENT)
+        return Boxes(rows, layout.columns, box_rows, box_columns, "columns", blocks)
+    if rows % (blocks * SWIZZLE_ROWS) == 0:
+        box_rows = _divisor_up_to(rows // blocks, MAX_EXTENT, SWIZZLE_ROWS)
+        return Boxes(rows, layout.columns, box_rows, box_columns, "rows", blocks)
+    return None
+
+
+def _divisor_up_to(number: int, most: int, step: int = 1) -> int:
+    """The largest divisor of `number` that is at most `most`, a multiple of `step`."""
+    return max(n for n in range(step, min(number, most) + 1, step) if number % n == 0)
+
+
+def swizzle_of(layout: SharedLayout) -> int:
+    """Bytes over which the layout permutes 16-byte chunks, as a tensor map says it."""
+    return 16 * layout.swizzle if layout.swizzle > 1 else 0

@@ -1,0 +1,123 @@
+"""Which tile multiplies warpgroups can do with Hopper's asynchronous matrix instructions.
+
+Knows what the instruction asks of operands and accumulator. Does not know who fills the operands.
+"""
+
+from __future__ import annotations
+
+from tilejit.dtypes import DType
+from tilejit.ir.analysis import divisor
+from tilejit.ir.buffer import Region, Scope
+from tilejit.isa.atom import WgmmaAtom
+from tilejit.isa.wgmma import find_wgmma
+from tilejit.layout.shared import SharedLayout
+from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.target import Feature, Target
+
+GROUP = 128  # threads of a warpgroup
+ROWS = 64  # of one instruction
+STEP_BYTES = 32  # of K that one instruction multiplies
+MAX_COLUMNS = 256
+# Accumulator registers of a thread beyond which nothing is left for addresses and the epilogue.
+MAX_ACCUMULATOR_WORDS = 192
+
+
+def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
+    """The atom of a multiply by warpgroups, or why there is none."""
+    if not target.has(Feature.WGMMA):
+        return f"it needs {Feature.WGMMA}, which {target} lacks"
+    if threads % GROUP:
+        return f"{threads} threads are not whole warpgroups of {GROUP}"
+    a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
+    if node.k * a.bytes % STEP_BYTES or node.m % ROWS or node.n % 8:
+        return f"the tile is {node.m}x{node.n}x{node.k}, no multiple of 64x8x{STEP_BYTES // a.bytes}"
+    reason = _operand_misfit(node.a, not node.transpose_a, "a")
+    reason = reason or _operand_misfit(node.b, node.transpose_b, "b")
+    if reason:
+        return reason
+    found = _split(node, target, threads // GROUP)
+    if found is None:
+        return f"no instruction multiplies {a} and {b} into {acc} in a share of {node.m}x{node.n}"
+    return found
+
+
+def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
+    """The warpgroups along m and n whose operands are read least often."""
+    best: tuple[tuple[float, ...], WgmmaAtom] | None = None
+    for down in (d for d in range(1, groups + 1) if groups % d == 0):
+        across = groups // down
+        if node.m % (ROWS * down) or node.n % (8 * across):
+            continue
+        atom = _atom(node, target, down, across)
+        if atom is None:
+            continue
+        preference = 0
+        if node.policy is GemmWarpPolicy.FullRow:
+            preference = -down
+        elif node.policy is GemmWarpPolicy.FullCol:
+            preference = -across
+        # shared memory is read once for each instruction's rows and columns
+        loads = atom.rows * atom.columns * (ROWS + atom.wgmma.n) * groups
+        cost = (preference, loads, -down)
+        if best is None or cost < best[0]:
+            best = (cost, atom)
+    return best[1] if best else None
+
+
+def _atom(node: Gemm, target: Target, down: int, across: int) -> WgmmaAtom | None:
+    a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
+    rows, wide = node.m // down // ROWS, node.n // across
+    if rows * ROWS * wide * acc.bytes // (4 * GROUP) > MAX_ACCUMULATOR_WORDS:
+        return None
+    unit = _columns_unit(node, wide)
+    for columns in range(-(-wide // MAX_COLUMNS), wide // 8 + 1):
+        n = wide // columns
+        if wide % columns or n % 8 or (columns * across > 1 and n % unit):
+            continue
+        wgmma = find_wgmma(a, b, acc, n, target)
+        if wgmma is not None:
+            return WgmmaAtom(wgmma, down, across, rows, columns)
+    return None
+
+
+def _columns_unit(node: Gemm, wide: int) -> int:
+    """What the columns of an instruction must be a multiple of to begin at a place of their own."""
+    if node.transpose_b:
+        return 8
+    return warpgroup_layout(node.b.buffer.extents, node.b.buffer.dtype).panel
+
+
+def _operand_misfit(region: Region, is_k_major: bool, name: str) -> str:
+    """Why an operand cannot be read where it lies; "" when it can."""
+    buffer = region.buffer
+    if buffer.scope is Scope.FRAGMENT:
+        if name == "a" and is_k_major:
+            return ""
+        return f"{name} is a fragment" + ("" if name == "b" else ", transposed")
+    if buffer.dtype.bits != 16 and not is_k_major:
+        return f"{name} is stored with K outermost, which takes 16-bit elements"
+    if buffer.is_view or buffer.strides is not None or buffer.rank < 2:
+        return f"{buffer.name} has a layout of its own"
+    if buffer.extents[-1] * buffer.dtype.bytes % 16 or buffer.extents[-2] % 8:
+        return f"{buffer.name} is {buffer.extents[-2]}x{buffer.extents[-1]}, not in whole chunks"
+    layout = warpgroup_layout(buffer.extents, buffer.dtype)
+    *_, row, column = region.starts
+    if set(region.kept) != {buffer.rank - 2, buffer.rank - 1}:
+        return f"{buffer.name} is multiplied along other dimensions than its last two"
+    if divisor(row) % 8 or divisor(column) % layout.panel:
+        return f"the part of {buffer.name} begins inside of a swizzle"
+    if not is_k_major and region.extents[-1] % layout.panel:
+        return f"{region.extents[-1]} columns of {buffer.name} are not whole panels"
+    return ""
+
+
+def warpgroup_layout(shape: tuple[int, ...], dtype: DType) -> SharedLayout:
+    """How a tile must lie that warpgroups multiply: panels of 128, 64, 32 or 16 bytes, swizzled
+    over their width (PTX ISA, "Asynchronous warpgroup-level matrix shared memory layout")."""
+    itemsize = dtype.bytes
+    row_bytes = shape[-1] * itemsize
+    for chunks in (8, 4, 2):
+        if row_bytes % (16 * chunks) == 0:
+            return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
+    return SharedLayout(shape, itemsize, panel=16 // itemsize)
+
