@@ -13,6 +13,7 @@ from tilejit.isa.mma import MMA, fragment_a, fragment_b
 from tilejit.target import for_capability
 
 LANES = 32
+SHARED_BYTES = 48 * 1024  # of each kernel of a test module
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +44,39 @@ def ask(answer):
 
 @pytest.fixture
 def execute(gpu, write_module):
-    """Run a record on one warp: a list of (32,) arrays in, a list of (32,) arrays out."""
+    """Run a record on one block: a list of (threads,) arrays in, a list of (threads,) arrays out.
+    `content` is what the block's shared memory begins with, and is overwritten with what it ends
+    with."""
 
-    def run(instruction, inputs):
+    def run(instruction, inputs, threads=LANES, content=None):
         if not gpu.has(*instruction.needs):
             pytest.skip(f"{instruction} is not on {gpu}")
-        module = ask(driver.cuModuleLoadData(write_module(gpu, [instruction]).encode() + b"\0"))
+        text = write_module(gpu, [instruction], threads).encode() + b"\0"
+        module = ask(driver.cuModuleLoadData(text))
         kernel = ask(driver.cuModuleGetFunction(module, b"k0"))
-        words = np.zeros((len(inputs), LANES), np.uint64)
+        words = np.zeros((len(inputs), threads), np.uint64)
         for row, value, dtype in zip(words, inputs, instruction.inputs, strict=True):
-            row.view(dtype.numpy).reshape(LANES, -1)[:, 0] = value
-        results = np.full((len(instruction.outputs), LANES), 0xFFFFFFFFFFFFFFFF, np.uint64)
-        source = ask(driver.cuMemAlloc(max(words.nbytes, 8)))
-        sink = ask(driver.cuMemAlloc(max(results.nbytes, 8)))
+            row.view(dtype.numpy).reshape(threads, -1)[:, 0] = value
+        results = np.full((len(instruction.outputs), threads), 0xFFFFFFFFFFFFFFFF, np.uint64)
+        shared = np.zeros(SHARED_BYTES, np.uint8) if content is None else content
+        assert shared.nbytes == SHARED_BYTES
+        buffers = [(array, ask(driver.cuMemAlloc(max(array.nbytes, 8))))
+                   for array in (words, results, shared)]  # fmt: skip
         try:
-            ask(driver.cuMemcpyHtoD(source, words.ctypes.data, words.nbytes))
-            addresses = np.array([int(source), int(sink)], np.uint64)
-            pointers = addresses.ctypes.data + np.arange(2, dtype=np.uint64) * 8
-            ask(driver.cuLaunchKernel(kernel, 1, 1, 1, LANES, 1, 1, 0, 0, pointers.ctypes.data, 0))
-            ask(driver.cuMemcpyDtoH(results.ctypes.data, sink, results.nbytes))
+            for array, memory in buffers:
+                ask(driver.cuMemcpyHtoD(memory, array.ctypes.data, array.nbytes))
+            addresses = np.array([int(memory) for _, memory in buffers], np.uint64)
+            pointers = addresses.ctypes.data + np.arange(3, dtype=np.uint64) * 8
+            shape = (1, 1, 1, threads, 1, 1)
+            ask(driver.cuLaunchKernel(kernel, *shape, 0, 0, pointers.ctypes.data, 0))
+            for array, memory in buffers[1:]:
+                ask(driver.cuMemcpyDtoH(array.ctypes.data, memory, array.nbytes))
         finally:
-            ask(driver.cuMemFree(source))
-            ask(driver.cuMemFree(sink))
+            for _, memory in buffers:
+                ask(driver.cuMemFree(memory))
             ask(driver.cuModuleUnload(module))
         return [
-            row.view(dtype.numpy).reshape(LANES, -1)[:, 0].copy()
+            row.view(dtype.numpy).reshape(threads, -1)[:, 0].copy()
             for row, dtype in zip(results, instruction.outputs, strict=True)
         ]
 
@@ -121,12 +130,15 @@ def test_a_tf32_mma_on_the_gpu_ignores_the_low_13_bits(execute, make_lanes):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix_on_the_gpu_is_what_it_means(count, transposed, execute, make_lanes):
     lanes = make_lanes(LANES)
-    lanes.shared[:4096].view(np.uint32)[:] = np.arange(1024)  # as the test module fills it
-    lanes.shared[:4096].view(np.uint16)[1::2] = 0
+    content = np.zeros(SHARED_BYTES, np.uint8)
+    content.view(np.uint16)[:] = np.arange(SHARED_BYTES // 2)
+    lanes.shared[:4096] = content[:4096]
     address = (np.random.default_rng(2).permutation(256)[:LANES] * 16).astype(np.uint32)
     instruction = ldmatrix(count, transposed)
     meant = instruction.meaning(lanes, [address])
-    for found, expected in zip(execute(instruction, [address]), meant, strict=True):
+    for found, expected in zip(
+        execute(instruction, [address], content=content), meant, strict=True
+    ):
         assert np.array_equal(found, expected)
 
 

@@ -38,6 +38,26 @@ def bar_sync(barrier: int, threads: int) -> Instruction:
     )
 
 
+@cache
+def bar_arrive(barrier: int, threads: int) -> Instruction:
+    """Come to hardware barrier `barrier` of `threads` threads without waiting for the others.
+
+    Those who `bar_sync` there see the thread's earlier memory accesses.
+    """
+    assert WHOLE_BLOCK < barrier < NUM_BARRIERS, f"nobody can arrive at barrier {barrier}"
+    assert threads % 32 == 0, f"{threads} threads are no whole warps"
+
+    def meaning(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+        lanes.arrive_block(barrier, threads)
+        return ()
+
+    return Instruction(
+        name=f"bar.arrive.{barrier}.{threads}",
+        ptx=f"bar.arrive {barrier}, {threads};",
+        meaning=meaning,
+    )
+
+
 def _meet_in_warp(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
     lanes.sync_warp()
     return ()
@@ -59,5 +79,12 @@ SYNC_WARP = Instruction(
 FENCE_BLOCK = Instruction(
     name="membar.cta",
     ptx="membar.cta;",
+    meaning=_nothing,
+)
+
+# The same for all threads of the device
+FENCE_DEVICE = Instruction(
+    name="fence.acq_rel.gpu",
+    ptx="fence.acq_rel.gpu;",
     meaning=_nothing,
 )

@@ -233,15 +233,18 @@ class LLVMValues:
         has_effect: bool,
         early: bool = False,
         convergent: bool = False,
+        tied: int = 0,
     ) -> list[Value]:
         """Inline PTX; `$dN` are the outputs, of the given types, `$aN` the inputs.
 
         has_effect: it may not be dropped, repeated or moved across other memory accesses.
         early: outputs are written before all inputs have been read.
+        tied: that many outputs are the registers of the inputs of their number.
         """
         mark = "=&" if early else "="
         constraints = [mark + _LETTERS[str(kind)] for kind in outputs]
-        constraints += [_LETTERS[str(v.type)] for v in inputs]
+        constraints += [str(number) for number in range(tied)]
+        constraints += [_LETTERS[str(v.type)] for v in inputs[tied:]]
         if has_effect:
             constraints.append("~{memory}")
         if not outputs:
