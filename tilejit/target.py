@@ -55,6 +55,11 @@ class Target:
         """The NVVM and NVRTC spelling, such as compute_90a."""
         return self.name.replace("sm_", "compute_")
 
+    @property
+    def has_modern_ir(self) -> bool:
+        """libNVVM takes the modern LLVM dialect for it, else LLVM 7's (NVVM IR Specification)."""
+        return self.cc >= (10, 0)
+
     def has(self, *features: Feature) -> bool:
         return self.features.issuperset(features)
 

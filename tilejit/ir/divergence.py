@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, walk
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Atomic, Body, For, If, Load, Node, Parallel, Store, While
+from tilejit.ir.node import Atomic, Body, For, If, Let, Load, Node, Parallel, Store, While
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ def _visit(
             # outside T.Parallel a fragment is read where every thread holds the element
             if here or node.buffer.root in state.buffers:
                 vars_.add(node.out)
+        elif isinstance(node, Let) and state.of(node.exprs):
+            vars_.add(node.var)
         elif isinstance(node, Atomic) and node.out is not None and here:
             vars_.add(node.out)
         elif here and isinstance(node, Store | Atomic) and node.buffer.scope.is_per_thread:

@@ -78,7 +78,7 @@ class Kernel:
     block_vars, thread_vars: variables of blockIdx and threadIdx, x first; as many as were named.
 
     Decided by passes, empty before:
-    fragments: layout of each fragment (and of each T.Parallel that needs one of its own).
+    fragments: layout of each fragment.
     shared: byte layout of each shared buffer (views excluded).
     slots: copies of a shared buffer that the pipeline keeps; 1 where absent.
     offsets: byte offset of each shared buffer and barrier in dynamic shared memory.

@@ -18,15 +18,26 @@ from tilejit.ir.node import (
     Body,
     For,
     If,
+    Let,
     Load,
     LoopKind,
     Node,
+    OneThread,
     Parallel,
+    Roles,
     Store,
     While,
     walk,
 )
-from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
+from tilejit.ir.sync import (
+    AsyncCommit,
+    AsyncWait,
+    BarrierArrive,
+    BarrierExpect,
+    BarrierWait,
+    Control,
+    SyncThreads,
+)
 
 _INDENT = "    "
 _COMMENT_COLUMN = 60
@@ -47,11 +58,14 @@ class _Printer:
             Load: self.load,
             Store: self.store,
             Atomic: self.atomic,
-            SyncThreads: lambda n: "T.sync_threads()" + ("  # inserted" if n.inserted else ""),
-            BarrierArrive: lambda n: f"T.barrier_arrive({self.slot(n)})",
+            SyncThreads: self.sync,
+            BarrierArrive: self.arrive,
             BarrierWait: lambda n: (
                 f"T.barrier_wait({self.slot(n)}, parity={self.names.expr(n.parity)})"
             ),
+            BarrierExpect: self.expect,
+            Let: lambda n: f"{self.names.of(n.var)} = {self.names.expr(n.value)}",
+            Control: lambda n: f"T.{n.op.value}({n.count or ''})",
             AsyncCommit: lambda n: "T.async_commit()",
             AsyncWait: lambda n: f"T.async_wait({n.pending})",
         }
@@ -88,6 +102,9 @@ class _Printer:
 
     def param(self, param: Param) -> str:
         names = self.names
+        if param.box is not None:
+            box = "x".join(map(str, param.box.extents))
+            return f"{names.of(param.var)}: boxes of {box} of {names.of(param.box.tensor)}"
         if param.buffer is None:
             kind = "T.ptr" if param.kind is ParamKind.POINTER else f"T.{param.var.dtype}"
             return f"{names.of(param.var)}: {kind}"
@@ -194,6 +211,14 @@ class _Printer:
                 yield from self.block(node.orelse, indent)
         elif isinstance(node, While):
             yield from self.loop_while(node, indent)
+        elif isinstance(node, Roles):
+            for role in node.roles:
+                last = role.first + role.threads - 1
+                yield f"{indent}with role({role.name!r}):  # threads {role.first} to {last}"
+                yield from self.block(role.body, indent)
+        elif isinstance(node, OneThread):
+            yield self.line("with one_thread():", node, indent)
+            yield from self.block(node.body, indent)
         else:
             show = self.leaves.get(type(node))
             text = show(node) if show is not None else node.show(self.names)
@@ -222,8 +247,7 @@ class _Printer:
         if node.coalesced_width is not None:
             fields.append(f"coalesced_width={node.coalesced_width}")
         text = f"for {variables} in T.Parallel({', '.join(fields)}):"
-        layout = self.kernel.fragments.get(node)
-        return text if layout is None else f"{text}  # {layout}"
+        return text if node.layout is None else f"{text}  # {node.layout}"
 
     def loop_while(self, node: While, indent: str) -> Iterator[str]:
         if not node.test:
@@ -252,7 +276,23 @@ class _Printer:
         text = f"T.atomic_{node.combine}({place}, {self.names.expr(node.value)})"
         return text if node.out is None else f"{self.names.of(node.out)} = {text}"
 
-    def slot(self, node: BarrierArrive | BarrierWait) -> str:
+    def sync(self, node: SyncThreads) -> str:
+        text = "T.sync_threads()"
+        if node.number is not None:
+            name = "named_barrier_arrive" if node.is_arrival else "sync_threads"
+            text = f"T.{name}({self.names.expr(node.number)}, {node.threads})"
+        return text + ("  # inserted" if node.inserted else "")
+
+    def arrive(self, node: BarrierArrive) -> str:
+        if node.cta is None:
+            return f"T.barrier_arrive({self.slot(node)})"
+        return f"T.mbarrier_arrive({self.slot(node)}, cta_id={self.names.expr(node.cta)})"
+
+    def expect(self, node: BarrierExpect) -> str:
+        name = "mbarrier_arrive_expect_tx" if node.arrives else "mbarrier_expect_tx"
+        return f"T.{name}({self.slot(node)}, {node.bytes})"
+
+    def slot(self, node: BarrierArrive | BarrierExpect | BarrierWait) -> str:
         return self.names.index(node.barrier, (node.slot,))
 
 

@@ -24,8 +24,21 @@ from tilejit.ir.expr import (
     walk,
 )
 from tilejit.ir.kernel import Kernel, ParamKind
-from tilejit.ir.node import Atomic, Body, For, If, Load, Node, Parallel, Store, While
-from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierWait
+from tilejit.ir.node import (
+    Atomic,
+    Body,
+    For,
+    If,
+    Let,
+    Load,
+    Node,
+    OneThread,
+    Parallel,
+    Roles,
+    Store,
+    While,
+)
+from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierExpect, BarrierWait
 
 _PER_ITERATION = (Load, Store, Atomic, For, If, While)  # what may stand in a T.Parallel
 _COMBINE = frozenset(("add", "min", "max", "and", "or", "xor", "exch"))
@@ -45,6 +58,7 @@ class _Verifier:
         self.scope: set[Var] = set()
         self.variables: dict[Expr, frozenset[Var]] = {}  # of expressions whose types are checked
         self.buffers: set[Buffer] = set()
+        self.thread_counts = {kernel.num_threads}
         self.in_parallel = False
         self.where = "kernel"
         self.span: Span | None = kernel.span
@@ -61,6 +75,8 @@ class _Verifier:
                 self.require(is_global, f"tensor `{param.name}` has no global buffer")
         self.indices(kernel.grid)
         self.scope.update(kernel.block_vars, kernel.thread_vars)
+        if kernel.blocks_var is not None:
+            self.scope.add(kernel.blocks_var)
         for param in kernel.params:
             if param.buffer is not None:
                 self.buffer(param.buffer)
@@ -208,8 +224,17 @@ class _Verifier:
             self.expr(e)
         if isinstance(node, Load | Store | Atomic):
             self.access(node)
-        elif isinstance(node, BarrierArrive | BarrierWait):
+        elif isinstance(node, BarrierArrive | BarrierExpect | BarrierWait):
             self.barrier(node)
+        elif isinstance(node, Let):
+            same = node.value.dtype is node.var.dtype or (
+                node.value.dtype.is_integer and node.var.dtype.is_integer
+            )
+            self.require(same, f"{node.var.dtype} is a value of {node.value.dtype}")
+        elif isinstance(node, Roles):
+            self.roles(node)
+        elif isinstance(node, OneThread):
+            self.nested(node.body)
         elif isinstance(node, For):
             self.loop(node)
         elif isinstance(node, Parallel):
@@ -238,7 +263,17 @@ class _Verifier:
             same = node.out.dtype is buffer.dtype
             self.require(same, f"{buffer.dtype} of `{buffer.name}` gives {node.out.dtype}")
 
-    def barrier(self, node: BarrierArrive | BarrierWait) -> None:
+    def roles(self, node: Roles) -> None:
+        end = 0
+        for role in sorted(node.roles, key=lambda role: role.first):
+            self.require(role.first >= end and role.threads > 0, f"`{role.name}` shares threads")
+            end = role.first + role.threads
+            self.thread_counts.add(role.threads)
+            self.nested(role.body)
+        total = self.kernel.num_threads + self.kernel.extra_threads
+        self.require(end <= total, f"roles of {end} threads in a block of {total}")
+
+    def barrier(self, node: BarrierArrive | BarrierExpect | BarrierWait) -> None:
         barrier = node.barrier
         self.buffer(barrier)
         self.require(barrier.scope is Scope.BARRIER, f"`{barrier.name}` is no barrier")
@@ -282,7 +317,7 @@ class _Verifier:
                 f"the layout of `{name}` has shape {layout.shape}, not {tuple(shape)}",
             )
             self.require(
-                layout.threads == kernel.num_threads,
+                layout.threads in self.thread_counts,
                 f"the layout of `{name}` is over {layout.threads} of {kernel.num_threads} threads",
             )
         for buffer, bytes_ in kernel.shared.items():

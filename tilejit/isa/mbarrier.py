@@ -95,14 +95,15 @@ ARRIVE_EXPECT = Instruction(
     meaning=_arrive_expect,
 )
 
-# PTX ISA, "mapa", "mbarrier.arrive". One arrival at the barrier of another block of the cluster.
+# PTX ISA, "mapa", "mbarrier.arrive". One arrival at the barrier of another block of the cluster. It
+# orders no memory of that block: release at the cluster's scope costs a fence of the whole device.
 # Inputs: the barrier's address in the own block, the rank of the other block.
 ARRIVE_CLUSTER = Instruction(
     name="mbarrier.arrive.cluster",
     ptx="{\n"
     ".reg .b32 remote;\n"
     "mapa.shared::cluster.u32 remote, $a0, $a1;\n"
-    "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+    "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
     "}",
     inputs=(dtypes.uint32, dtypes.uint32),
     needs=_TRANSACTIONS | {Feature.CLUSTER},

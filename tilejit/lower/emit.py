@@ -29,6 +29,7 @@ from tilejit.ir.expr import (
     substitute,
 )
 from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Role
 from tilejit.isa.machine import Address, Machine, Value
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.facts import Facts
@@ -134,17 +135,32 @@ class EmitterBase:
 
     @property
     def thread(self) -> Var:
-        """The linear thread index as an index expression."""
+        """The number of the thread in its role as an index expression."""
         return self._thread_var
 
-    def start(self, thread_var: Var) -> None:
-        """Give the machine's thread index a name in expressions; bind threadIdx variables."""
+    def start(self, role: Role, thread_var: Var, meeting: int) -> None:
+        """Give the executing role's threads their numbers, from 0 on, and threadIdx its variables.
+
+        meeting: the hardware barrier at which the role's threads come together.
+        """
         self._thread_var = thread_var
-        self.bind(thread_var, self.m.thread_index())
+        self.threads = role.threads
+        self.meeting = meeting
+        absolute = self.m.thread_index()
+        self.bind(thread_var, absolute)
+        if role.first:
+            first = self.m.const(role.first, int32)
+            self.bind(thread_var, self.m.binary("sub", absolute, first, int32))
         x, y, _ = self.kernel.threads
+        total = self.kernel.num_threads
+        if role.first or role.threads < total:
+            assert x == total, "roles are of blocks with threads along x"
+            if self.kernel.thread_vars:
+                self.bind(self.kernel.thread_vars[0], absolute)
+            return
         parts = (
-            _remainder(thread_var, x, self.kernel.num_threads),
-            _remainder(arith("floordiv", thread_var, x), y, self.kernel.num_threads // x),
+            _remainder(thread_var, x, total),
+            _remainder(arith("floordiv", thread_var, x), y, total // x),
             arith("floordiv", thread_var, x * y),
         )
         for var, part in zip(self.kernel.thread_vars, parts, strict=False):

@@ -300,6 +300,20 @@ def keep_rolled(module: Any, latch: Any) -> None:
     latch.set_metadata("llvm.loop", loop)
 
 
+def ir_int(value: int) -> Value:
+    """A 32-bit constant, as metadata takes it."""
+    return ir.Constant(I32, value)
+
+
+def metadata_string(module: Any, text: str) -> Any:
+    return ir.MetaDataString(module, text)
+
+
+def constant_node(module: Any, values: Sequence[int]) -> Any:
+    """A metadata node of 32-bit numbers."""
+    return module.add_metadata([ir.Constant(I32, v) for v in values])
+
+
 def set_range(value: Value, low: int, high: int) -> None:
     """`value`, a 32-bit call or load, is at least `low` and less than `high`."""
     bounds = value.module.add_metadata([ir.Constant(I32, low), ir.Constant(I32, high)])

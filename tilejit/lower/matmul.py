@@ -31,7 +31,7 @@ FMA_STEP = 4  # values of k that one round of the plain multiply unrolls
 
 
 class MatmulEmitter(TileEmitter):
-    """All nodes."""
+    """Multiplies by single warps and threads."""
 
     def emit_tile(self, node: Node, points: Points) -> None:
         if isinstance(node, Gemm):
@@ -39,6 +39,7 @@ class MatmulEmitter(TileEmitter):
             with self.scope():
                 for region in (node.a, node.b):
                     self.check_region(region, points.points[0])
+                assert isinstance(node.atom, GemmAtom), f"{node.atom} has its own emitter"
                 if node.atom.mma is None:
                     self.emit_fma(node, points.points[0])
                 else:
@@ -93,7 +94,7 @@ class MatmulEmitter(TileEmitter):
 
     def emit_fetch(self, node: FetchOperands, point: Point) -> None:
         gemm = node.gemm
-        assert gemm.atom is not None and gemm.atom.mma is not None
+        assert isinstance(gemm.atom, GemmAtom) and gemm.atom.mma is not None
         warp_tile = self._warp_tile(gemm, gemm.atom, gemm.atom.mma)
         operands = self._operands(gemm, gemm.atom.mma, warp_tile, point).all(0)
         self.state[node.carried][:] = operands.words
@@ -170,7 +171,7 @@ class MatmulEmitter(TileEmitter):
         held = self.state[node.a.buffer]
         steps = node.k // mma.k
         assert node.atom is not None
-        wanted = left_layout(node, node.atom, self.kernel.num_threads)
+        wanted = left_layout(node, node.atom, self.threads)
         place = wanted.register_of(self.kernel.fragments[node.a.buffer])
         per = mma.m * mma.k // WARP
         per_word = max(1, 32 // mma.a.bits)
@@ -192,8 +193,11 @@ class MatmulEmitter(TileEmitter):
         return self.m.pack(values, dtype)
 
     def rounded(self, words: list[Value], mma: MmaInstruction) -> list[Value]:
+        return self.rounded_words(words, mma.a)
+
+    def rounded_words(self, words: list[Value], dtype: DType) -> list[Value]:
         """tf32 operands rounded: the instruction itself would cut them off, twice the error."""
-        if mma.a.name != "tfloat32":
+        if dtype.name != "tfloat32":
             return words
         floats = [self.m.bitcast(w, uint32, float32) for w in words]
         return [self.m.issue(TF32_FROM_F32, [f])[0] for f in floats]

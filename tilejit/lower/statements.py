@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilejit.dtypes import bool_, int32, int64
+from tilejit.dtypes import bool_, int32, int64, uint32
 from tilejit.errors import InternalError
 from tilejit.ir.access import local_registers
 from tilejit.ir.analysis import difference, divisor
@@ -73,9 +73,9 @@ class StatementEmitter(EmitterBase):
         """Nodes that all threads of the block execute together."""
         if not points.is_single:
             raise InternalError(f"{type(node).__name__} inside T.Parallel.", span=node.span)
-        m, block = self.m, self.kernel.num_threads
+        m = self.m
         if isinstance(node, SyncThreads):
-            m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, block))
+            self.emit_sync(node, points.points[0])
         elif isinstance(node, AsyncCommit):
             m.issue(isa_cp_async.COMMIT_GROUP)
         elif isinstance(node, AsyncWait):
@@ -89,6 +89,18 @@ class StatementEmitter(EmitterBase):
             m.issue(isa_mbarrier.wait_parity(self.target), [address, parity])
         else:
             raise InternalError(f"No emitter for {type(node).__name__}.", span=node.span)
+
+    def emit_sync(self, node: SyncThreads, point: Point) -> None:
+        if node.number is None:
+            self.meet()
+            return
+        number = self.m.cast([self.index_value(point.sub(node.number), 32)[0]], int32, uint32)
+        record = isa_barrier.bar_arrive_at if node.is_arrival else isa_barrier.bar_sync_at
+        self.m.issue(record(node.threads), number)
+
+    def meet(self) -> None:
+        """All threads of the executing role come together."""
+        self.m.issue(isa_barrier.bar_sync(self.meeting, self.threads))
 
     def barrier_address(self, barrier: Buffer, slot: Expr, point: Point) -> Value:
         self.check(barrier, [point.sub(slot)], point.condition)

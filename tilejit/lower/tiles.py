@@ -5,21 +5,24 @@ Knows loop layouts, vector groups and asynchronous copies. Does not know matrix 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 from tilejit.dtypes import int32, uint32
 from tilejit.errors import InternalError
 from tilejit.ir.analysis import divisor, interval, linear, provably
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, arith, binary, const, index
 from tilejit.ir.loops import loop_layout
 from tilejit.ir.node import Body, If, Node, Parallel, Store, all_reads, all_writes, walk
-from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
+from tilejit.layout.boxes import boxes_of
 from tilejit.layout.fragment import FragmentLayout, blocked
+from tilejit.layout.shared import SharedLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part, total
 from tilejit.lower.quads import LANES, PAIR, ROW, TILES, tile_stride, trade
@@ -86,7 +89,7 @@ class TileEmitter(StatementEmitter):
                 f"copies of an iteration change what others read, at {inner.span}"
             )
             if meets and (written & loaded or read & stored):
-                self.m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
+                self.meet()
                 loaded.clear()
                 stored.clear()
             self.emit_node(inner, points)
@@ -152,7 +155,7 @@ class TileEmitter(StatementEmitter):
         indexes = [tuple(point.sub(e) for e in node.index) for point in moved]
         if not all(self._is_wide(node, at) for at in indexes):
             return False
-        lane = self.value(thread_digit(self.thread, 1, LANES, self.kernel.num_threads))
+        lane = self.value(thread_digit(self.thread, 1, LANES, self.threads))
         for row, at in zip(rows, indexes, strict=True):
             starts = [place_of[r] for r in row]
             words = [self.m.pack(values[n : n + PAIR], dtype) for n in starts]
@@ -166,7 +169,7 @@ class TileEmitter(StatementEmitter):
         after the trade."""
         point = points.points[number]
         assert points.axis is not None
-        quad = thread_digit(self.thread, 1, LANES, self.kernel.num_threads)
+        quad = thread_digit(self.thread, 1, LANES, self.threads)
         axis = arith("add", point.mapping[points.axis], arith("mul", quad, ROW - PAIR))
         return Point({**point.mapping, points.axis: total(*linear(axis))})
 
@@ -187,7 +190,7 @@ class TileEmitter(StatementEmitter):
         (around,) = outer.points
         assert node.atom is not None
         vector = node.atom.vector
-        layout = blocked(node.src.shape, self.kernel.num_threads, vector)
+        layout = blocked(node.src.shape, self.threads, vector)
         variables = loop_variables(node.src.shape)
         parts = thread_part(layout, self.thread)
         once = self.replica(layout)
@@ -258,6 +261,40 @@ class TileEmitter(StatementEmitter):
         """Whether all indices but the last are in range."""
         shape = node.src.buffer.shape
         return self.both(*(self.inside(e, n) for e, n in zip(at[:-1], shape[:-1], strict=True)))
+
+
+def box_places(
+    layout: SharedLayout, outer: Region, inner: Region, blocks: int, rank: Expr
+) -> Iterator[tuple[list[Expr], list[Expr]]]:
+    """Where the boxes of a region begin: the index in the tensor, and in the shared tile.
+
+    blocks, rank: of the blocks of a cluster that share the work, each taking its part.
+    """
+    boxes = boxes_of(layout, inner.extents, blocks)
+    assert boxes is not None, f"{inner} cannot be divided among {blocks} blocks"
+    rows, columns = boxes.rows, boxes.columns
+    row_share: Expr = index(0)
+    column_share: Expr = index(0)
+    if boxes.shared_axis == "rows":
+        rows //= blocks
+        row_share = arith("mul", rank, rows)
+    elif boxes.shared_axis == "columns":
+        columns //= blocks
+        column_share = arith("mul", rank, columns)
+    kept = list(zip(outer.kept, inner.kept, strict=True))
+    lead = [range(inner.extents[d]) for _, d in kept[:-2]]
+    for first in itertools.product(*lead):
+        for row in range(0, rows, boxes.box_rows):
+            for column in range(0, columns, boxes.box_columns):
+                offsets: list[Expr] = [index(n) for n in first]
+                if len(kept) > 1:
+                    offsets.append(arith("add", row_share, row))
+                offsets.append(arith("add", column_share, column))
+                outside, inside = list(outer.starts), list(inner.starts)
+                for (out, chip), offset in zip(kept, offsets, strict=True):
+                    outside[out] = arith("add", outside[out], offset)
+                    inside[chip] = arith("add", inside[chip], offset)
+                yield outside, inside
 
 
 def _is_private(buffer: Buffer) -> bool:

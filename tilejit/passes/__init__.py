@@ -8,9 +8,11 @@ from tilejit import config
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
+from tilejit.passes.describe import describe_tensors
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
 from tilejit.passes.select import select_atoms
+from tilejit.passes.specialise import specialise
 from tilejit.passes.sync import insert_sync
 from tilejit.target import Target
 
@@ -20,7 +22,9 @@ Pass = Callable[[Kernel], Kernel]
 PASSES: tuple[Pass, ...] = (
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
+    specialise,  # the same of what producers bring
     insert_sync,  # hazards depend on what runs ahead
+    describe_tensors,  # boxes depend on slots and clusters
     allocate_memory,  # last: every buffer, slot and scratch is known
 )
 

@@ -38,10 +38,13 @@ class Staging:
     notes: list[str] = field(default_factory=list)
 
 
-def stage_stores(kernel: Kernel) -> Staging:
-    """Replace copies of accumulators to tensors that the accelerator can write."""
+def stage_stores(kernel: Kernel, free: int) -> Staging:
+    """Replace copies of accumulators to tensors that the accelerator can write.
+
+    free: bytes of shared memory that the strips may take.
+    """
     staging = Staging(kernel)
-    stager = _Stager(kernel, staging)
+    stager = _Stager(kernel, staging, free)
     body = rewrite(kernel.body, stager.visit)
     staging.kernel = replace(
         kernel,
@@ -53,8 +56,9 @@ def stage_stores(kernel: Kernel) -> Staging:
 
 
 class _Stager:
-    def __init__(self, kernel: Kernel, staging: Staging) -> None:
+    def __init__(self, kernel: Kernel, staging: Staging, free: int) -> None:
         self.kernel = kernel
+        self.free = free
         self.staging = staging
         self.shared: dict[Buffer, SharedLayout] = dict(kernel.shared)
         self.thread = kernel.thread_vars[0]
@@ -73,15 +77,19 @@ class _Stager:
         columns = source.extents[1] // atom.groups_n
         width = math.gcd(STRIP_BYTES // target.dtype.bytes, columns)
         strips = columns // width
-        buffer = self._strip_buffer(source, target, atom, width, min(2, strips))
+        buffer = self._strip_buffer(source, target, atom, width, strips)
         probe = self._store(node, buffer, atom, width, 0)
         reason = misfit(replace(probe, atom=None), self.kernel)
+        size = math.prod(buffer.extents) * buffer.dtype.bytes
+        if buffer not in self.shared and size > self.free:
+            reason = reason or f"{size} bytes of shared memory for it are not left"
         if reason:
             self.staging.notes.append(
                 f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"
             )
             return node
         if buffer not in self.shared:
+            self.free -= size
             self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
             self.staging.buffers.append(buffer)
         self.staging.notes.append(
@@ -101,9 +109,12 @@ class _Stager:
         return None
 
     def _strip_buffer(
-        self, source: Buffer, target: Buffer, atom: WgmmaAtom, width: int, slots: int
+        self, source: Buffer, target: Buffer, atom: WgmmaAtom, width: int, strips: int
     ) -> Buffer:
+        """Two strips, so that one is written while the other is sent; one where space is short."""
         rows = source.extents[0]
+        each = rows * width * atom.groups_n * target.dtype.bytes
+        slots = 2 if strips > 1 and 2 * each <= self.free else 1
         key = (slots, atom.groups_n, rows, width, target.dtype.bytes)
         found = self.strips.get(key)
         if found is None or found.dtype is not target.dtype:
@@ -181,7 +192,9 @@ class _Stager:
         row = arith("mul", down, rows)
         column = arith("add", arith("mul", across, columns), strip * width)
         slot = index(strip % buffer.extents[0])
-        inner = Region(buffer, (slot, across, row, index(0)), (1, 1, rows, width), frozenset({0, 1}))
+        inner = Region(
+            buffer, (slot, across, row, index(0)), (1, 1, rows, width), frozenset({0, 1})
+        )
         starts: list[Expr] = list(node.dst.starts)
         extents = list(node.dst.extents)
         for d, offset, extent in zip(node.dst.kept, (row, column), (rows, width), strict=True):

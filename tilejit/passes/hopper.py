@@ -61,9 +61,7 @@ def copies_to_bring(kernel: Kernel, target: Target) -> Brought:
     return Brought(copies, atoms, {c: r for c, r in reasons.items() if r}, why)
 
 
-def _choose(
-    node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer]
-) -> WgmmaAtom | str:
+def _choose(node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer]) -> WgmmaAtom | str:
     for region in (node.a, node.b):
         if region.buffer.scope is Scope.SHARED and region.buffer in viewed:
             return f"{region.buffer.name} has views, so it lies in plain rows"

@@ -312,9 +312,7 @@ class _Pipeliner:
         return (If(condition=exists, then=body, span=node.span),)
 
 
-def with_slots(
-    buffer: Buffer, layout: SharedLayout, slots: int
-) -> tuple[Buffer, SharedLayout]:
+def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer, SharedLayout]:
     """A buffer like this one with a leading dimension of slots, and how it lies."""
     fresh = replace(buffer, shape=(index(slots), *buffer.shape), strides=None)
     if layout.strides is not None:

@@ -39,6 +39,7 @@ from tilejit.passes.wgmma import GROUP
 from tilejit.target import Target
 
 MAX_SLOTS = 8  # more wait for nothing
+FEWEST_SLOTS = 2  # one is filled while the other is used
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor (CUDA Programming Guide)
 PRODUCER_REGISTERS = 40
@@ -84,7 +85,9 @@ class _Specialiser:
         assert kernel.target is not None, "select did not run"
         self.target: Target = kernel.target
         self.brought = brought
-        self.staging: Staging = stage_stores(kernel)
+        self.kernel = kernel
+        self.shared = dict(kernel.shared)
+        self.staging: Staging = stage_stores(kernel, self._free_bytes()[0])
         self.kernel = self.staging.kernel
         self.shared = dict(self.kernel.shared)
         self.slots = dict(self.kernel.slots)
@@ -108,7 +111,9 @@ class _Specialiser:
             producer.append(Control(op=ControlOp.REGISTERS_DOWN, count=down))
             consumer.append(Control(op=ControlOp.REGISTERS_UP, count=up))
         channels = list(dict.fromkeys(self.channels.values()))
-        producer.append(OneThread(body=(*_zeros(c.fed for c in channels), *walked.around(produced))))
+        producer.append(
+            OneThread(body=(*_zeros(c.fed for c in channels), *walked.around(produced)))
+        )
         consumer += [*_zeros(c.used for c in channels), *walked.around(consumed)]
         if self.staging.buffers:
             consumer.append(Control(op=ControlOp.STORE_WAIT_READ))
@@ -144,8 +149,9 @@ class _Specialiser:
 
     # ---- channels ---------------------------------------------------------------------------
 
-    def _free_slots(self) -> int:
-        """Slots that fit of what is brought in loops whose stages the user left open."""
+    def _free_bytes(self) -> tuple[int, int]:
+        """Shared memory that is left with as many stages as the user asked for, or the fewest that
+        work; and the bytes of one stage more, of the loops whose stages are left open."""
         fed = {c.dst.buffer for c in self.brought}
         size = {b: -(-layout.bytes // 1024) * 1024 for b, layout in self.shared.items()}
         taken = BARRIER_BYTES + sum(n for b, n in size.items() if b not in fed)
@@ -156,11 +162,17 @@ class _Specialiser:
                 taken += bytes_
             elif loop.num_stages is None:
                 each += bytes_
+                taken += bytes_ * FEWEST_SLOTS
             else:
                 taken += bytes_ * loop.num_stages
+        return self.target.shared_bytes - taken, each
+
+    def _free_slots(self) -> int:
+        """Slots that fit of what is brought in loops whose stages the user left open."""
+        left, each = self._free_bytes()
         if not each:
             return 1
-        return max(2, min(MAX_SLOTS, (self.target.shared_bytes - taken) // each))
+        return max(FEWEST_SLOTS, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
 
     def _fed_loops(self, body: Body, loop: For | None) -> list[tuple[For | None, list[Copy]]]:
         mine = [n for n in body if isinstance(n, Copy) and n in self.brought]
@@ -250,9 +262,7 @@ class _Specialiser:
                 result.append(self._filling(node, channel, slot_of[channel]))
                 if node is channel.feed.copies[-1]:
                     result.append(
-                        BarrierArrive(
-                            barrier=channel.full, slot=slot_of[channel], span=node.span
-                        )
+                        BarrierArrive(barrier=channel.full, slot=slot_of[channel], span=node.span)
                     )
                     result += _count(channel.fed, slot_of[channel])
             elif isinstance(node, Let | Load):
@@ -419,9 +429,7 @@ def _turn(channel: _Channel, counter: Buffer) -> tuple[list[Node], Var, Expr]:
         which: Expr = const(0, int32)
         turn: Expr = count
     else:
-        slot = Var(
-            f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(channel.slots - 1)
-        )
+        slot = Var(f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(channel.slots - 1))
         which = arith("floormod", count, channel.slots)
         turn = arith("floordiv", count, channel.slots)
     nodes: list[Node] = [
@@ -469,4 +477,3 @@ def _prune_into(body: Body, wanted: set[Var]) -> Body:
         wanted |= {v for e in node.exprs for v in variables(e)}
         result.append(fresh)
     return tuple(reversed(result))
-

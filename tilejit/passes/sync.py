@@ -7,7 +7,7 @@ own elements. Does not know slots' contents or PTX.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
@@ -27,17 +27,19 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Parallel,
+    Roles,
     Store,
     While,
     all_reads,
     all_writes,
     walk,
 )
-from tilejit.ir.sync import BarrierArrive, BarrierWait, SyncThreads
+from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
+from tilejit.ops.gemm import Gemm
 
 
 def insert_sync(kernel: Kernel) -> Kernel:
@@ -68,10 +70,14 @@ def _merge(a: Touched, b: Touched) -> dict[Buffer, Owner | None]:
 
 @dataclass(frozen=True)
 class _Pending:
-    """Buffers touched since the threads last met."""
+    """Buffers touched since the threads last met.
+
+    unfenced: shared buffers that ordinary stores have written, unseen by asynchronous reads.
+    """
 
     reads: Touched = field(default_factory=dict)
     writes: Touched = field(default_factory=dict)
+    unfenced: frozenset[Buffer] = frozenset()
 
     def conflicts(self, reads: Touched, writes: Touched) -> bool:
         pairs = ((writes, self.reads), (writes, self.writes), (reads, self.writes))
@@ -82,8 +88,14 @@ class _Pending:
             if b in before
         )
 
-    def after(self, reads: Touched, writes: Touched) -> _Pending:
-        return _Pending(_merge(self.reads, reads), _merge(self.writes, writes))
+    def after(self, reads: Touched, writes: Touched, unfenced: Iterable[Buffer] = ()) -> _Pending:
+        return _Pending(
+            _merge(self.reads, reads), _merge(self.writes, writes), self.unfenced.union(unfenced)
+        )
+
+    def met(self) -> _Pending:
+        """After the threads have met."""
+        return _Pending(unfenced=self.unfenced)
 
 
 class _Synchroniser:
@@ -138,7 +150,14 @@ class _Synchroniser:
 
     def node(self, node: Node, pending: _Pending) -> tuple[list[Node], Node, _Pending]:
         if isinstance(node, SyncThreads):
-            return [], node, _Pending()
+            return [], node, pending if node.number is not None else pending.met()
+        if isinstance(node, Control):
+            if node.op is ControlOp.FENCE_ASYNC:
+                pending = replace(pending, unfenced=frozenset())
+            return [], node, pending
+        if isinstance(node, Roles):  # threads of different roles wait for each other by barriers
+            inner = [self.body(role.body, _Pending())[0] for role in node.roles]
+            return [], node.with_bodies(*inner), _Pending()
         if self.is_entered(node):
             before, pending = self.meet(
                 node, pending, self.shared(node.reads), self.shared(node.writes)
@@ -159,10 +178,17 @@ class _Synchroniser:
         self, node: Node, pending: _Pending, reads: Touched, writes: Touched
     ) -> tuple[list[Node], _Pending]:
         """A barrier if the accesses need one, and what is pending after the node."""
+        unfenced: Iterable[Buffer] = ()
+        if not is_async_access(node):
+            unfenced = [b for b in writes if b.scope is Scope.SHARED]
+        elif any(b in pending.unfenced for b in reads):
+            fence = Control(op=ControlOp.FENCE_ASYNC, span=node.span)
+            barrier = SyncThreads(inserted=True, span=node.span)
+            return [fence, barrier], _Pending().after(reads, writes)
         if pending.conflicts(reads, writes):
             barrier = SyncThreads(inserted=True, span=node.span)
-            return [barrier], _Pending().after(reads, writes)
-        return [], pending.after(reads, writes)
+            return [barrier], pending.met().after(reads, writes, unfenced)
+        return [], pending.after(reads, writes, unfenced)
 
     # ---- what a node touches ----------------------------------------------------------------
 
@@ -252,12 +278,12 @@ class _Synchroniser:
             then, after_then = self.body(node.then, pending)
             orelse, after_else = self.body(node.orelse, pending)
             fresh = replace(node, then=then, orelse=orelse)
-            return fresh, after_then.after(after_else.reads, after_else.writes)
+            return fresh, after_then.after(after_else.reads, after_else.writes, after_else.unfenced)
         # What the last round left pending meets the first accesses of the next.
         entry = pending
         while True:
             fresh_loop, back, left = self.round(node, entry)
-            grown = entry.after(back.reads, back.writes)
+            grown = entry.after(back.reads, back.writes, back.unfenced)
             if grown == entry:
                 return fresh_loop, left
             entry = grown
@@ -271,6 +297,14 @@ class _Synchroniser:
         assert isinstance(node, For), f"{type(node).__name__} is no loop"
         body, back = self.body(node.body, entry)
         return node.with_bodies(body), back, entry
+
+
+def is_async_access(node: Node) -> bool:
+    """True for nodes that read shared memory asynchronously (PTX ISA, "Proxies"): they do not see
+    what ordinary stores wrote before a fence."""
+    if isinstance(node, Gemm):
+        return node.is_async
+    return isinstance(node, Copy) and node.is_tma
 
 
 # Stand for the variables of any T.Parallel loop, by position.

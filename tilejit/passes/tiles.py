@@ -16,9 +16,9 @@ from tilejit.ir.expr import Expr, Var, VarKind, arith, index, int_value, variabl
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, walk
 from tilejit.isa.atom import WgmmaAtom
+from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.tma import boxes_of
 
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
@@ -110,9 +110,7 @@ class Walk:
             nodes.append(Let(var=var, value=place))
         return nodes
 
-    def _named(
-        self, name: str, value: Expr, stop: Expr, nodes: list[Node], low: int = 0
-    ) -> Expr:
+    def _named(self, name: str, value: Expr, stop: Expr, nodes: list[Node], low: int = 0) -> Expr:
         var = Var(name, int32, VarKind.VALUE, index(low), arith("sub", stop, 1))
         nodes.append(Let(var=var, value=value))
         return var
@@ -143,7 +141,9 @@ def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:
     walked = Walk(kernel, cluster, axis, group)
     walked.notes.append(f"each block computes tiles one after the other, {order}")
     if cluster > 1 and axis is not None:
-        walked.notes.append(f"clusters of {cluster} blocks along {'xyz'[axis]} share what they read")
+        walked.notes.append(
+            f"clusters of {cluster} blocks along {'xyz'[axis]} share what they read"
+        )
     return walked
 
 

@@ -6,19 +6,15 @@ issues a copy or who waits for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import int_value, is_const
 from tilejit.ir.kernel import Kernel, ParamKind
-from tilejit.layout.shared import SharedLayout
+from tilejit.layout.boxes import SWIZZLE_ROWS
 from tilejit.ops.copy import Copy
 
 UNIT = 16  # bytes: of addresses, strides and rows of a box
 MAX_RANK = 5
-MAX_EXTENT = 256  # elements of a box along a dimension
-SWIZZLE_ROWS = 8  # after as many rows every swizzle begins anew
 
 
 def same_bits(source: Buffer, target: Buffer) -> bool:
@@ -82,51 +78,3 @@ def _shared_misfit(region: Region) -> str:
     if buffer.rank > 1 and divisor(region.starts[-2]) % SWIZZLE_ROWS:
         return f"it begins inside {SWIZZLE_ROWS} rows of {buffer.name}"
     return ""
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """How a tile of `tiles` x `rows` x `columns` elements is cut into boxes, each moved at once.
-
-    Of the blocks of a cluster, each moves `tiles`, `rows` and `columns` only up to its share.
-    shared_axis: what is divided among the blocks: "rows", "columns", or "" where nothing is.
-    """
-
-    rows: int
-    columns: int
-    box_rows: int
-    box_columns: int
-    shared_axis: str = ""
-    blocks: int = 1
-
-    @property
-    def bytes_each(self) -> int:
-        """Elements of one box."""
-        return self.box_rows * self.box_columns
-
-
-def boxes_of(layout: SharedLayout, extents: tuple[int, ...], blocks: int = 1) -> Boxes | None:
-    """The boxes for a region of a tile laid out so, by each of `blocks` blocks of a cluster; None
-    when the tile cannot be divided among them."""
-    rows = extents[-2] if len(extents) > 1 else 1
-    panels = layout.columns // layout.panel
-    box_columns = _divisor_up_to(layout.panel, MAX_EXTENT)
-    if blocks == 1:
-        return Boxes(rows, layout.columns, _divisor_up_to(rows, MAX_EXTENT), box_columns)
-    if panels % blocks == 0:
-        box_rows = _divisor_up_to(rows, MAX_EXTENT)
-        return Boxes(rows, layout.columns, box_rows, box_columns, "columns", blocks)
-    if rows % (blocks * SWIZZLE_ROWS) == 0:
-        box_rows = _divisor_up_to(rows // blocks, MAX_EXTENT, SWIZZLE_ROWS)
-        return Boxes(rows, layout.columns, box_rows, box_columns, "rows", blocks)
-    return None
-
-
-def _divisor_up_to(number: int, most: int, step: int = 1) -> int:
-    """The largest divisor of `number` that is at most `most`, a multiple of `step`."""
-    return max(n for n in range(step, min(number, most) + 1, step) if number % n == 0)
-
-
-def swizzle_of(layout: SharedLayout) -> int:
-    """Bytes over which the layout permutes 16-byte chunks, as a tensor map says it."""
-    return 16 * layout.swizzle if layout.swizzle > 1 else 0

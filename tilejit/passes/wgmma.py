@@ -30,7 +30,9 @@ def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
         return f"{threads} threads are not whole warpgroups of {GROUP}"
     a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
     if node.k * a.bytes % STEP_BYTES or node.m % ROWS or node.n % 8:
-        return f"the tile is {node.m}x{node.n}x{node.k}, no multiple of 64x8x{STEP_BYTES // a.bytes}"
+        return (
+            f"the tile is {node.m}x{node.n}x{node.k}, no multiple of 64x8x{STEP_BYTES // a.bytes}"
+        )
     reason = _operand_misfit(node.a, not node.transpose_a, "a")
     reason = reason or _operand_misfit(node.b, node.transpose_b, "b")
     if reason:
@@ -120,4 +122,3 @@ def warpgroup_layout(shape: tuple[int, ...], dtype: DType) -> SharedLayout:
         if row_bytes % (16 * chunks) == 0:
             return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
     return SharedLayout(shape, itemsize, panel=16 // itemsize)
-

@@ -5,19 +5,23 @@ Knows passes, lowering and compilation. Does not know arguments.
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tilejit import config, lower, passes
 from tilejit.dtypes import DType
+from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.isa.machine import Lowered
 from tilejit.runtime.compile import Compiled, compile_lowered, disassemble
 from tilejit.runtime.launch import LoadedKernel, Packer
+from tilejit.runtime.program import Grid
+from tilejit.runtime.tensor_maps import MapSource, map_reader
 from tilejit.target import Target
 
 T = TypeVar("T")
@@ -111,7 +115,72 @@ class TileFrame:
 
     @property
     def packer(self) -> Packer:
-        return self._once("pack", lambda: Packer([parameter_dtype(p) for p in self.planned.params]))
+        def make() -> Packer:
+            params = self.planned.params
+            maps = [n for n, p in enumerate(params) if p.kind is ParamKind.TENSOR_MAP]
+            return Packer([parameter_dtype(p) for p in params], maps)
+
+        return self._once("pack", make)
+
+    @property
+    def maps(self) -> tuple[MapSource | None, ...]:
+        """For each parameter, where its tensor map comes from; None for other parameters."""
+        return self._once(
+            "maps",
+            lambda: tuple(
+                MapSource(p) if p.kind is ParamKind.TENSOR_MAP else None
+                for p in self.planned.params
+            ),
+        )
+
+    def launch_values(self, env: Mapping[Var, Any]) -> list[Any]:
+        """The parameters' values for a launch, from those of the arguments."""
+        return [
+            env[p.var] if source is None else source.encoded(*(env[v] for v in source.variables))
+            for p, source in zip(self.planned.params, self.maps, strict=True)
+        ]
+
+    def simulator_values(self, env: Mapping[Var, Any]) -> list[Any]:
+        """The same for a simulated launch, tensor maps as descriptions."""
+        return [
+            env[p.var] if source is None else source.describe(*(env[v] for v in source.variables))
+            for p, source in zip(self.planned.params, self.maps, strict=True)
+        ]
+
+    def order(self, places: dict[Var, int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """Picks the parameters' values from a call's, which are at these places."""
+        params, maps = self.planned.params, self.maps
+        wanted = [
+            places[p.var if source is None else source.variables[0]]
+            for p, source in zip(params, maps, strict=True)
+        ]
+        readers = [
+            (n, map_reader(source, places)) for n, source in enumerate(maps) if source is not None
+        ]
+        pick: Callable[[Sequence[Any]], Any] = operator.itemgetter(*wanted)
+        if len(wanted) == 1:
+            pick = lambda pool: (pool[wanted[0]],)  # noqa: E731
+        if not wanted:
+            return lambda pool: ()
+        if not readers:
+            return pick
+
+        def order(pool: Sequence[Any]) -> Sequence[Any]:
+            values = list(pick(pool))
+            for n, read in readers:
+                values[n] = read(pool)
+            return values
+
+        return order
+
+    def launch_grid(self, grid: Grid, blocks_at_once: int) -> Grid:
+        """The blocks to launch for a grid of tiles, on a chip that runs so many at once."""
+        plan = self.planned
+        if not plan.is_persistent:
+            return grid
+        size = plan.cluster_size
+        tiles = grid[0] * grid[1] * grid[2]
+        return min(tiles, max(size, blocks_at_once // size * size)), 1, 1
 
     @property
     def stage_seconds(self) -> dict[str, float]:
@@ -165,7 +234,8 @@ class TileFrame:
 
 def parameter_dtype(param: Param) -> DType | None:
     """The dtype of a kernel parameter; None for an address."""
-    return None if param.kind in (ParamKind.TENSOR, ParamKind.POINTER) else param.var.dtype
+    is_number = param.kind in (ParamKind.SCALAR, ParamKind.SYMBOL)
+    return param.var.dtype if is_number else None
 
 
 def _dump(stage: str, text: object) -> None:

@@ -36,6 +36,7 @@ from tilejit.sim import reference
 from tilejit.target import Target
 
 log = logging.getLogger("tilejit")
+SIMULATED_BLOCKS = 2  # of a persistent launch: few, so that each computes several tiles
 Pair = tuple[str, str]
 Specialise = Callable[[Mapping[str, int], frozenset[Pair]], "TileKernel"]
 
@@ -378,8 +379,9 @@ class TileKernel:
     ) -> None:
         for frame, grid in zip(self.kernels, grids, strict=True):
             if all(n > 0 for n in grid):
-                packed = frame.packer.pack([env[p.var] for p in frame.planned.params])
-                frame.loaded.launch(grid, packed, stream, ordinal)
+                packed = frame.packer.pack(frame.launch_values(env))
+                blocks = frame.launch_grid(grid, device.multiprocessors(ordinal))
+                frame.loaded.launch(blocks, packed, stream, ordinal)
 
     def _run_host(
         self,
@@ -398,8 +400,8 @@ class TileKernel:
             if executor is Executor.REFERENCE:
                 _run_reference(frame.graph, env, hosts, grid, segments)
             else:
-                order = [env[p.var] for p in frame.planned.params]
-                simulator.run_lowered(frame.lowered, grid, order, segments)
+                blocks = frame.launch_grid(grid, SIMULATED_BLOCKS)
+                simulator.run_lowered(frame.lowered, blocks, frame.simulator_values(env), segments)
 
 
 def _run_reference(

@@ -35,11 +35,13 @@ _SLOT_BYTES = 8
 class Packer:
     """The parameter block of a kernel: one 8-byte slot a parameter.
 
-    dtypes: None for an address.
+    dtypes: None for an address. maps: places of the parameters that are tensor maps, whose values
+    are the addresses of the maps in host memory.
     """
 
-    def __init__(self, dtypes: Sequence[DType | None]) -> None:
+    def __init__(self, dtypes: Sequence[DType | None], maps: Sequence[int] = ()) -> None:
         self._count = len(dtypes)
+        self._maps = tuple(maps)
         formats = []
         self._raw: list[tuple[int, DType]] = []
         for n, dtype in enumerate(dtypes):
@@ -56,7 +58,7 @@ class Packer:
         """Address of the array of parameter pointers, valid in this thread until the next pack."""
         address: int
         try:
-            block, address, _ = self._local.block
+            block, address, pointers = self._local.block
         except AttributeError:
             block = ctypes.create_string_buffer(max(1, self._count) * _SLOT_BYTES)
             base = ctypes.addressof(block)
@@ -70,6 +72,8 @@ class Packer:
                 bits = np.uint16 if dtype.bits == 16 else np.uint8
                 values[n] = int(dtype.constant(values[n]).view(bits))
         self._struct.pack_into(block, 0, *values)
+        for n in self._maps:
+            pointers[n] = values[n]
         return address
 
 

@@ -9,7 +9,6 @@ way.
 from __future__ import annotations
 
 import itertools
-import operator
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from tilejit.runtime.binding import Binder
 from tilejit.runtime.device import Executor
 from tilejit.runtime.facts import Gather, Key, Slot, Values, make_gather
 from tilejit.runtime.frame import TileFrame
-from tilejit.runtime.launch import LoadedKernel, stream_handle, stream_source
+from tilejit.runtime.launch import stream_handle, stream_source
 from tilejit.runtime.matching import Symbols
 from tilejit.runtime.program import Grid, HostProgram
 
@@ -44,7 +43,7 @@ class _Step:
     start: Callable[[int, int], None] | None
     pack: Callable[[Sequence[Any]], int]
     order: Callable[[Values], Sequence[Any]]
-    loaded: LoadedKernel
+    frame: TileFrame
 
 
 class WarmLaunch:
@@ -112,7 +111,8 @@ class WarmLaunch:
         for step, grid in zip(self._steps, grids, strict=True):
             if all(n > 0 for n in grid):
                 packed = step.pack(step.order(pool))
-                step.loaded.launch(grid, packed, handle, self._ordinal)
+                blocks = step.frame.launch_grid(grid, device.multiprocessors(self._ordinal))
+                step.frame.loaded.launch(blocks, packed, handle, self._ordinal)
 
 
 def settle(
@@ -175,15 +175,11 @@ def _variable(argument: Buffer | Var) -> Var:
 
 
 def _step(frame: TileFrame, grid: Grid | None, variables: Sequence[Var], ordinal: int) -> _Step:
-    places = {v: n for n, v in enumerate(variables)}
-    wanted = [places[p.var] for p in frame.planned.params]
-    order: Callable[[Values], Sequence[Any]]
-    if len(wanted) > 1:
-        order = operator.itemgetter(*wanted)
-    else:
-        order = lambda pool: [pool[n] for n in wanted]  # noqa: E731
-    start = None if grid is None else frame.loaded.launcher(grid, ordinal)
-    return _Step(start, frame.packer.pack, order, frame.loaded)
+    order = frame.order({v: n for n, v in enumerate(variables)})
+    if grid is None:
+        return _Step(None, frame.packer.pack, order, frame)
+    blocks = frame.launch_grid(grid, device.multiprocessors(ordinal))
+    return _Step(frame.loaded.launcher(blocks, ordinal), frame.packer.pack, order, frame)
 
 
 def _results(
