@@ -46,7 +46,7 @@ PRODUCTS: dict[tuple[DType, DType], tuple[DType, ...]] = {
     (float32, float32): (float32,),
     (float64, float64): (float64,),
     **{(a, b): (int32,) for a in (int8, uint8) for b in (int8, uint8)},
-    **{(a, b): (float32,) for a in _FP8 for b in _FP8},
+    **{(a, b): (float32, float16) for a in _FP8 for b in _FP8},
 }
 
 
@@ -67,8 +67,8 @@ def gemm(
     Args:
         A: (M, K), or (K, M) with `transpose_A`; shared memory or a whole fragment.
         B: (K, N), or (N, K) with `transpose_B`; shared memory.
-        C: (M, N), a whole fragment. float16 tiles accumulate in float32 or float16; bfloat16,
-            tfloat32, float32 and float8 in float32; float64 in float64; int8 and uint8 in int32.
+        C: (M, N), a whole fragment. float16 and float8 tiles accumulate in float32 or float16;
+            bfloat16, tfloat32 and float32 in float32; float64 in float64; int8 and uint8 in int32.
         policy: how the warps share C.
         clear_accum: C is set to the product instead.
         k_pack: 1.

@@ -13,7 +13,7 @@ from tilejit.ir.expr import Expr
 from tilejit.ir.names import Names
 from tilejit.ir.node import Body, Node
 from tilejit.isa.atom import GemmAtom
-from tilejit.isa.mma import WARP, tile_a, tile_acc
+from tilejit.isa.mma import tile_a, tile_acc, tile_b, words_a, words_b
 from tilejit.layout.fragment import FragmentLayout, blocked, register, thread
 
 
@@ -96,6 +96,12 @@ class Gemm(Node):
         filling, meanwhile = bodies
         return dataclasses.replace(self, filling=filling, meanwhile=meanwhile)
 
+    def with_operand(self, side: str, region: Region) -> Gemm:
+        """The multiply with another `a` or `b`."""
+        if side == "a":
+            return dataclasses.replace(self, a=region)
+        return dataclasses.replace(self, b=region)
+
     def problems(self) -> Iterator[str]:
         shapes = (self.a.shape, self.b.shape, self.acc.shape)
         if any(len(shape) != 2 for shape in shapes):
@@ -161,29 +167,59 @@ class FetchOperands(Node):
 
 
 def operand_words(node: Gemm) -> int:
-    """Registers a thread needs for the operands of one step of k."""
+    """Registers a thread needs for the operands of one step of k, of the instruction's kind."""
     assert node.atom is not None and node.atom.mma is not None
     mma = node.atom.mma
     rows = node.m // (node.atom.warps_m * mma.m)
     columns = node.n // (node.atom.warps_n * mma.n)
-    a_words = mma.m * mma.k * mma.a.bits // (32 * WARP)
-    b_words = mma.k * mma.n * mma.b.bits // (32 * WARP)
-    return rows * a_words + columns * b_words
+    return rows * words_a(mma) + columns * words_b(mma)
 
 
 def acc_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
     """Where the accumulator lives; warps beyond those of the atom hold copies."""
     if atom.mma is None:
-        return fma_layout(node.m, node.n, threads)
+        return _in_buffer(fma_layout(node.m, node.n, threads), node.acc, False, threads)
     layout = tile_acc(atom.mma, node.m, node.n, atom.warps_m, atom.warps_n)
-    return dataclasses.replace(layout, threads=threads)
+    return _in_buffer(layout, node.acc, False, threads)
 
 
 def left_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
     """Where A must live when it comes from a fragment."""
     assert atom.mma is not None, "plain multiply-adds read A from shared memory"
     layout = tile_a(atom.mma, node.m, node.k, atom.warps_m, atom.warps_n)
-    return dataclasses.replace(layout, threads=threads)
+    return _in_buffer(layout, node.a, node.transpose_a, threads)
+
+
+def right_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+    """Where B must live when it comes from a fragment."""
+    assert atom.mma is not None, "plain multiply-adds read B from shared memory"
+    layout = tile_b(atom.mma, node.k, node.n, atom.warps_m, atom.warps_n)
+    return _in_buffer(layout, node.b, node.transpose_b, threads)
+
+
+def held_operands(node: Gemm, threads: int) -> list[tuple[str, Region, FragmentLayout]]:
+    """The operands in fragments: "a" or "b", the fragment, and where it must live."""
+    assert node.atom is not None, "select did not run"
+    sides = (("a", node.a, left_layout), ("b", node.b, right_layout))
+    return [
+        (side, region, wanted(node, node.atom, threads))
+        for side, region, wanted in sides
+        if region.buffer.scope is Scope.FRAGMENT
+    ]
+
+
+def _in_buffer(
+    layout: FragmentLayout, region: Region, is_transposed: bool, threads: int
+) -> FragmentLayout:
+    """The layout of a matrix as one of the whole buffer, which may be stored transposed and have
+    leading extents of 1."""
+    shape, dims = layout.shape, layout.dims
+    if is_transposed:
+        shape, dims = shape[::-1], dims[::-1]
+    lead = region.buffer.rank - len(shape)
+    if layout.flat:
+        return dataclasses.replace(layout, shape=(1,) * lead + shape)
+    return FragmentLayout((1,) * lead + shape, ((),) * lead + dims, threads)
 
 
 def fma_layout(m: int, n: int, threads: int) -> FragmentLayout:
