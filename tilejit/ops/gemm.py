@@ -30,7 +30,7 @@ class Gemm(Node):
     """acc += op(a) @ op(b) on one tile; with `clear`, acc = op(a) @ op(b).
 
     a: (M, K), or (K, M) with transpose_a; shared or fragment.
-    b: (K, N), or (N, K) with transpose_b; shared.
+    b: (K, N), or (N, K) with transpose_b; shared or fragment.
     acc: (M, N) fragment, updated in place.
     atom: decided by `select`, None before.
     carried: decided by `pipeline`: registers that hold the operands of the first step of k when
@@ -111,10 +111,9 @@ class Gemm(Node):
         b = shapes[1][::-1] if self.transpose_b else shapes[1]
         if a[1] != b[0] or (a[0], b[1]) != shapes[2]:
             yield f"multiplies {a} by {b} into {shapes[2]}"
-        if self.a.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
-            yield f"takes `a` from {self.a.buffer.scope.value}"
-        if self.b.buffer.scope is not Scope.SHARED:
-            yield f"takes `b` from {self.b.buffer.scope.value}"
+        for name, region in (("a", self.a), ("b", self.b)):
+            if region.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
+                yield f"takes `{name}` from {region.buffer.scope.value}"
         if self.acc.buffer.scope is not Scope.FRAGMENT:
             yield f"accumulates in {self.acc.buffer.scope.value}"
 
