@@ -19,6 +19,7 @@ class Feature(StrEnum):
     MMA = "mma.sync"
     MMA_FP8 = "mma.sync fp8"
     MMA_F64 = "mma.sync f64"
+    MMA_F64_M16 = "mma.sync f64 m16"
     FP8_CONVERT = "fp8 conversion"
     MBARRIER = "mbarrier"
     MBARRIER_TX = "mbarrier expect_tx"
@@ -35,7 +36,8 @@ _SM80 = frozenset(
 )
 _SM89 = _SM80 | {Feature.MMA_FP8, Feature.FP8_CONVERT}
 _SM90 = _SM89 | {
-    Feature.MBARRIER_TX, Feature.TMA, Feature.CLUSTER, Feature.STMATRIX, Feature.GRIDDEPCONTROL
+    Feature.MMA_F64_M16,
+    Feature.MBARRIER_TX, Feature.TMA, Feature.CLUSTER, Feature.STMATRIX, Feature.GRIDDEPCONTROL,
 }  # fmt: skip
 
 

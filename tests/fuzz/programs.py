@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 import meaning as m
+import ml_dtypes
 import numpy as np
 from meaning import Array, State, Statement, Term, literal
 from writing import EXTENTS, MAX_TILE, Memory, Product, Profile, Program, Writer, random_array
@@ -249,6 +250,7 @@ PRODUCTS = (
     ("int8", "int8", "int32", 9), ("uint8", "int8", "int32", 9), ("uint8", "uint8", "int32", 9),
     ("float8_e4m3fn", "float8_e4m3fn", "float32", 3),
     ("float8_e5m2", "float8_e4m3fn", "float32", 3),
+    ("float8_e4m3fn", "float8_e5m2", "float16", 1),
 )  # fmt: skip
 
 
@@ -263,10 +265,11 @@ def multiplied(a: Assembly, dtypes: tuple[str, str, str, int]) -> tuple[Product,
     while 32 * a.threads < M * N:
         M, N = max(M // 2, 1), max(N // 2, 1)
     t_a, t_b = w.chance(0.3), w.chance(0.4)
-    scope = "fragment" if w.chance(0.2) and 16 * a.threads >= M * K else "shared"
+    scope_a = "fragment" if w.chance(0.2) and 16 * a.threads >= M * K else "shared"
+    scope_b = "fragment" if w.chance(0.2) and 16 * a.threads >= K * N else "shared"
     tiles = (
-        a.tile(scope, left, (K, M) if t_a else (M, K), dtypes[3]),
-        a.tile("shared", right, (N, K) if t_b else (K, N), dtypes[3]),
+        a.tile(scope_a, left, (K, M) if t_a else (M, K), dtypes[3]),
+        a.tile(scope_b, right, (N, K) if t_b else (K, N), dtypes[3]),
         a.tile("fragment", total, (M, N), 64),
     )
     return Product(*tiles, t_a, t_b), tiles[2]
@@ -320,8 +323,8 @@ def kernel(A: {A}, B: {B}, C: {C}):
     M, N = C.shape
     K = A.shape[{k_axis}]
     with T.Kernel(T.ceildiv(N, {BN}), T.ceildiv(M, {BM}), threads={threads}) as (bx, by):
-        a = T.alloc_{scope}({a_shape}, "{a}")
-        b = T.alloc_shared({b_shape}, "{b}")
+        a = T.alloc_{a_scope}({a_shape}, "{a}")
+        b = T.alloc_{b_scope}({b_shape}, "{b}")
         acc = T.alloc_fragment(({BM}, {BN}), "{acc}")
         T.clear(acc)
         for k in T.Pipelined(T.ceildiv(K, {BK}){stages}):
@@ -354,7 +357,6 @@ def matmul(seed: int) -> Program:
         )
     }
     threads = w.pick(32, 64, 96, 128, 256)
-    can_hold = 16 * threads >= BM * BK
     source = MATMUL.format(
         **declared, BM=BM, BN=BN, BK=BK, threads=threads, t_a=t_a, t_b=t_b, a=a, b=b, acc=acc,
         k_axis=0 if t_a else 1,
@@ -363,13 +365,15 @@ def matmul(seed: int) -> Program:
         b_at=f"bx * {BN}, k * {BK}" if t_b else f"k * {BK}, bx * {BN}",
         stages=w.pick("", *(f", num_stages={n}" for n in range(5))),
         policy=w.pick("Square", "FullRow", "FullCol"),
-        scope="fragment" if can_hold and w.chance(0.2) else "shared",
+        a_scope="fragment" if w.chance(0.2) and 16 * threads >= BM * BK else "shared",
+        b_scope="fragment" if w.chance(0.2) and 16 * threads >= BK * BN else "shared",
     )  # fmt: skip
     left, right = operand(w, (M, K), as_dtype(a)), operand(w, (K, N), as_dtype(b))
     exact = left.astype(np.float64) @ right.astype(np.float64)
     size = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64)
     unit = _UNITS.get(acc, 0.0) + (2.0**-10 if a == "tfloat32" else 0)
     total = as_dtype(acc)
+    smallest = float(ml_dtypes.finfo(total.numpy).smallest_subnormal) if total.is_float else 0.0
     before = np.frombuffer(b"\xff" * M * N * total.bytes, total.numpy).reshape(M, N)
     return Program(
         source=source,
@@ -382,7 +386,7 @@ def matmul(seed: int) -> Program:
         declared=frozenset("ABC") if is_dynamic else frozenset(),
         scalars={},
         expected={"C": exact},
-        bounds={"C": (K + 1) * unit * size + 1e-30},
+        bounds={"C": (K + 1) * (unit * size + smallest)},
     )
 
 

@@ -205,7 +205,7 @@ def test_pointer_of_a_buffer_must_be_in_scope_at_each_use():
             Gemm(a=whole(S), b=Region(S, (ZERO, ZERO), (4, 8)), acc=whole(F)),
             "Gemm: multiplies (8, 8) by (4, 8) into (8, 8).",
         ),
-        (Gemm(a=whole(S), b=whole(F), acc=whole(F)), "Gemm: takes `b` from local.fragment."),
+        (Gemm(a=whole(S), b=whole(A), acc=whole(F)), "Gemm: takes `b` from global."),
         (Gemm(a=whole(S), b=whole(S), acc=whole(S)), "Gemm: accumulates in shared.dyn."),
     ],
 )

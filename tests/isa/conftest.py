@@ -94,6 +94,7 @@ REGISTERS = {
     dtypes.int32: ("b32", "i"),
     dtypes.float32: ("f32", "f"),
     dtypes.uint64: ("b64", "d"),
+    dtypes.float64: ("f64", "g"),
 }
 
 

@@ -9,7 +9,7 @@ from cuda.bindings import driver
 from tilejit import dtypes
 from tilejit.isa import special
 from tilejit.isa.ldmatrix import ldmatrix
-from tilejit.isa.mma import MMA, fragment_a, fragment_b
+from tilejit.isa.mma import MMA, fragment_a, fragment_acc, fragment_b
 from tilejit.target import for_capability
 
 LANES = 32
@@ -84,11 +84,12 @@ def execute(gpu, write_module):
 
 
 def registers(matrix, layout):
-    """The b32 registers of a fragment, one row a register."""
+    """The registers of a fragment, one row a register: those of float64, or of 32 bits."""
     elements = np.stack(
         [matrix[layout.coordinates(np.arange(LANES), r)] for r in range(layout.registers)], axis=1
     )
-    return list(np.ascontiguousarray(elements).view(np.uint32).T)
+    word = np.float64 if matrix.dtype == np.float64 else np.uint32
+    return list(np.ascontiguousarray(elements).view(word).T)
 
 
 @pytest.mark.parametrize("mma", MMA, ids=lambda mma: mma.name)
@@ -100,7 +101,7 @@ def test_mma_on_the_gpu_is_what_it_means(mma, execute, make_lanes):
     low, high = (-8, 9) if mma.b.is_float else (mma.b.min, mma.b.max + 1)
     b = rng.integers(low, high, (mma.k, mma.n)).astype(mma.b.numpy)
     acc_type = np.float16 if mma.acc is dtypes.float16 else mma.acc.numpy
-    acc = rng.integers(-99, 99, (LANES, 4)).astype(acc_type)
+    acc = rng.integers(-99, 99, (LANES, fragment_acc(mma).registers)).astype(acc_type)
     inputs = [
         *registers(a, fragment_a(mma)),
         *registers(b, fragment_b(mma)),

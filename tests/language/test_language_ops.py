@@ -550,7 +550,7 @@ def test_gemm_operands_in_the_wrong_memory_are_refused():
             T.gemm(G, B, C)
         with refused(
             ArgumentError,
-            "T.gemm: B is in global memory, but it has to be in shared memory.",
+            "T.gemm: B is in global memory, but it has to be in shared memory or a fragment.",
             "Copy it to shared memory with T.copy first.",
         ):
             T.gemm(A, H, C)

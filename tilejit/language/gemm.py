@@ -46,7 +46,7 @@ PRODUCTS: dict[tuple[DType, DType], tuple[DType, ...]] = {
     (float32, float32): (float32,),
     (float64, float64): (float64,),
     **{(a, b): (int32,) for a in (int8, uint8) for b in (int8, uint8)},
-    **{(a, b): (float32,) for a in _FP8 for b in _FP8},
+    **{(a, b): (float32, float16) for a in _FP8 for b in _FP8},
 }
 
 
@@ -66,9 +66,9 @@ def gemm(
 
     Args:
         A: (M, K), or (K, M) with `transpose_A`; shared memory or a whole fragment.
-        B: (K, N), or (N, K) with `transpose_B`; shared memory.
-        C: (M, N), a whole fragment. float16 tiles accumulate in float32 or float16; bfloat16,
-            tfloat32, float32 and float8 in float32; float64 in float64; int8 and uint8 in int32.
+        B: (K, N), or (N, K) with `transpose_B`; shared memory or a whole fragment.
+        C: (M, N), a whole fragment. float16 and float8 tiles accumulate in float32 or float16;
+            bfloat16, tfloat32 and float32 in float32; float64 in float64; int8 and uint8 in int32.
         policy: how the warps share C.
         clear_accum: C is set to the product instead.
         k_pack: 1.
@@ -159,7 +159,7 @@ def _origins(*regions: Region) -> list[tuple[Span | None, str]]:
 
 
 def _wrong_memory(buffer: Buffer, name: str) -> ArgumentError:
-    wanted = {"A": "shared memory or a fragment", "B": "shared memory", "C": "a fragment"}[name]
+    wanted = "a fragment" if name == "C" else "shared memory or a fragment"
     hint = "Copy it to shared memory with T.copy first."
     if name == "C":
         hint = "Allocate it with T.alloc_fragment."
@@ -171,10 +171,10 @@ def _wrong_memory(buffer: Buffer, name: str) -> ArgumentError:
 
 
 def _check_scopes(a: Region, b: Region, acc: Region) -> None:
-    allowed = {"A": (Scope.SHARED, Scope.FRAGMENT), "B": (Scope.SHARED,), "C": (Scope.FRAGMENT,)}
     for name, region in (("A", a), ("B", b), ("C", acc)):
         buffer = region.buffer
-        if buffer.scope not in allowed[name]:
+        allowed = (Scope.FRAGMENT,) if name == "C" else (Scope.SHARED, Scope.FRAGMENT)
+        if buffer.scope not in allowed:
             raise _wrong_memory(buffer, name)
         if buffer.scope is Scope.FRAGMENT and region.shape != _core(buffer):
             raise UnsupportedError(

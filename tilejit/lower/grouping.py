@@ -75,7 +75,8 @@ def defines_all(node: Node, key: Key) -> bool:
             return False
         return node.dst.is_whole and key not in node.reads
     if isinstance(node, Gemm):
-        return node.clear and node.acc.buffer is key and node.acc.is_whole
+        is_set = node.clear and node.acc.buffer is key and node.acc.is_whole
+        return is_set and key not in node.reads
     if isinstance(node, FetchOperands):
         return node.carried is key
     if isinstance(node, Store):

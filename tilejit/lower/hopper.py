@@ -208,11 +208,7 @@ class KernelEmitter(MatmulEmitter):
         held, dtype = self.state[node.a.buffer], node.a.buffer.dtype
         wanted = left_layout(node, atom, self.threads)
         place = wanted.register_of(self.kernel.fragments[node.a.buffer])
-        per_word = max(1, 32 // dtype.bits)
-        words = [
-            self.operand_word([held[p] for p in place[k : k + per_word]], dtype)
-            for k in range(0, len(place), per_word)
-        ]
+        words = self.operand_words([held[p] for p in place], dtype)
         return self.rounded_words(words, dtype)
 
     def _descriptor(self, region: Region, side: _Side, outer: Expr, point: Point) -> Value:
@@ -245,10 +241,7 @@ class KernelEmitter(MatmulEmitter):
         held, dtype = self.state[buffer], buffer.dtype
         if dtype.bits == 32 and dtype.name != "tfloat32":
             return list(held), dtype
-        per = 32 // dtype.bits
-        return [
-            self.operand_word(held[k : k + per], dtype) for k in range(0, len(held), per)
-        ], uint32
+        return self.operand_words(held, dtype), uint32
 
     def _keep_words(self, buffer: Buffer, words: list[Value], dtype: DType) -> None:
         own = buffer.dtype

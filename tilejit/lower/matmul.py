@@ -12,20 +12,22 @@ from typing import Any
 
 from tilejit.dtypes import DType, float32, int32, uint32
 from tilejit.errors import InternalError
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index
 from tilejit.ir.node import Node
 from tilejit.isa.atom import GemmAtom, MmaInstruction
 from tilejit.isa.ldmatrix import ldmatrix
 from tilejit.isa.machine import Value
-from tilejit.isa.mma import WARP, fragment_a, fragment_b
+from tilejit.isa.mma import WARP, fragment_a, fragment_b, operand_word, words_a, words_b
 from tilejit.isa.special import TF32_FROM_F32
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.index import coordinates, thread_part
 from tilejit.lower.operands import Operand, Operands, OperandSource, Spread, WarpTile
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.gemm import FetchOperands, Gemm, left_layout
+from tilejit.ops.gemm import FetchOperands, Gemm, held_operands
+
+Words = Callable[[int, int], list[Value]]
 
 FMA_STEP = 4  # values of k that one round of the plain multiply unrolls
 
@@ -114,18 +116,24 @@ class MatmulEmitter(TileEmitter):
         self, node: Gemm, mma: MmaInstruction, tile: WarpTile, point: Point
     ) -> OperandSource:
         """Where the operand words of any step of k come from."""
-        a_words = self._a_source(node, mma, tile.lane, tile.origin_m, point)
+        held = self._held_words(node, mma)
+        a_side = Operand(node.a, not node.transpose_a, point)
         b_side = Operand(node.b, node.transpose_b, point)
 
         def rows(i: int, step: int) -> list[Value]:
-            return self.rounded(a_words(i, step), mma)
+            if "a" in held:
+                return self.rounded(held["a"](i, step), mma)
+            row = arith("add", tile.origin_m, i * mma.m)
+            return self.rounded(self.load_a(a_side, mma, tile.lane, row, step * mma.k), mma)
 
         def columns(j: int, count: int, step: int) -> list[list[Value]]:
+            if "b" in held:
+                return [self.rounded(held["b"](c, step), mma) for c in range(j, j + count)]
             column = arith("add", tile.origin_n, j * mma.n)
             found = self.load_b(b_side, mma, count, tile.lane, column, step * mma.k)
             return [self.rounded(words, mma) for words in found]
 
-        group = self.columns_at_once(b_side, mma)
+        group = 1 if "b" in held else self.columns_at_once(b_side, mma)
         return OperandSource(tile, rows, columns, group)
 
     def columns_at_once(self, side: Operand, mma: MmaInstruction) -> int:
@@ -135,8 +143,7 @@ class MatmulEmitter(TileEmitter):
 
     def _split_words(self, held: list[Value], mma: MmaInstruction, tile: WarpTile) -> Operands:
         """Carried words by row and by column of instructions."""
-        a_words = mma.m * mma.k * mma.a.bits // (32 * WARP)
-        b_words = mma.k * mma.n * mma.b.bits // (32 * WARP)
+        a_words, b_words = words_a(mma), words_b(mma)
         cut = tile.rows * a_words
         a = [list(held[k : k + a_words]) for k in range(0, cut, a_words)]
         b = [list(held[k : k + b_words]) for k in range(cut, len(held), b_words)]
@@ -159,38 +166,35 @@ class MatmulEmitter(TileEmitter):
             flat = [v for w in flat for v in self.m.unpack(w, mma.acc)]
         acc[:] = flat
 
-    def _a_source(
-        self, node: Gemm, mma: MmaInstruction, lane: Expr, origin: Expr, point: Point
-    ) -> Callable[[int, int], list[Value]]:
-        """A function (row of instructions, step of k) -> the operand words of A."""
-        if node.a.buffer.scope is not Scope.FRAGMENT:
-            side = Operand(node.a, not node.transpose_a, point)
-            return lambda i, step: self.load_a(
-                side, mma, lane, arith("add", origin, i * mma.m), step * mma.k
-            )
-        held = self.state[node.a.buffer]
+    def _held_words(self, node: Gemm, mma: MmaInstruction) -> dict[str, Words]:
+        """For each operand in a fragment, "a" or "b", a function (row or column of instructions,
+        step of k) -> its operand words."""
         steps = node.k // mma.k
-        assert node.atom is not None
-        wanted = left_layout(node, node.atom, self.threads)
-        place = wanted.register_of(self.kernel.fragments[node.a.buffer])
-        per = mma.m * mma.k // WARP
-        per_word = max(1, 32 // mma.a.bits)
+        elements = {"a": fragment_a(mma).registers, "b": fragment_b(mma).registers}
 
-        def words(i: int, step: int) -> list[Value]:
-            first = (i * steps + step) * per
-            mine = [held[place[first + k]] for k in range(per)]
-            return [
-                self.operand_word(mine[k : k + per_word], node.a.buffer.dtype)
-                for k in range(0, per, per_word)
-            ]
+        def source(side: str, buffer: Buffer, wanted: FragmentLayout) -> Words:
+            held = self.state[buffer]
+            place = wanted.register_of(self.kernel.fragments[buffer])
+            per = elements[side]
 
-        return words
+            def words(i: int, step: int) -> list[Value]:
+                first = (i * steps + step) * per
+                mine = [held[place[first + k]] for k in range(per)]
+                return self.operand_words(mine, buffer.dtype)
 
-    def operand_word(self, values: Sequence[Value], dtype: DType) -> Value:
-        """A register of a matrix instruction from the elements it holds."""
+            return words
+
+        operands = held_operands(node, self.threads)
+        return {side: source(side, region.buffer, wanted) for side, region, wanted in operands}
+
+    def operand_words(self, values: Sequence[Value], dtype: DType) -> list[Value]:
+        """The registers of a matrix instruction from the elements they hold."""
+        if operand_word(dtype) is dtype:
+            return list(values)
         if dtype.bits == 32:
-            return self.m.bitcast(values[0], dtype, uint32)
-        return self.m.pack(values, dtype)
+            return [self.m.bitcast(v, dtype, uint32) for v in values]
+        per = 32 // dtype.bits
+        return [self.m.pack(values[i : i + per], dtype) for i in range(0, len(values), per)]
 
     def rounded(self, words: list[Value], mma: MmaInstruction) -> list[Value]:
         return self.rounded_words(words, mma.a)
@@ -269,8 +273,9 @@ class MatmulEmitter(TileEmitter):
         return result
 
     def can_ldmatrix(self, side: Operand, dtype: DType) -> bool:
-        """Whether rows of 16 bytes lie where ldmatrix reads them."""
-        if not side.is_k_major and dtype.bits != 16:
+        """Whether rows of 16 bytes lie where ldmatrix reads them. It gives a lane 32 bits of a row:
+        no whole float64."""
+        if dtype.bits > 32 or (not side.is_k_major and dtype.bits != 16):
             return False
         return matrix_rows_aligned(self.shared_layout(side.region.buffer))
 
@@ -304,11 +309,7 @@ class MatmulEmitter(TileEmitter):
             at = side.at(arith("add", outer, o), arith("add", kk, k))
             source = side.region.buffer
             values += self.m.load(self.address(source, at), source.dtype)
-        per_word = max(1, 32 // dtype.bits)
-        return [
-            self.operand_word(values[i : i + per_word], dtype)
-            for i in range(0, len(values), per_word)
-        ]
+        return self.operand_words(values, dtype)
 
     # ---- plain multiply-adds ----------------------------------------------------------------
 
@@ -318,7 +319,7 @@ class MatmulEmitter(TileEmitter):
         compute = acc_dtype if acc_dtype.bits >= 32 else float32
         layout = self.kernel.fragments[node.acc.buffer]
         parts = thread_part(layout, self.thread)
-        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
+        places = [coordinates(layout, parts, r)[-2:] for r in range(layout.registers)]
         acc = self.state[node.acc.buffer]
         if node.clear:
             acc[:] = [m.const(0, acc_dtype)] * len(acc)

@@ -34,7 +34,7 @@ from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
-from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, left_layout
+from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
 
@@ -80,10 +80,11 @@ class _Inference:
             self.layouts.setdefault(node.acc.buffer, acc_layout(node, node.atom, self.threads))
         self.spread()
         for node in self.gemms:  # an operand that nothing else decides is laid out as asked
-            if node.a.buffer.scope is Scope.FRAGMENT and node.a.buffer not in self.layouts:
-                assert node.atom is not None
-                self.layouts[node.a.buffer] = left_layout(node, node.atom, self.threads)
-                self.spread()
+            for _, region, wanted in held_operands(node, self.threads):
+                fits = _words(region.buffer, wanted) <= MAX_WORDS
+                if fits and region.buffer not in self.layouts:
+                    self.layouts[region.buffer] = wanted
+                    self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
         for buffer in sorted(undecided, key=lambda b: -math.prod(b.extents)):
             if buffer not in self.layouts:
@@ -298,18 +299,17 @@ class _Converter:
 
     def gemm(self, node: Gemm) -> list[Node]:
         assert node.atom is not None
-        result: list[Node] = []
-        if node.a.buffer.scope is Scope.FRAGMENT:
-            held = self.layouts[node.a.buffer]
-            wanted = left_layout(node, node.atom, self.threads)
-            if not held.same_places(wanted):
+        moved: dict[Buffer, Node] = {}
+        for side, region, wanted in held_operands(node, self.threads):
+            buffer = region.buffer
+            if not self.layouts[buffer].same_places(wanted):
                 self.notes.append(
-                    f"fragment {node.a.buffer.name} goes through shared memory to be the left "
-                    f"operand at {node.span}"
+                    f"fragment {buffer.name} goes through shared memory to be the "
+                    f"{'left' if side == 'a' else 'right'} operand at {node.span}"
                 )
-                result.append(self.moved(node, node.a.buffer, back=False))
-                scratch = self.scratch_of(node.a.buffer)
-                node = replace(node, a=replace(node.a, buffer=scratch))
+                moved.setdefault(buffer, self.moved(node, buffer, back=False))
+                node = node.with_operand(side, replace(region, buffer=self.scratch_of(buffer)))
+        result = list(moved.values())
         assert node.atom is not None
         wanted = acc_layout(node, node.atom, self.threads)
         held = self.layouts[node.acc.buffer]
@@ -384,9 +384,14 @@ def _redirect(body: Body, moved: dict[Buffer, Buffer]) -> Body:
     return tuple(result)
 
 
+def _words(buffer: Buffer, layout: FragmentLayout) -> int:
+    """32-bit registers that a thread needs for a fragment."""
+    return -(-layout.registers * buffer.dtype.bytes // 4)
+
+
 def _check_registers(kernel: Kernel) -> None:
     for buffer, layout in kernel.fragments.items():
-        words = -(-layout.registers * buffer.dtype.bytes // 4)
+        words = _words(buffer, layout)
         if words > MAX_WORDS:
             raise ResourceError(
                 f"Fragment `{buffer.name}` of {'x'.join(map(str, buffer.extents))} {buffer.dtype} "

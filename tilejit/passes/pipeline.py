@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tilejit.dtypes import bool_, uint32
+from tilejit.dtypes import bool_
 from tilejit.errors import UnsupportedError
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
@@ -40,7 +40,7 @@ from tilejit.ir.node import (
 )
 from tilejit.ir.sync import AsyncCommit, AsyncWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
-from tilejit.isa.mma import WARP
+from tilejit.isa.mma import WARP, operand_word
 from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
@@ -259,7 +259,7 @@ class _Pipeliner:
         buffer = Buffer(
             name=f"{node.a.buffer.name}_{node.b.buffer.name}_operands",
             shape=(index(threads), index(words)),
-            dtype=uint32,
+            dtype=operand_word(node.a.buffer.dtype),
             scope=Scope.FRAGMENT,
             span=node.span,
         )
@@ -352,7 +352,9 @@ def carries_operands(split: _Split) -> bool:
     if not {gemm.a.buffer, gemm.b.buffer} <= set(split.buffers):
         return False
     per_thread = gemm.m * gemm.n // (WARP * gemm.atom.warps_m * gemm.atom.warps_n)
-    return per_thread <= MAX_ACCUMULATORS and operand_words(gemm) <= MAX_CARRIED_WORDS
+    per_thread *= max(1, gemm.acc.buffer.dtype.bytes // 4)
+    carried = operand_words(gemm) * operand_word(gemm.a.buffer.dtype).bytes // 4
+    return per_thread <= MAX_ACCUMULATORS and carried <= MAX_CARRIED_WORDS
 
 
 def _substitute_region(region: Region, mapping: dict[Var, Expr]) -> Region:

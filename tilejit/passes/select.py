@@ -6,7 +6,6 @@ buffers, pipelines or PTX.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 
 from tilejit.dtypes import bool_, int32
@@ -220,24 +219,30 @@ class _Selector:
             return [replace(node, atom=wgmma, is_async=True), wait]
         atom, reasons = choose_gemm(node, self.target, self.threads)
         reasons = [*self.brought.gemm_reasons.get(node, ()), *reasons]
-        if node.a.buffer.scope is Scope.FRAGMENT and (atom.mma is None or node.transpose_a):
-            scratch = shared_scratch(node.a.buffer)
-            copied = Copy(
-                src=node.a,
-                dst=dataclasses.replace(node.a, buffer=scratch),
-                atom=CopyAtom(CopyMethod.REGISTERS, 1),
-                span=node.span,
-            )
-            node = replace(node, a=copied.dst)
-            atom, reasons = choose_gemm(node, self.target, self.threads)
-            self.notes.append(f"{name}: {copied.src.buffer.name} goes through shared memory")
-            self._note_gemm(name, atom, reasons)
-            return [copied, replace(node, atom=atom)]
+        copies = self.operand_copies(node) if atom.mma is None else {}
+        for side, region in (("a", node.a), ("b", node.b)):
+            copied = copies.get(region.buffer)
+            if copied is not None:
+                node = node.with_operand(side, replace(region, buffer=copied.dst.buffer))
+        self.notes += [f"{name}: {b.name} goes through shared memory" for b in copies]
         self._note_gemm(name, atom, reasons)
-        return [replace(node, atom=atom)]
+        return [*copies.values(), replace(node, atom=atom)]
 
     def _note_gemm(self, name: str, atom: GemmAtom | WgmmaAtom, reasons: list[str]) -> None:
         self.notes.append(f"{name}: {atom}" + "".join(f"; not {r}" for r in reasons))
+
+    def operand_copies(self, node: Gemm) -> dict[Buffer, Copy]:
+        """Copies of the operands that are fragments to shared memory."""
+        return {
+            region.buffer: Copy(
+                src=region,
+                dst=replace(region, buffer=shared_scratch(region.buffer)),
+                atom=CopyAtom(CopyMethod.REGISTERS, 1),
+                span=node.span,
+            )
+            for region in (node.a, node.b)
+            if region.buffer.scope is Scope.FRAGMENT
+        }
 
     # ---- atomics ----------------------------------------------------------------------------
 
