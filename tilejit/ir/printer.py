@@ -73,9 +73,10 @@ class _Printer:
     def text(self) -> Iterator[str]:
         kernel, names = self.kernel, self.names
         for param in kernel.params:
-            if param.buffer is not None:
-                names.of(param.buffer)
-                self.declared.add(param.buffer)
+            tensor = param.buffer if param.box is None else param.box.tensor
+            if tensor is not None:
+                names.of(tensor)
+                self.declared.add(tensor)
         params = ", ".join(self.param(p) for p in kernel.params)
         decided = [str(kernel.target)] if kernel.target else []
         decided += ["fast math"] if kernel.fast_math else []

@@ -21,6 +21,7 @@ from tilejit.ir.expr import (
     Op,
     Var,
     int_value,
+    variables,
     walk,
 )
 from tilejit.ir.kernel import Kernel, ParamKind
@@ -70,6 +71,9 @@ class _Verifier:
         for param in kernel.params:
             self.require(param.var not in self.scope, f"parameter `{param.name}` occurs twice")
             self.scope.add(param.var)
+            if param.box is not None:  # the map stands for the tensor's address
+                assert isinstance(param.box.tensor.data, Expr), f"{param.name} has no tensor"
+                self.scope |= variables(param.box.tensor.data)
             if param.kind is ParamKind.TENSOR:
                 is_global = param.buffer is not None and param.buffer.scope is Scope.GLOBAL
                 self.require(is_global, f"tensor `{param.name}` has no global buffer")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Expr, Var, variables
+from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
     Atomic,
@@ -37,22 +37,9 @@ from tilejit.ir.sync import (
 from tilejit.isa.atom import CopyMethod
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
+from tilejit.ops.uses import used_variables
 
 Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
-
-
-def used_variables(node: Node) -> set[Var]:
-    """Variables that a node's own expressions and the buffers it touches mention."""
-    exprs: list[Expr] = list(node.exprs)
-    for buffer in (*node.reads, *node.writes):
-        while True:
-            exprs += [*buffer.shape, *buffer.element_strides, buffer.offset]
-            if not isinstance(buffer.data, Buffer):
-                break
-            buffer = buffer.data
-        if isinstance(buffer.data, Expr):
-            exprs.append(buffer.data)
-    return {v for e in exprs for v in variables(e)}
 
 
 def count_uses_in(nodes: Iterable[Node]) -> dict[Var, int]:

@@ -50,10 +50,10 @@ from tilejit.lower.grouping import (
     defines_all,
     is_pipeline_step,
     share_call,
-    used_variables,
 )
 from tilejit.lower.held import Held, held_as
 from tilejit.lower.hopper import KernelEmitter
+from tilejit.ops.uses import used_variables
 
 COMMENT_COLUMN = 60
 

@@ -15,19 +15,22 @@ from tilejit.ir.node import Node, rewrite, walk
 from tilejit.layout.boxes import boxes_of, swizzle_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.ops.uses import used_variables
 
 
 def describe_tensors(kernel: Kernel) -> Kernel:
     """Decide the tensor map of each bulk copy.
 
     Needs: layouts, slots, clusters. Decides: `Copy.tensor_map`; adds the maps to the parameters,
-    one for copies of equal boxes.
+    one for copies of equal boxes, and drops addresses that nothing else needs.
     """
     describer = _Describer(kernel)
     body = rewrite(kernel.body, describer.visit)
     if not describer.params:
         return kernel
-    return replace(kernel, body=body, params=(*kernel.params, *describer.params.values()))
+    used = {v for node in walk(body) for v in used_variables(node)}
+    kept = [p for p in kernel.params if p.kind is not ParamKind.TENSOR or p.var in used]
+    return replace(kernel, body=body, params=(*kept, *describer.params.values()))
 
 
 class _Describer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tilejit.dtypes import int32
+from tilejit.dtypes import DType, int32
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
 from tilejit.ir.kernel import Kernel
@@ -20,7 +20,7 @@ from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.tma import misfit
-from tilejit.passes.wgmma import GROUP, warpgroup_layout
+from tilejit.passes.wgmma import GROUP, ROWS, warpgroup_layout
 
 STRIP_BYTES = 128  # of a row: the widest swizzle
 FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
@@ -63,7 +63,7 @@ class _Stager:
         self.shared: dict[Buffer, SharedLayout] = dict(kernel.shared)
         self.thread = kernel.thread_vars[0]
         self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
-        self.strips: dict[tuple[int, ...], Buffer] = {}
+        self.strips: dict[tuple[tuple[int, ...], DType], Buffer] = {}
 
     def visit(self, node: Node) -> Node | tuple[Node, ...]:
         if not isinstance(node, Copy) or node.atom is None:
@@ -76,9 +76,9 @@ class _Stager:
             return node
         columns = source.extents[1] // atom.groups_n
         width = math.gcd(STRIP_BYTES // target.dtype.bytes, columns)
-        strips = columns // width
-        buffer = self._strip_buffer(source, target, atom, width, strips)
-        probe = self._store(node, buffer, atom, width, 0)
+        strips = [(r, c) for r in range(atom.rows) for c in range(columns // width)]
+        buffer = self._strip_buffer(source, target, atom, width, len(strips))
+        probe = self._store(node, buffer, atom, width, 0, (0, 0))
         reason = misfit(replace(probe, atom=None), self.kernel)
         size = math.prod(buffer.extents) * buffer.dtype.bytes
         if buffer not in self.shared and size > self.free:
@@ -96,7 +96,9 @@ class _Stager:
             f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
         )
         return tuple(
-            n for strip in range(strips) for n in self._strip(node, buffer, atom, width, strip)
+            n
+            for number, place in enumerate(strips)
+            for n in self._strip(node, buffer, atom, width, number, place)
         )
 
     def _holder(self, fragment: Buffer) -> WgmmaAtom | None:
@@ -111,16 +113,17 @@ class _Stager:
     def _strip_buffer(
         self, source: Buffer, target: Buffer, atom: WgmmaAtom, width: int, strips: int
     ) -> Buffer:
-        """Two strips, so that one is written while the other is sent; one where space is short."""
-        rows = source.extents[0]
-        each = rows * width * atom.groups_n * target.dtype.bytes
+        """Two strips a warpgroup, so that one is written while the other is sent; one where space
+        is short."""
+        groups = atom.groups_m * atom.groups_n
+        each = groups * ROWS * width * target.dtype.bytes
         slots = 2 if strips > 1 and 2 * each <= self.free else 1
-        key = (slots, atom.groups_n, rows, width, target.dtype.bytes)
-        found = self.strips.get(key)
-        if found is None or found.dtype is not target.dtype:
-            found = self.strips[key] = Buffer(
+        shape = (slots, atom.groups_m, atom.groups_n, ROWS, width)
+        found = self.strips.get((shape, target.dtype))
+        if found is None:
+            found = self.strips[shape, target.dtype] = Buffer(
                 name=f"{target.name}_strips",
-                shape=tuple(index(n) for n in key[:4]),
+                shape=tuple(index(n) for n in shape),
                 dtype=target.dtype,
                 scope=Scope.SHARED,
                 span=source.span,
@@ -128,11 +131,16 @@ class _Stager:
         return found
 
     def _strip(
-        self, node: Copy, buffer: Buffer, atom: WgmmaAtom, width: int, strip: int
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        number: int,
+        place: tuple[int, int],
     ) -> list[Node]:
         """One strip: wait until its slot has been read, write it, send it."""
-        slots = buffer.extents[0]
-        span = node.span
+        slots, span = buffer.extents[0], node.span
         meeting = SyncThreads(
             inserted=True,
             number=arith("add", arith("floordiv", self.thread, GROUP), FIRST_BARRIER),
@@ -140,11 +148,11 @@ class _Stager:
             span=span,
         )
         first = arith("eq", arith("floormod", self.thread, GROUP), 0)
-        store = self._store(node, buffer, atom, width, strip)
+        store = self._store(node, buffer, atom, width, number % slots, place)
         return [
             Control(op=ControlOp.STORE_WAIT_READ, count=slots - 1, span=span),
             meeting,
-            self._written(node, buffer, atom, width, strip),
+            self._written(node, buffer, atom, width, number % slots, place),
             Control(op=ControlOp.FENCE_ASYNC, span=span),
             meeting,
             If(condition=first, then=(store,), span=span),
@@ -152,52 +160,63 @@ class _Stager:
         ]
 
     def _written(
-        self, node: Copy, buffer: Buffer, atom: WgmmaAtom, width: int, strip: int
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        slot: int,
+        place: tuple[int, int],
     ) -> Parallel:
         """The loop by which each thread writes the part of a strip that it holds."""
         source, target = node.src.buffer, node.dst.buffer
-        rows, columns = source.extents[0], source.extents[1] // atom.groups_n
-        extents = (rows, atom.groups_n, width)
-        i, g, j = variables = tuple(
+        columns = source.extents[1] // atom.groups_n
+        extents = (atom.groups_m, atom.groups_n, ROWS, width)
+        d, g, i, j = variables = tuple(
             Var(name, int32, VarKind.PARALLEL, index(0), index(n - 1))
-            for name, n in zip("igj", extents, strict=True)
+            for name, n in zip("dgij", extents, strict=True)
         )
-        at = arith("add", arith("mul", g, columns), arith("add", j, strip * width))
+        at = (
+            arith("add", arith("mul", d, atom.rows * ROWS), arith("add", i, place[0] * ROWS)),
+            arith("add", arith("mul", g, columns), arith("add", j, place[1] * width)),
+        )
         loaded = Var(source.name, source.dtype, VarKind.VALUE)
-        load = Load(out=loaded, buffer=source, index=(i, at), span=node.span)
-        slot = index(strip % buffer.extents[0])
-        store = Store(
-            buffer=buffer,
-            index=(slot, g, i, j),
-            value=cast(loaded, target.dtype),
-            span=node.span,
-        )
-        held = self.kernel.fragments[source].split(1, columns).split(2, width)
+        load = Load(out=loaded, buffer=source, index=at, span=node.span)
+        value = cast(loaded, target.dtype)
+        store = Store(buffer=buffer, index=(index(slot), *variables), value=value, span=node.span)
+        # (groups_m, rows, ROWS, groups_n, strips, width)
+        held = self.kernel.fragments[source].split(0, ROWS).split(0, atom.rows)
+        held = held.split(3, columns).split(4, width)
         return Parallel(
             vars=variables,
             extents=extents,
             body=(load, store),
-            layout=held.project((0, 1, 3)),
+            layout=held.project((0, 3, 2, 5)),
             span=node.span,
         )
 
-    def _store(self, node: Copy, buffer: Buffer, atom: WgmmaAtom, width: int, strip: int) -> Copy:
-        """The copy of a warpgroup's part of a strip to the tensor, issued by one thread of it."""
+    def _store(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        slot: int,
+        place: tuple[int, int],
+    ) -> Copy:
+        """The copy of a warpgroup's strip to the tensor, issued by one thread of it."""
         source, target = node.src.buffer, node.dst.buffer
-        rows = source.extents[0] // atom.groups_m
         columns = source.extents[1] // atom.groups_n
         group = arith("floordiv", self.thread, GROUP)
         down = arith("floordiv", group, atom.groups_n)
         across = arith("floormod", group, atom.groups_n)
-        row = arith("mul", down, rows)
-        column = arith("add", arith("mul", across, columns), strip * width)
-        slot = index(strip % buffer.extents[0])
-        inner = Region(
-            buffer, (slot, across, row, index(0)), (1, 1, rows, width), frozenset({0, 1})
-        )
+        row = arith("add", arith("mul", down, atom.rows * ROWS), place[0] * ROWS)
+        column = arith("add", arith("mul", across, columns), place[1] * width)
+        corner = (index(slot), down, across, index(0), index(0))
+        inner = Region(buffer, corner, (1, 1, 1, ROWS, width), frozenset({0, 1, 2}))
         starts: list[Expr] = list(node.dst.starts)
         extents = list(node.dst.extents)
-        for d, offset, extent in zip(node.dst.kept, (row, column), (rows, width), strict=True):
+        for d, offset, extent in zip(node.dst.kept, (row, column), (ROWS, width), strict=True):
             starts[d] = arith("add", starts[d], offset)
             extents[d] = extent
         outer = Region(target, tuple(starts), tuple(extents), node.dst.dropped)

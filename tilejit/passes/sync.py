@@ -31,7 +31,6 @@ from tilejit.ir.node import (
     Store,
     While,
     all_reads,
-    all_writes,
     walk,
 )
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
@@ -73,11 +72,13 @@ class _Pending:
     """Buffers touched since the threads last met.
 
     unfenced: shared buffers that ordinary stores have written, unseen by asynchronous reads.
+    sent: tensors that bulk stores are on their way to, perhaps not there yet.
     """
 
     reads: Touched = field(default_factory=dict)
     writes: Touched = field(default_factory=dict)
     unfenced: frozenset[Buffer] = frozenset()
+    sent: frozenset[Buffer] = frozenset()
 
     def conflicts(self, reads: Touched, writes: Touched) -> bool:
         pairs = ((writes, self.reads), (writes, self.writes), (reads, self.writes))
@@ -88,14 +89,27 @@ class _Pending:
             if b in before
         )
 
-    def after(self, reads: Touched, writes: Touched, unfenced: Iterable[Buffer] = ()) -> _Pending:
+    def after(
+        self,
+        reads: Touched,
+        writes: Touched,
+        unfenced: Iterable[Buffer] = (),
+        sent: Iterable[Buffer] = (),
+    ) -> _Pending:
         return _Pending(
-            _merge(self.reads, reads), _merge(self.writes, writes), self.unfenced.union(unfenced)
+            _merge(self.reads, reads),
+            _merge(self.writes, writes),
+            self.unfenced.union(unfenced),
+            self.sent.union(sent),
         )
+
+    def joined(self, other: _Pending) -> _Pending:
+        """What is pending where two ways meet."""
+        return self.after(other.reads, other.writes, other.unfenced, other.sent)
 
     def met(self) -> _Pending:
         """After the threads have met."""
-        return _Pending(unfenced=self.unfenced)
+        return _Pending(unfenced=self.unfenced, sent=self.sent)
 
 
 class _Synchroniser:
@@ -178,24 +192,29 @@ class _Synchroniser:
         self, node: Node, pending: _Pending, reads: Touched, writes: Touched
     ) -> tuple[list[Node], _Pending]:
         """A barrier if the accesses need one, and what is pending after the node."""
-        unfenced: Iterable[Buffer] = ()
-        if not is_async_access(node):
-            unfenced = [b for b in writes if b.scope is Scope.SHARED]
-        elif any(b in pending.unfenced for b in reads):
-            fence = Control(op=ControlOp.FENCE_ASYNC, span=node.span)
-            barrier = SyncThreads(inserted=True, span=node.span)
-            return [fence, barrier], _Pending().after(reads, writes)
-        if pending.conflicts(reads, writes):
-            barrier = SyncThreads(inserted=True, span=node.span)
-            return [barrier], pending.met().after(reads, writes, unfenced)
-        return [], pending.after(reads, writes, unfenced)
+        meeting = SyncThreads(inserted=True, span=node.span)
+        before: list[Node] = []
+        sent = self.sent(node)
+        if any(b in pending.sent for b in (*reads, *writes)):
+            before.append(Control(op=ControlOp.STORE_WAIT, span=node.span))
+            pending = replace(pending, sent=frozenset())
+        is_async = is_async_access(node)
+        if is_async and any(b in pending.unfenced for b in reads):
+            before.append(Control(op=ControlOp.FENCE_ASYNC, span=node.span))
+            pending = replace(pending, unfenced=frozenset())
+        if before or pending.conflicts(reads, writes):
+            before.append(meeting)
+            pending = pending.met()
+        unfenced = () if is_async else [b for b in writes if b.scope is Scope.SHARED]
+        return before, pending.after(reads, writes, unfenced, sent)
 
     # ---- what a node touches ----------------------------------------------------------------
 
     def touched(self, node: Node) -> tuple[Touched, Touched]:
         """What a node and all in it read and write, with owners where they are sure."""
         reads = dict.fromkeys(self.shared(all_reads(node)), None)
-        writes = dict.fromkeys(self.shared(all_writes(node)), None)
+        stored = {b for n in walk((node,)) if not is_bulk_store(n) for b in n.writes}
+        writes = dict.fromkeys(self.shared(stored), None)
         owners: dict[Buffer, set[Owner | None]] = {}
         for buffer, owner in self.owners(node):
             owners.setdefault(self.standing_for(buffer), set()).add(owner)
@@ -205,6 +224,12 @@ class _Synchroniser:
                 if len(found) == 1:
                     touched[buffer] = next(iter(found))
         return reads, writes
+
+    def sent(self, node: Node) -> set[Buffer]:
+        """Tensors that the node's bulk stores go to. Those of one thread are in order, and no two
+        threads send to one place, so nothing need be between two of them."""
+        stores = (n for n in walk((node,)) if is_bulk_store(n))
+        return {self.standing_for(b) for n in stores for b in n.writes}
 
     def owners(self, node: Node) -> Iterator[tuple[Buffer, Owner | None]]:
         """Every access in the node with its owner."""
@@ -278,12 +303,12 @@ class _Synchroniser:
             then, after_then = self.body(node.then, pending)
             orelse, after_else = self.body(node.orelse, pending)
             fresh = replace(node, then=then, orelse=orelse)
-            return fresh, after_then.after(after_else.reads, after_else.writes, after_else.unfenced)
+            return fresh, after_then.joined(after_else)
         # What the last round left pending meets the first accesses of the next.
         entry = pending
         while True:
             fresh_loop, back, left = self.round(node, entry)
-            grown = entry.after(back.reads, back.writes, back.unfenced)
+            grown = entry.joined(back)
             if grown == entry:
                 return fresh_loop, left
             entry = grown
@@ -305,6 +330,11 @@ def is_async_access(node: Node) -> bool:
     if isinstance(node, Gemm):
         return node.is_async
     return isinstance(node, Copy) and node.is_tma
+
+
+def is_bulk_store(node: Node) -> bool:
+    """True for copies to a tensor by the tensor memory accelerator."""
+    return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL
 
 
 # Stand for the variables of any T.Parallel loop, by position.

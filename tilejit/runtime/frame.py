@@ -18,6 +18,7 @@ from tilejit.dtypes import DType
 from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.isa.machine import Lowered
+from tilejit.runtime import device
 from tilejit.runtime.compile import Compiled, compile_lowered, disassemble
 from tilejit.runtime.launch import LoadedKernel, Packer
 from tilejit.runtime.program import Grid
@@ -25,6 +26,7 @@ from tilejit.runtime.tensor_maps import MapSource, map_reader
 from tilejit.target import Target
 
 T = TypeVar("T")
+SIMULATED_BLOCKS = 2  # of a persistent launch: few, so that each computes several tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +175,15 @@ class TileFrame:
 
         return order
 
-    def launch_grid(self, grid: Grid, blocks_at_once: int) -> Grid:
-        """The blocks to launch for a grid of tiles, on a chip that runs so many at once."""
+    def launch_grid(self, grid: Grid, ordinal: int | None) -> Grid:
+        """The blocks to launch for a grid of tiles, on a GPU or (None) simulated."""
         plan = self.planned
         if not plan.is_persistent:
             return grid
+        blocks = SIMULATED_BLOCKS if ordinal is None else device.multiprocessors(ordinal)
         size = plan.cluster_size
         tiles = grid[0] * grid[1] * grid[2]
-        return min(tiles, max(size, blocks_at_once // size * size)), 1, 1
+        return min(tiles, max(size, blocks // size * size)), 1, 1
 
     @property
     def stage_seconds(self) -> dict[str, float]:

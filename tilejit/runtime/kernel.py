@@ -36,7 +36,6 @@ from tilejit.sim import reference
 from tilejit.target import Target
 
 log = logging.getLogger("tilejit")
-SIMULATED_BLOCKS = 2  # of a persistent launch: few, so that each computes several tiles
 Pair = tuple[str, str]
 Specialise = Callable[[Mapping[str, int], frozenset[Pair]], "TileKernel"]
 
@@ -380,7 +379,7 @@ class TileKernel:
         for frame, grid in zip(self.kernels, grids, strict=True):
             if all(n > 0 for n in grid):
                 packed = frame.packer.pack(frame.launch_values(env))
-                blocks = frame.launch_grid(grid, device.multiprocessors(ordinal))
+                blocks = frame.launch_grid(grid, ordinal)
                 frame.loaded.launch(blocks, packed, stream, ordinal)
 
     def _run_host(
@@ -400,7 +399,7 @@ class TileKernel:
             if executor is Executor.REFERENCE:
                 _run_reference(frame.graph, env, hosts, grid, segments)
             else:
-                blocks = frame.launch_grid(grid, SIMULATED_BLOCKS)
+                blocks = frame.launch_grid(grid, None)
                 simulator.run_lowered(frame.lowered, blocks, frame.simulator_values(env), segments)
 
 

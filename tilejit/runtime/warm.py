@@ -111,7 +111,7 @@ class WarmLaunch:
         for step, grid in zip(self._steps, grids, strict=True):
             if all(n > 0 for n in grid):
                 packed = step.pack(step.order(pool))
-                blocks = step.frame.launch_grid(grid, device.multiprocessors(self._ordinal))
+                blocks = step.frame.launch_grid(grid, self._ordinal)
                 step.frame.loaded.launch(blocks, packed, handle, self._ordinal)
 
 
@@ -178,7 +178,7 @@ def _step(frame: TileFrame, grid: Grid | None, variables: Sequence[Var], ordinal
     order = frame.order({v: n for n, v in enumerate(variables)})
     if grid is None:
         return _Step(None, frame.packer.pack, order, frame)
-    blocks = frame.launch_grid(grid, device.multiprocessors(ordinal))
+    blocks = frame.launch_grid(grid, ordinal)
     return _Step(frame.loaded.launcher(blocks, ordinal), frame.packer.pack, order, frame)
 
 
