@@ -10,7 +10,8 @@ from tilejit.errors import SimulationError
 from tilejit.isa import barrier, cp_async, mbarrier
 from tilejit.isa.machine import Address
 from tilejit.sim.block import Checks
-from tilejit.sim.hazards import History, Order
+from tilejit.sim.hazards import History
+from tilejit.sim.order import Order
 
 THREADS = 64
 LANES = np.arange(THREADS)
