@@ -173,8 +173,8 @@ def write_call(
 class Product:
     """A sequence of products with its operands.
 
-    content: shared memory before it. inputs: of its registers, (128,) each. expected: the
-    (m, n) result.
+    content: shared memory before it. inputs: of its registers, (128,) each. layout: of the
+    result, `expected`.
     """
 
     instruction: Instruction
@@ -182,6 +182,23 @@ class Product:
     content: np.ndarray
     expected: np.ndarray
     layout: Any
+
+    def run(self, lanes: Lanes) -> np.ndarray:
+        """The result of the product's meaning after its wait."""
+        lanes.shared[:] = self.content
+        outputs = self.instruction.meaning(lanes, self.inputs)
+        wait = wgmma.wait_group(0, self.instruction.outputs)
+        return self.matrix(wait.meaning(lanes, outputs))
+
+    def matrix(self, registers: Sequence[np.ndarray]) -> np.ndarray:
+        """The matrix that a warpgroup holds in its accumulators."""
+        words = np.stack(registers, axis=1)
+        is_packed = words.shape[1] < self.layout.registers
+        elements = words.view(np.float16) if is_packed else words
+        result = np.full(self.layout.shape, np.nan)
+        for r in range(self.layout.registers):
+            result[self.layout.coordinates(np.arange(128), r)] = elements[:, r]
+        return result
 
 
 SPANS = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a descriptor's layout modes

@@ -38,24 +38,6 @@ def find(types, n):
     return find_wgmma(*types, n, HOPPER)
 
 
-def run(product, lanes):
-    """The (m, n) result of a product after its wait."""
-    lanes.shared[:] = product.content
-    outputs = product.instruction.meaning(lanes, product.inputs)
-    wait = wait_group(0, product.instruction.outputs)
-    return matrix_of(wait.meaning(lanes, outputs), product)
-
-
-def matrix_of(registers, product):
-    layout = product.layout
-    words = np.stack(registers, axis=1)
-    elements = words.view(np.float16) if words.shape[1] < layout.registers else words
-    result = np.full(layout.shape, np.nan)
-    for r in range(layout.registers):
-        result[layout.coordinates(np.arange(128), r)] = elements[:, r]
-    return result
-
-
 # --- records --------------------------------------------------------------------------------------
 
 
@@ -176,7 +158,7 @@ def test_a_product_is_the_matrix_product(types, mode, make_product, make_lanes):
     steps = max(wgmma_span(mode) // 32, 2)
     for n in (8, 24, 64, 128, 256):
         product = make_product(find(types, n), mode, mode, steps=steps)
-        assert np.array_equal(run(product, make_lanes(128)), product.expected)
+        assert np.array_equal(product.run(make_lanes(128)), product.expected)
 
 
 def wgmma_span(mode):
@@ -191,17 +173,17 @@ def test_a_product_of_mn_major_operands_is_the_matrix_product(
     types, turned, n, mode, make_product, make_lanes
 ):
     product = make_product(find(types, n), mode, mode, *turned, steps=4)
-    assert np.array_equal(run(product, make_lanes(128)), product.expected)
+    assert np.array_equal(product.run(make_lanes(128)), product.expected)
 
 
 @EVERY_TYPE
 def test_a_product_with_a_in_registers_is_the_matrix_product(types, make_product, make_lanes):
     for n in (8, 64, 256):
         product = make_product(find(types, n), None, 1, rows=2, steps=4)
-        assert np.array_equal(run(product, make_lanes(128)), product.expected)
+        assert np.array_equal(product.run(make_lanes(128)), product.expected)
     if types[0].bits == 16:
         product = make_product(find(types, 64), None, 1, b_turned=True, steps=3)
-        assert np.array_equal(run(product, make_lanes(128)), product.expected)
+        assert np.array_equal(product.run(make_lanes(128)), product.expected)
 
 
 @pytest.mark.parametrize("scale", [None, 0, 1, 7])
@@ -213,7 +195,7 @@ def test_a_sequence_of_rows_and_columns_adds_or_begins_anew(
     product = make_product(one, a_mode, 2, rows=2, columns=3, steps=4, scale=scale)
     if scale == 0:  # old values do not even count as NaN
         product.inputs[:5] = [np.full(128, np.nan, np.float32)] * 5
-    assert np.array_equal(run(product, make_lanes(128)), product.expected)
+    assert np.array_equal(product.run(make_lanes(128)), product.expected)
 
 
 def test_two_warpgroups_have_their_own_descriptors(make_product, make_lanes):
@@ -225,11 +207,11 @@ def test_two_warpgroups_have_their_own_descriptors(make_product, make_lanes):
     inputs[-1][128:] += 64  # by 8 rows of N
     outputs = parts[0].instruction.meaning(lanes, inputs)
     wait_group(0, parts[0].instruction.outputs).meaning(lanes, outputs)
-    first = matrix_of([x[:128] for x in outputs], parts[0])
-    second = matrix_of([x[128:] for x in outputs], parts[0])
+    first = parts[0].matrix([x[:128] for x in outputs])
+    second = parts[0].matrix([x[128:] for x in outputs])
     assert np.array_equal(first, parts[0].expected)
     assert not np.array_equal(second, parts[0].expected)
-    acc = matrix_of(parts[0].inputs[:32], parts[0])
+    acc = parts[0].matrix(parts[0].inputs[:32])
     assert np.array_equal((second - acc)[:, :-8], (parts[0].expected - acc)[:, 8:])
 
 
@@ -243,11 +225,11 @@ def test_results_are_poison_until_waited_for_and_a_chain_sees_them_all_the_same(
         count = len(product.instruction.outputs)
         middle = product.instruction.meaning(lanes, product.inputs)
         last = product.instruction.meaning(lanes, [*middle, *product.inputs[count:]])
-        poison = matrix_of(last, product)
+        poison = product.matrix(last)
         assert np.isnan(poison).all() if types[2].is_float else (poison == 0x7FFF7FFF).all()
         wait_group(0, product.instruction.outputs).meaning(lanes, last)
-        acc = matrix_of(product.inputs[:count], product)
-        assert np.array_equal(matrix_of(last, product), 2 * product.expected - acc)
+        acc = product.matrix(product.inputs[:count])
+        assert np.array_equal(product.matrix(last), 2 * product.expected - acc)
 
 
 def test_shared_memory_is_read_when_the_product_is_waited_for(make_product, make_lanes):
@@ -257,7 +239,7 @@ def test_shared_memory_is_read_when_the_product_is_waited_for(make_product, make
     outputs = product.instruction.meaning(lanes, product.inputs)
     lanes.shared[:] = product.content
     wait_group(0, product.instruction.outputs).meaning(lanes, outputs)
-    assert np.array_equal(matrix_of(outputs, product), product.expected)
+    assert np.array_equal(product.matrix(outputs), product.expected)
 
 
 def test_registers_of_a_are_read_when_the_product_is_issued(make_product, make_lanes):
@@ -268,7 +250,7 @@ def test_registers_of_a_are_read_when_the_product_is_issued(make_product, make_l
     for word in product.inputs[4:-1]:
         word[:] = 0
     wait_group(0, product.instruction.outputs).meaning(lanes, outputs)
-    assert np.array_equal(matrix_of(outputs, product), product.expected)
+    assert np.array_equal(product.matrix(outputs), product.expected)
 
 
 def test_tf32_operands_lose_their_low_13_bits(make_product, make_lanes):
@@ -279,7 +261,7 @@ def test_tf32_operands_lose_their_low_13_bits(make_product, make_lanes):
         for word in product.inputs[4:-1]:
             if word.dtype == np.uint32:
                 word |= 0x1FFF
-        assert np.array_equal(run(product, make_lanes(128)), product.expected)
+        assert np.array_equal(product.run(make_lanes(128)), product.expected)
 
 
 def test_float16_accumulators_are_rounded_after_each_instruction(make_product, make_lanes):
@@ -288,16 +270,16 @@ def test_float16_accumulators_are_rounded_after_each_instruction(make_product, m
     product.content[:] = ones.view(np.uint8)
     start = np.full(256, 2048.0, np.float16).view(np.uint32)  # 2048 + 16 is exact, + 1 is not
     product.inputs[:2] = [start.copy(), start.copy()]
-    assert (run(product, make_lanes(128)) == 2048 + 64).all()
+    assert (product.run(make_lanes(128)) == 2048 + 64).all()
     product.content.view(np.float16)[:] = 0.25  # each instruction adds 1: lost every time
-    assert (run(product, make_lanes(128)) == 2048).all()
+    assert (product.run(make_lanes(128)) == 2048).all()
 
 
 def test_integer_accumulators_wrap(make_product, make_lanes):
     product = make_product(find((U8, U8, S32), 8), 1, 1, steps=4)
     product.content[:] = 1
     product.inputs[:4] = [np.full(128, 2**31 - 1, np.int32)] * 4
-    assert (run(product, make_lanes(128)) == -(2**31) + 127).all()
+    assert (product.run(make_lanes(128)) == -(2**31) + 127).all()
 
 
 def test_infinities_and_nans_go_through(make_product, make_lanes):
@@ -305,7 +287,7 @@ def test_infinities_and_nans_go_through(make_product, make_lanes):
     product.content.view(ml_dtypes.bfloat16)[:] = 1
     product.content.view(ml_dtypes.bfloat16)[0] = np.inf  # A[0, 0]
     product.content.view(ml_dtypes.bfloat16)[64 + 8] = np.nan  # A[1, 0]
-    result = run(product, make_lanes(128))
+    result = product.run(make_lanes(128))
     assert np.isposinf(result[0]).all() and np.isnan(result[1]).all()
     assert np.isfinite(result[2:]).all()
 

@@ -10,6 +10,7 @@ from tilejit.dtypes import bool_, float32, int32, uint32, uint64
 from tilejit.errors import SimulationError
 from tilejit.isa import barrier, mbarrier, tma
 from tilejit.isa.machine import Address, Slot
+from tilejit.isa.stmatrix import stmatrix
 from tilejit.isa.tma import TensorMap
 from tilejit.layout.shared import SharedLayout
 from tilejit.sim.block import Checks
@@ -846,6 +847,28 @@ def test_a_write_after_the_fence_needs_another_one_and_a_fence_needs_the_barrier
         SimulationError, match=r"thread 1 wrote, and nothing orders it and the fence\.proxy\.async"
     ):
         run_lanes(emit, True, memory=[array], maps=maps)
+
+
+def test_what_stmatrix_writes_needs_a_fence_too(run_lanes):
+    array = np.zeros(256, np.int32)
+    maps = {HANDLE: map_of(array, (256,))}
+
+    def emit(m, is_fenced):
+        address = m.address(own(m, stride=16))
+        value = m.cast([m.thread_index()], int32, uint32)[0]
+        m.issue(stmatrix(4), [address, *[value] * 4])
+        if is_fenced:
+            fence(m)
+        sync(m)
+        store(m, (0,))
+        commit(m)
+
+    run_lanes(emit, True, memory=[array], maps=maps, ends=True)
+    rows = np.arange(32).reshape(8, 4)
+    expected = [np.tile(rows + 32 * warp, (4, 1)) for warp in (0, 1)]
+    np.testing.assert_array_equal(array, np.ravel(expected))
+    with pytest.raises(SimulationError, match=r"thread 0 wrote without a fence\.proxy\.async"):
+        run_lanes(emit, False, memory=[array], maps=maps)
 
 
 def test_two_stores_to_one_place_are_an_error(run_lanes):
