@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from tilejit.isa import (
 )
 from tilejit.isa.instruction import Instruction
 from tilejit.isa.wgmma_fragments import WGMMA
+from tilejit.layout.shared import SharedLayout
 from tilejit.target import Target
 
 
@@ -98,6 +100,9 @@ REGISTERS = {
 }
 
 
+SHARED_BYTES = 48 * 1024  # of the fake lanes, and of each kernel of a module
+
+
 class Lanes:
     """Whole warps with flat shared memory and global memory that starts at address 4096."""
 
@@ -106,14 +111,37 @@ class Lanes:
     def __init__(self, count: int) -> None:
         self.thread = np.arange(count, dtype=np.int32)
         self.active = np.ones(count, bool)
-        self.shared = np.zeros(1 << 14, np.uint8)
+        self.shared = np.zeros(SHARED_BYTES, np.uint8)
         self.memory = np.zeros(1 << 14, np.uint8)
         self.calls: list[tuple[Any, ...]] = []
+        self.products: list[tuple[np.ndarray, Any]] = []
 
     def read(self, space: str, address: np.ndarray, size: int) -> np.ndarray:
         assert space == "shared"
         places = address.astype(np.int64)[:, None] + np.arange(size)
         return np.where(self.active[:, None], self.shared[places], np.uint8(0))
+
+    def write(
+        self, space: str, address: np.ndarray, data: np.ndarray, where: np.ndarray | None = None
+    ) -> None:
+        assert space == "shared"
+        on = self.active if where is None else self.active & where
+        places = address[on].astype(np.int64)[:, None] + np.arange(data.shape[1])
+        self.shared[places] = data[on]
+
+    def start_product(self, warpgroup: int, reads: np.ndarray, finish: Any) -> None:
+        self.calls.append(("start_product", warpgroup))
+        self.products.append((reads, finish))
+
+    def wait_products(self, pending: int) -> None:
+        self.calls.append(("wait_products", pending))
+        if pending == 0:
+            for reads, finish in self.products:
+                finish(self.shared[reads[:, None] + np.arange(16)])
+            self.products.clear()
+
+    def map_shared(self, address: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        return address | rank << np.uint32(24)
 
     def copy_async(
         self, shared: np.ndarray, source: np.ndarray, size: int, valid: np.ndarray
@@ -140,6 +168,124 @@ def write_call(
             text = text.replace(f"${letter}{i}", names[i])
     assert "$" not in text, f"{instruction}: {text}"
     return text
+
+
+@dataclass
+class Product:
+    """A sequence of products with its operands.
+
+    content: shared memory before it. inputs: of its registers, (128,) each. layout: of the
+    result, `expected`.
+    """
+
+    instruction: Instruction
+    inputs: list[np.ndarray]
+    content: np.ndarray
+    expected: np.ndarray
+    layout: Any
+
+    def run(self, lanes: Lanes) -> np.ndarray:
+        """The result of the product's meaning after its wait."""
+        lanes.shared[:] = self.content
+        outputs = self.instruction.meaning(lanes, self.inputs)
+        wait = wgmma.wait_group(0, self.instruction.outputs)
+        return self.matrix(wait.meaning(lanes, outputs))
+
+    def matrix(self, registers: Sequence[np.ndarray]) -> np.ndarray:
+        """The matrix that a warpgroup holds in its accumulators."""
+        words = np.stack(registers, axis=1)
+        is_packed = words.shape[1] < self.layout.registers
+        elements = words.view(np.float16) if is_packed else words
+        result = np.full(self.layout.shape, np.nan)
+        for r in range(self.layout.registers):
+            result[self.layout.coordinates(np.arange(128), r)] = elements[:, r]
+        return result
+
+
+SPANS = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a descriptor's layout modes
+
+
+def _small(rng: np.random.Generator, shape: tuple[int, ...], dtype: dtypes.DType) -> np.ndarray:
+    """Numbers whose products' sums are exact in any order."""
+    if dtype.is_integer:
+        return rng.integers(dtype.min, dtype.max + 1, shape).astype(dtype.numpy)
+    return rng.integers(-3, 4, shape).astype(dtype.numpy)
+
+
+def _place(
+    content: np.ndarray, start: int, matrix: np.ndarray, mode: int, turned: bool, tile: int, k: int
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Put an operand (rows of M or N, K) into shared memory at `start` as the layout mode wants;
+    its descriptor, and the offsets of instructions of `tile` rows and `k` of K."""
+    itemsize, span = matrix.itemsize, SPANS[mode]
+    raw = np.ascontiguousarray(matrix.T if turned else matrix).view(f"u{itemsize}")
+    rows, columns = raw.shape
+    if mode:
+        width = span // itemsize
+        padded = -(-columns // width) * width
+        layout = SharedLayout((rows, padded), itemsize, panel=width, swizzle=span // 16)
+        places, lbo, sbo = layout.table()[:, :columns], rows * span, 8 * span
+    else:  # blocks of 8 rows of 16 bytes: of one column of blocks after another, or of one row
+        row, byte = np.indices((rows, columns * itemsize))[:, :, ::itemsize]
+        far, near = (columns * itemsize * 8, 128) if turned else (rows * 16, 128)
+        steps = (far, near) if turned else (near, far)
+        places = row // 8 * steps[0] + byte // 16 * steps[1] + row % 8 * 16 + byte % 16
+        lbo, sbo = far, near
+    content[(start + places)[..., None] + np.arange(itemsize)] = raw[..., None].view(np.uint8)
+    offsets = tuple(
+        tuple(int(places[(j, i) if turned else (i, j)]) // 16 for j in range(0, matrix.shape[1], k))
+        for i in range(0, matrix.shape[0], tile)
+    )
+    return wgmma.descriptor_constant(mode, lbo, sbo) | start >> 4, offsets
+
+
+@pytest.fixture
+def make_product():
+    """`make_product(one, ...)` makes operands of small numbers, places them and says what comes
+    out. a_mode: None for A in registers."""
+
+    def make(one, a_mode=1, b_mode=1, a_turned=False, b_turned=False, rows=1, columns=1, steps=4,
+             scale=None) -> Product:  # fmt: skip
+        rng = np.random.default_rng(one.n)
+        a = _small(rng, (rows * one.m, steps * one.k), one.a)
+        b = _small(rng, (columns * one.n, steps * one.k), one.b)
+        acc_type = dtypes.int8 if one.acc.is_integer else one.acc
+        acc = _small(rng, (len(a), len(b)), acc_type).astype(one.acc.numpy)
+        content = rng.integers(0, 256, SHARED_BYTES).astype(np.uint8)
+        options: dict[str, Any] = {"rows": rows, "columns": columns, "steps": steps}
+        layout = wgmma.tile_acc(one, *acc.shape, 1, 1)
+        inputs = _registers_of(acc, layout)
+        end = 0
+        if a_mode is None:
+            options["a_registers"] = True
+            inputs += _registers_of(a, wgmma.tile_a(one, *a.shape, 1, 1), np.uint32)
+        else:
+            base, options["a_offsets"] = _place(content, 0, a, a_mode, a_turned, one.m, one.k)
+            inputs.append(np.full(128, base, np.uint64))
+            end = -(-a.nbytes // 1024) * 1024
+        base, options["b_offsets"] = _place(content, end, b, b_mode, b_turned, one.n, one.k)
+        inputs.append(np.full(128, base, np.uint64))
+        if scale is not None:
+            inputs.append(np.full(128, scale, np.uint32))
+        instruction = wgmma.wgmma_sequence(
+            one, transpose_a=a_turned, transpose_b=b_turned, scaled=scale is not None, **options
+        )
+        expected = a.astype(np.float64) @ b.astype(np.float64).T
+        if scale != 0:
+            expected += acc
+        return Product(instruction, inputs, content, expected, layout)
+
+    return make
+
+
+def _registers_of(matrix: np.ndarray, layout: Any, numpy: Any = None) -> list[np.ndarray]:
+    """The registers of the matrix's fragment, one array a register."""
+    threads = np.arange(layout.threads)
+    elements = np.stack(
+        [matrix[layout.coordinates(threads, r)] for r in range(layout.registers)], axis=1
+    )
+    numpy = numpy or (np.uint32 if matrix.itemsize < 4 else matrix.dtype)
+    return list(np.ascontiguousarray(np.ascontiguousarray(elements).view(numpy).T))
 
 
 @pytest.fixture
@@ -171,9 +317,6 @@ def write_module():
         return "\n".join(parts)
 
     return write
-
-
-SHARED_BYTES = 48 * 1024  # of each kernel of a module
 
 
 def _write_kernel(name: str, instruction: Instruction, uid: int, threads: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cuda.bindings import driver
@@ -10,6 +12,9 @@ from tilejit import dtypes
 from tilejit.isa import special
 from tilejit.isa.ldmatrix import ldmatrix
 from tilejit.isa.mma import MMA, fragment_a, fragment_acc, fragment_b
+from tilejit.isa.stmatrix import stmatrix
+from tilejit.isa.wgmma import wait_group
+from tilejit.isa.wgmma_fragments import WGMMA
 from tilejit.target import for_capability
 
 LANES = 32
@@ -141,6 +146,83 @@ def test_ldmatrix_on_the_gpu_is_what_it_means(count, transposed, execute, make_l
         execute(instruction, [address], content=content), meant, strict=True
     ):
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix_on_the_gpu_is_what_it_means(count, transposed, execute, make_lanes):
+    lanes = make_lanes(LANES)
+    rng = np.random.default_rng(3)
+    content = rng.integers(0, 256, SHARED_BYTES).astype(np.uint8)
+    lanes.shared[:] = content
+    address = (rng.permutation(256)[:LANES] * 16).astype(np.uint32)
+    words = [rng.integers(0, 2**32, LANES, np.uint64).astype(np.uint32) for _ in range(count)]
+    instruction = stmatrix(count, transposed)
+    instruction.meaning(lanes, [address, *words])
+    execute(instruction, [address, *words], content=content)
+    assert np.array_equal(content, lanes.shared)
+
+
+WGMMA_TYPES = tuple(dict.fromkeys(key[:3] for key in WGMMA))
+HALVES = tuple(types for types in WGMMA_TYPES if types[0].bits == 16)
+
+
+def names(types):
+    return "-".join(map(str, types))
+
+
+@pytest.fixture
+def check_product(execute, make_product, make_lanes):
+    """What a product of small numbers gives on the GPU is the matrix product, and what it means."""
+
+    def check(types, n, *layouts, **options):
+        product = make_product(WGMMA[*types, n], *layouts, **options)
+        one = product.instruction
+        waited = replace(one, ptx=f"{one.ptx}\n{wait_group(0, ()).ptx}")
+        found = execute(waited, product.inputs, threads=128, content=product.content.copy())
+        assert np.array_equal(product.run(make_lanes(128)), product.expected)
+        assert np.array_equal(product.matrix(found), product.expected)
+
+    return check
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3], ids=["none", "128", "64", "32"])
+@pytest.mark.parametrize("types", WGMMA_TYPES, ids=names)
+def test_wgmma_on_the_gpu_of_each_type_and_swizzle_is_what_it_means(types, mode, check_product):
+    for n in (8, 24, 64, 128, 256):
+        check_product(types, n, mode, mode)
+
+
+@pytest.mark.parametrize("turned", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("mode", [0, 1, 2, 3], ids=["none", "128", "64", "32"])
+@pytest.mark.parametrize("types", HALVES, ids=names)
+def test_wgmma_on_the_gpu_of_each_major_is_what_it_means(types, mode, turned, check_product):
+    for n in (8, 24, 64, 128, 256):
+        check_product(types, n, mode, mode, *turned)
+
+
+@pytest.mark.parametrize("types", WGMMA_TYPES, ids=names)
+def test_wgmma_on_the_gpu_with_a_in_registers_is_what_it_means(types, check_product):
+    for n in (8, 64, 256):
+        check_product(types, n, None, 1, steps=4)
+    if types in HALVES:
+        check_product(types, 64, None, 1, b_turned=True, steps=3)
+
+
+@pytest.mark.parametrize("scale", [None, 0, 1])
+@pytest.mark.parametrize("a_mode", [None, 1])
+def test_a_wgmma_sequence_on_the_gpu_is_what_it_means(a_mode, scale, check_product):
+    types = (dtypes.bfloat16, dtypes.bfloat16, dtypes.float32)
+    check_product(types, 40, a_mode, 1, rows=2, columns=2, scale=scale)
+
+
+def test_a_tf32_wgmma_on_the_gpu_ignores_the_low_13_bits(execute, make_product, make_lanes):
+    one = WGMMA[dtypes.tfloat32, dtypes.tfloat32, dtypes.float32, 16]
+    product = make_product(one, 1, 1)
+    product.content.view(np.uint32)[:] |= 0x1FFF  # so that rounding would show
+    waited = replace(product.instruction, ptx=f"{product.instruction.ptx}\n{wait_group(0, ()).ptx}")
+    found = execute(waited, product.inputs, threads=128, content=product.content.copy())
+    assert np.array_equal(product.matrix(found), product.run(make_lanes(128)))
 
 
 EDGES = np.array(

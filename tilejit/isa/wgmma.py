@@ -45,7 +45,7 @@ __all__ = [
 
 MAX_PENDING = 7
 # What accumulators hold while a product is on its way: NaN, or a large odd number
-_POISON = np.uint32(0x7FBF7FBF)
+_POISON = np.uint32(0x7FFF7FFF)
 
 Offsets = tuple[tuple[int, ...], ...]
 
@@ -152,9 +152,7 @@ class _Sequence:
         whole_warpgroups(lanes, self.name)
         register_dtype = self.one.acc_register.numpy
         length = len(lanes.thread)
-        outputs = tuple(
-            np.full(length, _POISON).view(register_dtype).copy() for _ in range(self.words)
-        )
+        outputs = tuple(np.full(length, _POISON).view(register_dtype) for _ in range(self.words))
         for group in np.flatnonzero(lanes.active[::WARPGROUP]).tolist():
             part = slice(group * WARPGROUP, (group + 1) * WARPGROUP)
             own = [x[part] for x in inputs]
