@@ -38,6 +38,7 @@ from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import launch as isa_launch
 from tilejit.isa import mbarrier as isa_mbarrier
+from tilejit.isa import tma as isa_tma
 from tilejit.isa.machine import Granule, Lowered, Machine, Slot, Value
 from tilejit.isa.mma import WARP
 from tilejit.isa.wgmma import WARPGROUP as GROUP
@@ -181,9 +182,13 @@ class _Skeleton:
         if not barriers:
             return
 
+        maps = [p.var for p in self.kernel.params if p.kind is ParamKind.TENSOR_MAP]
+
         def emit(emitter: KernelEmitter) -> None:
             m = emitter.m
             first = emitter.inside_first_thread()
+            for var in maps:  # each is fetched while the barriers are made
+                m.issue(isa_tma.PREFETCH_MAP, [emitter.value(var)], first)
             for barrier in barriers:
                 for number, count in enumerate(barrier.arrive_counts):
                     where = emitter.barrier_address(
@@ -195,11 +200,10 @@ class _Skeleton:
                 m.issue(isa_cluster.CLUSTER_ARRIVE)
                 m.issue(isa_cluster.CLUSTER_WAIT)
                 return
-            is_async = any(p.kind is ParamKind.TENSOR_MAP for p in self.kernel.params)
-            m.issue(isa_mbarrier.FENCE_INIT if is_async else isa_barrier.FENCE_BLOCK)
+            m.issue(isa_mbarrier.FENCE_INIT if maps else isa_barrier.FENCE_BLOCK)
             m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, math.prod(self.threads)))
 
-        self.call("init_barriers", (), emit, (), (), [], None)
+        self.call("init_barriers", maps, emit, (), (), [], None)
 
     def _merged(self, body: Body) -> list[Body]:
         """The top-level nodes in granule-sized groups: nodes between which memory of the thread's

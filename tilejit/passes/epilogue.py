@@ -98,7 +98,7 @@ class _Stager:
         return tuple(
             n
             for number, place in enumerate(strips)
-            for n in self._strip(node, buffer, atom, width, number, place)
+            for n in self._strip(node, buffer, atom, width, number, place, len(strips) % 2 == 1)
         )
 
     def _holder(self, fragment: Buffer) -> WgmmaAtom | None:
@@ -138,8 +138,9 @@ class _Stager:
         width: int,
         number: int,
         place: tuple[int, int],
+        is_odd: bool,
     ) -> list[Node]:
-        """One strip: wait until its slot has been read, write it, send it."""
+        """One strip: write it when its slot has been read, send it."""
         slots, span = buffer.extents[0], node.span
         meeting = SyncThreads(
             inserted=True,
@@ -149,15 +150,17 @@ class _Stager:
         )
         first = arith("eq", arith("floormod", self.thread, GROUP), 0)
         store = self._store(node, buffer, atom, width, number % slots, place)
-        return [
-            Control(op=ControlOp.STORE_WAIT_READ, count=slots - 1, span=span),
-            meeting,
-            self._written(node, buffer, atom, width, number % slots, place),
-            Control(op=ControlOp.FENCE_ASYNC, span=span),
-            meeting,
+        written = self._written(node, buffer, atom, width, number % slots, place)
+        read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
+        sent: list[Node] = [
             If(condition=first, then=(store,), span=span),
             Control(op=ControlOp.STORE_COMMIT, span=span),
         ]
+        fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
+        # where they meet for this strip, all learn that the other slot has been read
+        filled = [written, fence, read, meeting, *sent]
+        follows_itself = slots == 1 or (number == 0 and is_odd)
+        return [read, meeting, *filled] if follows_itself else filled
 
     def _written(
         self,
