@@ -699,6 +699,28 @@ def test_a_store_may_add(kind, run_lanes):
     np.testing.assert_array_equal(array.astype(np.float64), expected)
 
 
+def test_an_addition_to_what_another_thread_wrote_needs_a_barrier(run_lanes):
+    array = np.zeros(256, np.int32)
+    maps = {HANDLE: map_of(array, (256,))}
+
+    def emit(m, base, is_synced):
+        fill_own(m)
+        fence(m)
+        sync(m)
+        m.store(Address("global", base, None, 40, 4), [m.thread_index()], int32, lane(m, 5))
+        if is_synced:
+            sync(m)
+        store(m, (0,), add=True)
+        commit(m)
+        wait_stores(m)
+
+    address = np.array([array.ctypes.data], np.uint64)
+    run_lanes(emit, address, True, memory=[array], maps=maps)
+    assert array[10] == 5 + 10 // 4
+    with pytest.raises(SimulationError, match="Thread 0 writes global memory that thread 5 wrote"):
+        run_lanes(emit, address, False, memory=[array], maps=maps)
+
+
 def test_bytes_and_halfwords_do_not_add(run_lanes):
     array = np.zeros(256, np.uint8)
     with pytest.raises(AssertionError, match="uint8 do not add"):

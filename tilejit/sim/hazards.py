@@ -191,7 +191,6 @@ class History:
         """What `threads` have written comes before what agents read for those who come later."""
         flights = self._async()
         late = np.flatnonzero(flights.fenced < self._written)
-        late = late[self._written[late] != _IN_FLIGHT]
         flights.fenced[late[np.isin(self._writer[late], threads)]] = time
 
     def _async(self) -> Flights:
