@@ -9,7 +9,8 @@ import pytest
 from cuda.bindings import driver
 
 from tilejit import dtypes
-from tilejit.isa import special
+from tilejit.isa import special, tma
+from tilejit.isa.instruction import Instruction
 from tilejit.isa.ldmatrix import ldmatrix
 from tilejit.isa.mma import MMA, fragment_a, fragment_acc, fragment_b
 from tilejit.isa.stmatrix import stmatrix
@@ -295,3 +296,187 @@ def test_a_shuffle_on_the_gpu_is_what_it_means(mode, execute, make_lanes):
     instruction = special.shuffle(mode)
     (meant,) = instruction.meaning(make_lanes(LANES), [value, operand])
     assert np.array_equal(execute(instruction, [value, operand])[0], meant)
+
+
+# --- bulk copies ----------------------------------------------------------------------------------
+
+KINDS = {
+    "uint16": "UINT16", "int32": "INT32", "float32": "FLOAT32", "tfloat32": "TFLOAT32",
+    "bfloat16": "BFLOAT16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tensor_on_gpu(gpu):
+    """`tensor_on_gpu(array, tensor)`: the address of the encoded map of a copy of the array, and
+    a function that gets the copy."""
+    if not gpu.has(*tma.FENCE_ASYNC.needs):
+        pytest.skip(f"no bulk copies on {gpu}")
+    memories = []
+
+    def put(array, tensor):
+        kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+        memory = ask(driver.cuMemAlloc(array.nbytes))
+        memories.append(memory)
+        ask(driver.cuMemcpyHtoD(memory, array.ctypes.data, array.nbytes))
+        span = f"{tensor.swizzle}B" if tensor.swizzle else "NONE"
+        encoded = ask(driver.cuTensorMapEncodeTiled(
+            getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{KINDS[tensor.kind]}"),
+            len(tensor.shape),
+            int(memory),
+            [driver.cuuint64_t(n) for n in tensor.shape[::-1]],
+            [driver.cuuint64_t(n) for n in tensor.strides[-2::-1]],
+            [driver.cuuint32_t(n) for n in tensor.box[::-1]],
+            [driver.cuuint32_t(1)] * len(tensor.shape),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{span}"),
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ))  # fmt: skip
+        handle = ask(driver.cuMemAlloc(256))
+        memories.append(handle)
+        words = np.array([int(word) for word in encoded.opaque], np.uint64)
+        ask(driver.cuMemcpyHtoD(handle, words.ctypes.data, words.nbytes))
+
+        def get():
+            ask(driver.cuMemcpyDtoH(array.ctypes.data, memory, array.nbytes))
+            return array
+
+        return int(handle), get
+
+    yield put
+    for memory in memories:
+        ask(driver.cuMemFree(memory))
+
+
+def tensor_of(array, box, swizzle=0, kind=None):
+    kind = kind or array.dtype.name
+    made = tma.TensorMap(
+        0, array.itemsize, array.shape, array.strides, tuple(box), swizzle,
+        rounds=kind == "tfloat32", kind=kind,
+    )  # fmt: skip
+    assert not made.problem(), made.problem()
+    return made
+
+
+def bulk_load(rank, size):
+    """Thread 0 loads a box to the start of shared memory; the output says whether `size` bytes
+    have come. It looks a limited number of times, so that too few of them do not hang the GPU."""
+    load = tma.tma_load(rank).ptx
+    load = load.replace(f"$a{rank + 2}", "full").replace(f"$a{rank + 1}", "%r501")
+    return Instruction(
+        name=f"load.{rank}",
+        ptx=f"""{{
+.reg .pred first, complete, again;
+.reg .b32 full, round;
+add.u32 full, %r501, {SHARED_BYTES - 64};
+setp.eq.u32 first, %r500, 0;
+@first mbarrier.init.shared.b64 [full], 1;
+fence.mbarrier_init.release.cluster;
+fence.proxy.async.shared::cta;
+bar.sync 0;
+@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], {size};
+@first {load}
+mov.u32 round, 0;
+look_${{uid}}:
+mbarrier.try_wait.parity.shared.b64 complete, [full], 0;
+add.u32 round, round, 1;
+setp.lt.and.u32 again, round, 1000, !complete;
+@again bra look_${{uid}};
+selp.u32 $d0, 1, 0, complete;
+}}""",
+        outputs=(dtypes.uint32,),
+        inputs=(dtypes.uint64, *(dtypes.int32,) * rank),
+        needs=tma.tma_load(rank).needs,
+        meaning=lambda lanes, inputs: (),
+    )
+
+
+@pytest.fixture
+def check_load(execute, tensor_on_gpu):
+    """A box that the GPU loads is the part of the array, its chunks where `Box` says, and its
+    barrier is told `box_bytes`."""
+
+    def check(array, tensor, start, expected=None):
+        handle, _ = tensor_on_gpu(array, tensor)
+        rng = np.random.default_rng(1)
+        content = rng.integers(0, 256, SHARED_BYTES).astype(np.uint8)
+        before = content.copy()
+        inputs = [np.full(LANES, handle, np.uint64)]
+        inputs += [np.full(LANES, i, np.int32) for i in start]
+        one = bulk_load(len(start), tensor.box_bytes)
+        (found,) = execute(one, inputs, content=content)
+        assert found.all(), "the barrier was told another number of bytes"
+        box = tma.Box(tensor, start)
+        if expected is None:
+            outer, inner = box.meets()
+            expected = np.zeros(tensor.box, array.dtype)
+            expected[inner] = array[outer]
+        chunks = np.ascontiguousarray(expected).view(np.uint8).reshape(-1, tma.CHUNK)
+        before[box.chunks(0)[:, None] + np.arange(tma.CHUNK)] = chunks
+        end = SHARED_BYTES - 64  # the barrier is behind
+        assert np.array_equal(content[:end], before[:end])
+
+    return check
+
+
+@pytest.mark.parametrize("start", [(0, 0), (-3, 8), (90, 150), (200, 0)])
+@pytest.mark.parametrize("span", [0, 32, 64, 128])
+def test_a_bulk_load_on_the_gpu_is_what_it_means(span, start, check_load):
+    array = np.arange(100 * 160, dtype=np.uint16).reshape(100, 160)
+    check_load(array, tensor_of(array, (32, (span or 128) // 2), span), start)
+
+
+@pytest.mark.parametrize("span", [64, 128])
+def test_a_bulk_load_on_the_gpu_of_rows_below_the_swizzles_span_keeps_its_pitch(span, check_load):
+    array = np.arange(100 * 160, dtype=np.uint16).reshape(100, 160)
+    check_load(array, tensor_of(array, (32, 16), span), (4, 8))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 5])
+def test_a_bulk_load_on_the_gpu_of_any_rank_is_what_it_means(rank, check_load):
+    shape = (5, 4, 3, 6, 16)[-rank:]
+    array = np.arange(1, 1 + np.prod(shape), dtype=np.int32).reshape(shape)
+    box = (2, 2, 2, 4, 8)[-rank:]
+    check_load(array, tensor_of(array, box), (1, -1, 2, 3, 4)[-rank:])
+
+
+def test_a_bulk_load_on_the_gpu_rounds_to_tf32_as_it_means(check_load):
+    array = np.resize(np.random.default_rng(0).standard_normal(256), 256).astype(np.float32)
+    step = np.float32(2.0**-10)
+    array[:8] = [1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, 2 - step / 4, np.inf, -np.inf,
+                 1e-40, 0]  # fmt: skip
+    check_load(array, tensor_of(array, (256,), kind="tfloat32"), (0,), tma.round_to_tf32(array))
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["store", "add"])
+@pytest.mark.parametrize("kind", ["int32", "float32", "bfloat16"])
+def test_a_bulk_store_on_the_gpu_is_what_it_means(kind, add, execute, tensor_on_gpu):
+    rng = np.random.default_rng(2)
+    dtype = dtypes.as_dtype(kind).numpy
+    array = rng.integers(-8, 9, (40, 96)).astype(dtype)
+    width = 128 // array.itemsize
+    tensor = tensor_of(array, (32, width), 128, kind)
+    box = tma.Box(tensor, (20, 80))
+    values = rng.integers(-8, 9, tensor.box).astype(dtype)
+    content = np.zeros(SHARED_BYTES, np.uint8)
+    chunks = values.view(np.uint8).reshape(-1, tma.CHUNK)
+    content[box.chunks(0)[:, None] + np.arange(tma.CHUNK)] = chunks
+    expected = array.copy()
+    outer, inner = box.meets()
+    expected[outer] = expected[outer] + values[inner] if add else values[inner]
+    handle, get = tensor_on_gpu(array, tensor)
+    one = tma.tma_reduce_add(2) if add else tma.tma_store(2)
+    text = one.ptx.replace("$a3", "%r501")
+    store = Instruction(
+        name=one.name,
+        ptx="{\n.reg .pred first;\nsetp.eq.u32 first, %r500, 0;\n"
+        f"{tma.FENCE_ASYNC.ptx}\nbar.sync 0;\n@first {text}\n"
+        f"{tma.COMMIT_STORES.ptx}\n{tma.wait_stores(0, False).ptx}\n}}",
+        inputs=one.inputs[:3],
+        needs=one.needs,
+        meaning=one.meaning,
+    )
+    inputs = [np.full(LANES, handle, np.uint64)]
+    execute(store, [*inputs, *(np.full(LANES, i, np.int32) for i in box.start)], content=content)
+    assert np.array_equal(get(), expected)
