@@ -23,6 +23,7 @@ from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import GROUP, ROWS, warpgroup_layout
 
 STRIP_BYTES = 128  # of a row: the widest swizzle
+MOST_STRIPS = 2
 FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
 
 
@@ -98,7 +99,7 @@ class _Stager:
         return tuple(
             n
             for number, place in enumerate(strips)
-            for n in self._strip(node, buffer, atom, width, number, place, len(strips) % 2 == 1)
+            for n in self._strip(node, buffer, atom, width, number, place, len(strips))
         )
 
     def _holder(self, fragment: Buffer) -> WgmmaAtom | None:
@@ -117,7 +118,7 @@ class _Stager:
         is short."""
         groups = atom.groups_m * atom.groups_n
         each = groups * ROWS * width * target.dtype.bytes
-        slots = 2 if strips > 1 and 2 * each <= self.free else 1
+        slots = max(1, min(MOST_STRIPS, strips, self.free // each))
         shape = (slots, atom.groups_m, atom.groups_n, ROWS, width)
         found = self.strips.get((shape, target.dtype))
         if found is None:
@@ -138,7 +139,7 @@ class _Stager:
         width: int,
         number: int,
         place: tuple[int, int],
-        is_odd: bool,
+        strips: int,
     ) -> list[Node]:
         """One strip: write it when its slot has been read, send it."""
         slots, span = buffer.extents[0], node.span
@@ -152,14 +153,15 @@ class _Stager:
         store = self._store(node, buffer, atom, width, number % slots, place)
         written = self._written(node, buffer, atom, width, number % slots, place)
         read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
+        read_before = Control(op=ControlOp.STORE_WAIT_READ, count=max(slots - 2, 0), span=span)
         sent: list[Node] = [
             If(condition=first, then=(store,), span=span),
             Control(op=ControlOp.STORE_COMMIT, span=span),
         ]
         fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
         # where they meet for this strip, all learn that the other slot has been read
-        filled = [written, fence, read, meeting, *sent]
-        follows_itself = slots == 1 or (number == 0 and is_odd)
+        filled = [written, fence, read_before, meeting, *sent]
+        follows_itself = slots == 1 or (number == 0 and strips % slots != 0)
         return [read, meeting, *filled] if follows_itself else filled
 
     def _written(

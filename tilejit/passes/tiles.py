@@ -157,7 +157,7 @@ def best_group(kernel: Kernel, cluster: int, axis: int | None) -> int:
     most = running if most is None else max(1, most // steps[1])
     best = (math.inf, 1)
     for rows in range(1, min(running, most) + 1):
-        columns = -(-running // rows)
+        columns = running / rows
         read = rows * steps[1] * along_y + columns * steps[0] * along_x
         best = min(best, (read, rows))
     return best[1]
