@@ -226,7 +226,7 @@ def test_tile_ops_print_every_argument():
             dst=whole(s),
             pad=const(0.1, float16),
             coalesced_width=2,
-            prefer="cp.async",
+            prefer="cp_async",
         ),
         Gemm(
             a=whole(s),
@@ -241,7 +241,8 @@ def test_tile_ops_print_every_argument():
         params=[A],
     )
     assert lines[2:] == [
-        "T.copy(A[m // 2, 0:4, 0:4], s, pad=float16(0.1), coalesced_width=2, prefer='cp.async')",
+        "T.copy(A[m // 2, 0:4, 0:4], s, pad=float16(0.1), coalesced_width=2, "
+        "prefer_instruction='cp_async')",
         "T.gemm(s, s, f, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, "
         "clear_accum=True)",
         "T.fill(s[m % 2:(m % 2) + 2, 0:4], float16(0.0))",

@@ -13,7 +13,7 @@ from typing import Any
 
 from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, Var
+from tilejit.ir.expr import Expr, Var, arith, index
 from tilejit.ir.node import Body, walk
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.shared import SharedLayout
@@ -65,6 +65,25 @@ class TensorBox:
     rounds: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the user has decided that passes decide otherwise.
+
+    cluster: blocks of a cluster along x, y, z; None where passes choose.
+    panel, order: tiles are computed in panels of so many rows ("row") or columns ("column") of
+        tiles; 0 where passes choose.
+    producer_registers, consumer_registers: of a thread, where passes split the block into roles;
+        0 where they choose. keeps_registers: no thread gives any away.
+    """
+
+    cluster: tuple[int, int, int] | None = None
+    panel: int = 0
+    order: str = "row"
+    producer_registers: int = 0
+    consumer_registers: int = 0
+    keeps_registers: bool = False
+
+
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
@@ -76,6 +95,7 @@ class Kernel:
     threads: user threads along x, y, z. is_free: the user left their number to the compiler.
     multiples: numbers that the call promises to divide runtime extents and strides.
     block_vars, thread_vars: variables of blockIdx and threadIdx, x first; as many as were named.
+    given: what the user has decided of what passes decide.
 
     Decided by passes, empty before:
     fragments: layout of each fragment.
@@ -84,7 +104,7 @@ class Kernel:
     offsets: byte offset of each shared buffer and barrier in dynamic shared memory.
     shared_bytes: dynamic shared memory of a block.
     extra_threads: of a block besides the user's: producers.
-    cluster: blocks of a cluster along x, y, z.
+    cluster: blocks of a cluster along x, y, z; the user's until a pass decides otherwise.
     blocks_var: the variable that holds how many blocks run.
     is_persistent: a launch has no more blocks than the chip runs at once, each computing tiles
         one after the other; `grid` then counts what there is to compute.
@@ -101,6 +121,7 @@ class Kernel:
     target: Target | None = None
     multiples: Mapping[Var, int] = field(default_factory=lambda: _EMPTY)
     fast_math: bool = False
+    given: Given = field(default_factory=Given)
     fragments: Mapping[Any, FragmentLayout] = field(default_factory=lambda: _EMPTY)
     shared: Mapping[Buffer, SharedLayout] = field(default_factory=lambda: _EMPTY)
     slots: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
@@ -124,6 +145,16 @@ class Kernel:
     def cluster_size(self) -> int:
         x, y, z = self.cluster
         return x * y * z
+
+    @property
+    def cluster_rank(self) -> Expr:
+        """The block's number in its cluster, counted along x first (PTX ISA, %cluster_ctarank)."""
+        rank: Expr = index(0)
+        step = 1
+        for var, blocks in zip(self.block_vars, self.cluster, strict=False):
+            rank = arith("add", rank, arith("mul", arith("floormod", var, blocks), step))
+            step *= blocks
+        return rank
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:

@@ -201,12 +201,20 @@ class Role:
     """What some of the block's threads do while others do something else.
 
     first, threads: the executing threads, `first` being the linear index of the first in the block.
+    meeting: the hardware barrier, 1 to 15, at which they come together; 0 where roles of one
+        `Roles` have those from 1 on, in order.
     """
 
     name: str
     first: int
     threads: int
     body: Body = ()
+    meeting: int = 0
+
+    @property
+    def home(self) -> tuple[int, int]:
+        """Which threads it is."""
+        return self.first, self.threads
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -222,6 +230,21 @@ class Roles(Node):
     def with_bodies(self, *bodies: Body) -> Node:
         fresh = [dataclasses.replace(r, body=b) for r, b in zip(self.roles, bodies, strict=True)]
         return dataclasses.replace(self, roles=tuple(fresh))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part(Node):
+    """`body` alone: one of several pieces that a pass looks at together (`ir.parts`)."""
+
+    body: Body = ()
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.body,)
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        (body,) = bodies
+        return dataclasses.replace(self, body=body)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
