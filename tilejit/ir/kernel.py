@@ -5,7 +5,7 @@ Knows what has been decided and by which type. Does not know how anything is dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -152,13 +152,8 @@ class Kernel:
 
     @property
     def cluster_rank(self) -> Expr:
-        """The block's number in its cluster, counted along x first (PTX ISA, %cluster_ctarank)."""
-        rank: Expr = index(0)
-        step = 1
-        for var, blocks in zip(self.block_vars, self.cluster, strict=False):
-            rank = arith("add", rank, arith("mul", arith("floormod", var, blocks), step))
-            step *= blocks
-        return rank
+        """The block's number in its cluster."""
+        return rank_in_cluster(self.block_vars, self.cluster)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -191,6 +186,16 @@ class Kernel:
         from tilejit.ir.printer import print_kernel
 
         return print_kernel(self)
+
+
+def rank_in_cluster(block_vars: Sequence[Expr], cluster: tuple[int, int, int]) -> Expr:
+    """A block's number in its cluster, counted along x first (PTX ISA, %cluster_ctarank)."""
+    rank: Expr = index(0)
+    step = 1
+    for var, blocks in zip(block_vars, cluster, strict=False):
+        rank = arith("add", rank, arith("mul", arith("floormod", var, blocks), step))
+        step *= blocks
+    return rank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

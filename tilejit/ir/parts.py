@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.buffer import Buffer
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, Node, Part, Role, Roles, walk
 
@@ -66,15 +66,14 @@ def _filled(body: Body, bodies: Iterator[Body]) -> Body:
     return tuple(result)
 
 
-def private_homes(kernel: Kernel) -> dict[Buffer, set[Home]]:
-    """By which threads each fragment and each thread's own memory is touched."""
-    found: dict[Buffer, set[Home]] = {}
+def common_buffers(kernel: Kernel) -> set[Buffer]:
+    """The buffers that more than one part touches."""
+    homes: dict[Buffer, set[Home]] = {}
 
     def visit(body: Body, home: Home) -> None:
         for node in body:
             for buffer in (*node.reads, *node.writes):
-                if buffer.scope is Scope.FRAGMENT or buffer.scope.is_per_thread:
-                    found.setdefault(buffer.root, set()).add(home)
+                homes.setdefault(buffer.root, set()).add(home)
             if isinstance(node, Roles):
                 for role in node.roles:
                     visit(role.body, role.home)
@@ -82,5 +81,5 @@ def private_homes(kernel: Kernel) -> dict[Buffer, set[Home]]:
                 for inner in node.bodies:
                     visit(inner, home)
 
-    visit(kernel.body, (0, kernel.num_threads + kernel.extra_threads))
-    return found
+    visit(kernel.body, (0, kernel.num_threads))
+    return {b for b, users in homes.items() if len(users) > 1}

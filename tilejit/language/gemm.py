@@ -200,9 +200,7 @@ def _core(buffer: Buffer) -> tuple[int, ...]:
     return buffer.extents[-2:]
 
 
-def _check_shapes(
-    what: str, a: Region, b: Region, acc: Region, t_a: bool, t_b: bool
-) -> None:
+def _check_shapes(what: str, a: Region, b: Region, acc: Region, t_a: bool, t_b: bool) -> None:
     (m, k) = a.shape[::-1] if t_a else a.shape
     (k_b, n) = b.shape[::-1] if t_b else b.shape
     pair = f"A is {_stored(a, t_a)} and B is {_stored(b, t_b)}"

@@ -17,6 +17,8 @@ from tilejit.language.finish import finish_body, shape_variables, used_variables
 from tilejit.language.handle import BufferHandle
 from tilejit.language.hazards import check_iterations
 from tilejit.language.trace import Trace
+from tilejit.language.warps import check_roles
+from tilejit.language.wgmma import check_multiplies
 
 
 def make_program(
@@ -70,6 +72,8 @@ def _kernel(
 ) -> Kernel:
     body = finish_body(trace.root.nodes)
     check_iterations(body)
+    check_roles(trace, body)
+    body = check_multiplies(body)
     return Kernel(
         name=name,
         params=_params(host, trace, body, overlaps),
@@ -80,6 +84,8 @@ def _kernel(
         thread_vars=trace.thread_vars,
         body=body,
         fast_math=fast_math,
+        given=trace.given,
+        cluster=trace.cluster,
         span=trace.span,
     )
 

@@ -155,8 +155,8 @@ class EmitterBase:
         total = self.kernel.num_threads
         if role.first or role.threads < total:
             assert x == total, "roles are of blocks with threads along x"
-            if self.kernel.thread_vars:
-                self.bind(self.kernel.thread_vars[0], absolute)
+            for var, at in zip(self.kernel.thread_vars, (absolute, None, None), strict=False):
+                self.bind(var, self.m.const(0, int32) if at is None else at)
             return
         parts = (
             _remainder(thread_var, x, total),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import Expr, arith, binary, const
+from tilejit.ir.expr import Expr, arith, binary, cast, const
 from tilejit.ir.node import Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp
 from tilejit.isa import cluster as isa_cluster
@@ -115,10 +115,9 @@ class KernelEmitter(MatmulEmitter):
         """One instruction a box; before those to shared memory the barrier learns their bytes."""
         assert node.tensor_map is not None, "describe did not run"
         is_load = node.src.buffer.scope is Scope.GLOBAL
-        outer, inner = (node.src, node.dst) if is_load else (node.dst, node.src)
+        inner = node.dst if is_load else node.src
         self.check_region(inner, point)
         layout = self.kernel.shared[inner.buffer]
-        tensor = self.value(node.tensor_map)
         barrier: Value = None
         if is_load:
             assert node.barrier is not None, f"nobody waits for {node.dst}"
@@ -127,29 +126,67 @@ class KernelEmitter(MatmulEmitter):
             for extent in inner.shape:
                 bytes_ *= extent
             self.m.issue(isa_mbarrier.EXPECT, [barrier, self.m.const(bytes_, uint32)])
-        blocks = self.kernel.cluster_size if node.cluster_axis is not None else 1
-        for outside, inside in box_places(layout, outer, inner, blocks, self.cluster_rank):
+        mask = node.sharers(self.kernel.cluster_size)
+        if not mask or mask == (1 << self.kernel.cluster_size) - 1:
+            self._emit_share(node, point, barrier, self.share(mask) if mask else const(0), mask)
+            return
+        is_in = binary("and", binary("shr", const(mask), self.kernel.cluster_rank), const(1))
+
+        def together() -> None:
+            with self.scope():
+                self._emit_share(node, point, barrier, self.share(mask), mask)
+
+        def alone() -> None:
+            for share in range(mask.bit_count()):
+                with self.scope():
+                    self._emit_share(node, point, barrier, const(share), mask, is_alone=True)
+
+        self.m.branch(self.value(binary("ne", is_in, const(0))), together, alone, {})
+
+    def _emit_share(
+        self,
+        node: Copy,
+        point: Point,
+        barrier: Value,
+        share: Expr,
+        mask: int,
+        is_alone: bool = False,
+    ) -> None:
+        """The boxes of one block, each handed to the blocks of `mask` (0: to none but its own).
+        is_alone: the block is not one of them."""
+        is_load = node.src.buffer.scope is Scope.GLOBAL
+        outer, inner = (node.src, node.dst) if is_load else (node.dst, node.src)
+        layout = self.kernel.shared[inner.buffer]
+        assert node.tensor_map is not None, "describe did not run"
+        tensor = self.value(node.tensor_map)
+        hint = node.eviction is not None
+        targets = [self.m.const(mask, uint16)] if mask and not is_alone else []
+        for outside, inside in box_places(layout, outer, inner, max(1, mask.bit_count()), share):
             at = [self.index_value(point.sub(e), 32)[0] for e in outside]
             address = self.address(inner.buffer, [point.sub(e) for e in inside])
             if address.align < 16:
                 raise InternalError(f"A box of `{inner.buffer.name}` is not aligned.")
             shared = self.m.address(address)
-            hint = node.eviction is not None
             policy = [] if not hint else [self._policy(node.eviction or "")]
             if not is_load:
                 self.m.issue(isa_tma.tma_store(len(at), hint), [tensor, *at, shared, *policy])
                 continue
-            mask = [] if blocks == 1 else [self.m.const((1 << blocks) - 1, uint16)]
-            record = isa_tma.tma_load(len(at), bool(mask), hint)
-            self.m.issue(record, [tensor, *at, shared, barrier, *mask, *policy])
+            record = isa_tma.tma_load(len(at), bool(targets), hint)
+            self.m.issue(record, [tensor, *at, shared, barrier, *targets, *policy])
 
     def _policy(self, eviction: str) -> Value:
         return self.m.const(isa_tma.EVICTION_POLICY[eviction], uint64)
 
-    @property
-    def cluster_rank(self) -> Expr:
-        """The block's number in its cluster."""
-        return arith("floormod", self.kernel.block_vars[0], self.kernel.cluster_size)
+    def share(self, mask: int) -> Expr:
+        """The block's number among those of a mask."""
+        rank = self.kernel.cluster_rank
+        if mask == (1 << self.kernel.cluster_size) - 1:
+            return rank
+        result: Expr = const(0)
+        for other in range(mask.bit_length()):
+            if mask >> other & 1:
+                result = arith("add", result, cast(binary("gt", rank, const(other)), int32))
+        return result
 
     # ---- multiplies by warpgroups -----------------------------------------------------------
 

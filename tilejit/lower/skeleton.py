@@ -11,6 +11,7 @@ import linecache
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tilejit.dtypes import DType, bool_, int32, int64, uint32
@@ -33,6 +34,7 @@ from tilejit.ir.node import (
     While,
     walk,
 )
+from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierWait
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cluster as isa_cluster
@@ -54,6 +56,7 @@ from tilejit.lower.grouping import (
 )
 from tilejit.lower.held import Held, held_as
 from tilejit.lower.hopper import KernelEmitter
+from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.uses import used_variables
 
 COMMENT_COLUMN = 60
@@ -73,7 +76,8 @@ class _Skeleton:
         self.names: dict[Any, str] = {}
         self.taken: set[str] = {"cuda"}
         self.depth = 1
-        self.role = _Part(Role("block", 0, kernel.num_threads), isa_barrier.WHOLE_BLOCK)
+        whole = Role("block", 0, kernel.num_threads, meeting=isa_barrier.WHOLE_BLOCK)
+        self.role = _Part(kernel, whole)
         self.held = {key: self._held_of(key) for key in self._keys(kernel.body)}
         self.user_counts = {key: len(self._users(key, kernel.body)) for key in self.held}
         self.uses = count_uses(kernel)
@@ -168,7 +172,7 @@ class _Skeleton:
         threads = math.prod(self.threads)
         if threads % WARP:
             return threads
-        if any(isinstance(n, Roles) for n in walk(self.kernel.body)):
+        if any(_is_by_warpgroup(n) for n in walk(self.kernel.body)):
             return GROUP
         for node in walk(self.kernel.body):
             if isinstance(node, If | While) and self.facts.divergence.of(node.exprs):
@@ -333,7 +337,7 @@ class _Skeleton:
             else:
                 condition = self.expression(f"is_{role.name}", _is_in(role), [], bool_)
                 self.line(f"{'elif' if number else 'if'} {condition}:", node.span)
-            self.role = _Part(role, number + 1)
+            self.role = _Part(self.kernel, replace(role, meeting=role.meeting or number + 1))
             self._nested(role.body, is_region=True)
             self.role, end = before, role.first + role.threads
 
@@ -424,8 +428,8 @@ class _Skeleton:
         return f"{name}({', '.join(self.names[v] for v in inputs)})"
 
     def _emitter(self, machine: Machine, part: _Part) -> KernelEmitter:
-        emitter = KernelEmitter(machine, self.kernel, self.facts)
-        emitter.start(part.role, part.thread, part.meeting)
+        emitter = KernelEmitter(machine, part.kernel, self.facts)
+        emitter.start(part.role, part.thread, part.role.meeting)
         return emitter
 
     def _inputs(self, used: set[Var]) -> list[Var]:
@@ -514,12 +518,19 @@ class _Skeleton:
 
 
 class _Part:
-    """A role, its threads' number as a variable, and the hardware barrier where they meet."""
+    """A role, the kernel as its threads see it, and their number as a variable."""
 
-    def __init__(self, role: Role, meeting: int) -> None:
+    def __init__(self, kernel: Kernel, role: Role) -> None:
         self.role = role
-        self.meeting = meeting
+        self.kernel = part_kernel(kernel, role)
         self.thread = Var("thread", int32, VarKind.THREAD, index(0), index(role.threads - 1))
+
+
+def _is_by_warpgroup(node: Node) -> bool:
+    """True for what a warpgroup does as one."""
+    if isinstance(node, Gemm):
+        return node.is_async
+    return isinstance(node, Roles | GemmWait)
 
 
 def _parameter_slot(param: Param) -> Slot:

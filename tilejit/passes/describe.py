@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilejit.dtypes import tfloat32, uint64
+from tilejit.errors import UnsupportedError
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Var, VarKind
 from tilejit.ir.kernel import Kernel, Param, ParamKind, TensorBox
@@ -61,9 +62,15 @@ class _Describer:
         is_load = node.src.buffer.scope is Scope.GLOBAL
         outer, inner = (node.src, node.dst) if is_load else (node.dst, node.src)
         layout = self.kernel.shared[inner.buffer]
-        blocks = self.kernel.cluster_size if node.cluster_axis is not None else 1
+        blocks = max(1, node.sharers(self.kernel.cluster_size).bit_count())
         boxes = boxes_of(layout, inner.extents, blocks)
-        assert boxes is not None, f"{inner} cannot be divided among {blocks} blocks"
+        if boxes is None:
+            raise UnsupportedError(
+                f"T.tma_copy: {inner.buffer.name} cannot be divided among {blocks} blocks.",
+                span=node.span,
+                related=[(inner.buffer.span, f"{inner.buffer.name} comes from here")],
+                hint="Each block brings as many panels or groups of 8 rows of it.",
+            )
         extents = [1] * outer.buffer.rank
         kept = outer.kept
         extents[kept[-1]] = boxes.box_columns

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import For, LoopKind, Node, While, walk
+from tilejit.ir.node import For, LoopKind, Node, Roles, While, walk
 from tilejit.ir.sync import Control, ControlOp
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.ops.copy import Copy
@@ -32,8 +32,10 @@ class Brought:
     gemm_reasons: dict[Gemm, list[str]] = field(default_factory=dict)
 
 
-def copies_to_bring(kernel: Kernel, target: Target) -> Brought:
+def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Brought:
     """What producers bring and warpgroups multiply.
+
+    obstacle: what rules producers out, if that is known.
 
     A kernel has producers when it has a multiply for warpgroups whose operands come through
     T.Pipelined loops, and every plain copy in such loops can be brought: a loop is fed in one way.
@@ -50,10 +52,10 @@ def copies_to_bring(kernel: Kernel, target: Target) -> Brought:
         return Brought(gemm_reasons=why)
     reasons = _reasons(kernel)
     refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
-    general = _obstacle(kernel, nodes)
-    if general or refused or not _pipelined_copies(kernel):
+    general = obstacle or _obstacle(kernel, nodes)
+    if general or refused or not pipelined_copies(kernel):
         reason = general or "its operands are not brought by TMA"
-        own = dict(refused) if not general else dict.fromkeys(_pipelined_copies(kernel), general)
+        own = dict(refused) if not general else dict.fromkeys(pipelined_copies(kernel), general)
         kept = {n: a for n, a in atoms.items() if _is_filled_by_threads(n, kernel)}
         why |= {n: [f"wgmma ({reason})"] for n in atoms if n not in kept}
         return Brought(gemms=kept, reasons=own, gemm_reasons=why)
@@ -75,7 +77,7 @@ def _reasons(kernel: Kernel) -> dict[Copy, str]:
     return {c: misfit(c, kernel) or reach[c] for c in plain}
 
 
-def _pipelined_copies(kernel: Kernel) -> list[Copy]:
+def pipelined_copies(kernel: Kernel) -> list[Copy]:
     """Plain copies into shared memory that stand in loops with stages."""
     return [
         n
@@ -87,7 +89,7 @@ def _pipelined_copies(kernel: Kernel) -> list[Copy]:
 
 
 def _is_pipelined(copy: Copy, kernel: Kernel) -> bool:
-    return copy in _pipelined_copies(kernel)
+    return copy in pipelined_copies(kernel)
 
 
 def _has_stages(loop: For) -> bool:
@@ -100,6 +102,10 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
     """What in the kernel rules producers out."""
     if any(b.scope is Scope.BARRIER for b in kernel.buffers):
         return "the kernel has barriers of its own"
+    if any(isinstance(n, Roles) for n in nodes):
+        return "the block's warpgroups have roles"
+    if any(isinstance(n, Gemm) and n.is_async for n in nodes):
+        return "the kernel waits for multiplies itself"
     if any(isinstance(n, While) for n in nodes):
         return "the kernel has a loop whose end only the block knows"
     if any(isinstance(n, Control) and n.op is not ControlOp.FENCE_DEVICE for n in nodes):
@@ -114,5 +120,5 @@ def _is_filled_by_threads(node: Gemm, kernel: Kernel) -> bool:
     operands: set[Buffer] = {
         r.buffer.root for r in (node.a, node.b) if r.buffer.scope is Scope.SHARED
     }
-    pipelined = {c.dst.buffer.root for c in _pipelined_copies(kernel)}
+    pipelined = {c.dst.buffer.root for c in pipelined_copies(kernel)}
     return not operands & pipelined

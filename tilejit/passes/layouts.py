@@ -29,6 +29,7 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
+from tilejit.ir.parts import each_part
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
@@ -50,8 +51,15 @@ def infer_layouts(kernel: Kernel) -> Kernel:
     not have it is copied through shared memory by explicit nodes.
     Raises ResourceError when a fragment is too large for the registers of its threads.
     """
+    kernel = each_part(kernel, _fragment_layouts)
+    return replace(kernel, shared=_shared_layouts(kernel))
+
+
+def _fragment_layouts(kernel: Kernel) -> Kernel:
+    """The same for the fragments of one set of threads."""
     inference = _Inference(kernel)
     inference.run()
+    before = kernel.fragments
     kernel = replace(
         kernel,
         fragments=inference.layouts,
@@ -59,7 +67,7 @@ def infer_layouts(kernel: Kernel) -> Kernel:
     )
     kernel = _convert_conflicts(kernel)
     _check_registers(kernel)
-    return replace(kernel, shared=_shared_layouts(kernel))
+    return replace(kernel, fragments={**before, **kernel.fragments})
 
 
 class _Inference:

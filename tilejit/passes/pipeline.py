@@ -5,6 +5,7 @@ Knows which copies may run ahead and how many slots fit the chip. Does not know 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_
@@ -38,6 +39,7 @@ from tilejit.ir.node import (
     rewrite,
     walk,
 )
+from tilejit.ir.parts import common_buffers, each_part
 from tilejit.ir.sync import AsyncCommit, AsyncWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.isa.mma import WARP, operand_word
@@ -55,12 +57,17 @@ def pipeline_loops(kernel: Kernel) -> Kernel:
     Needs: atoms, layouts. Decides: `slots`; replaces the loop by prologue, steady state and
     waits. A copy that cannot run ahead stays where it is, through registers.
     """
-    pipeliner = _Pipeliner(kernel)
+    return each_part(kernel, functools.partial(_pipeline_part, common_buffers(kernel)))
+
+
+def _pipeline_part(common: set[Buffer], kernel: Kernel) -> Kernel:
+    """The same for the loops of one set of threads. common: what others use too."""
+    pipeliner = _Pipeliner(kernel, common)
     body = pipeliner.visit(kernel.body)
     return replace(
         kernel,
         body=body,
-        slots=pipeliner.slots,
+        slots={**kernel.slots, **pipeliner.slots},
         shared=pipeliner.shared,
         fragments=pipeliner.fragments,
         notes=(*kernel.notes, *pipeliner.notes),
@@ -77,8 +84,9 @@ class _Split:
 
 
 class _Pipeliner:
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, common: set[Buffer]) -> None:
         self.kernel = kernel
+        self.common = common
         self.aliases = Aliases(kernel)
         self.slots: dict[Buffer, int] = {}
         self.shared = dict(kernel.shared)
@@ -180,7 +188,7 @@ class _Pipeliner:
         """True when the copy alone fills its buffer, each iteration anew, before any use, and
         nothing outside the loop touches it."""
         target = copy.dst.buffer
-        if not copy.dst.is_whole or target.is_view or target in self.slots:
+        if target in self.common or not copy.dst.is_whole or target.is_view or target in self.slots:
             return False
         seen = False
         for child in node.body:

@@ -34,10 +34,12 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Parallel,
+    Roles,
     Store,
     While,
     walk,
 )
+from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, WgmmaAtom
 from tilejit.isa.mma import MMA, WARP, find_mma
@@ -45,6 +47,15 @@ from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
 from tilejit.passes.hopper import copies_to_bring
+from tilejit.passes.manual import (
+    Executing,
+    bulk_copy,
+    check_needs,
+    is_aligned,
+    spelling,
+    started_multiply,
+    with_meetings,
+)
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
 
@@ -58,7 +69,8 @@ def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
     not all threads take.
     """
-    kernel = _with_thread_vars(kernel)
+    check_needs(kernel, target)
+    kernel = with_meetings(_with_thread_vars(kernel))
     selector = _Selector(kernel, target)
     body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
     return replace(
@@ -84,21 +96,26 @@ class _Selector:
         self.notes: list[str] = []
         self.used = _used_variables(kernel.body)
         self.brought = copies_to_bring(kernel, target)
+        self.executing = Executing(kernel, self.divergence)
 
     def visit(self, body: Body, *, is_divergent: bool, is_pipelined: bool) -> Body:
         result: list[Node] = []
         for node in body:
             if is_divergent and needs_all_threads(node):
                 raise TraceError(
-                    f"{_spelling(node)} needs all threads of the block, but it stands in a branch "
+                    f"{_spelling(node)} needs {self.executing.words}, but it stands in a branch "
                     "or loop that not all of them take.",
                     span=node.span,
-                    hint="Move it out, or make the condition the same for the whole block.",
+                    hint="Move it out, or make the condition the same for all of them.",
                 )
             if isinstance(node, Parallel):
                 result.append(node)
             elif isinstance(node, Copy | Fill) and is_private(node):
                 result += as_loops(node)
+            elif isinstance(node, Roles):
+                result.append(self.roles(node))
+            elif isinstance(node, Copy) and node.is_async:
+                result += bulk_copy(node, self.kernel, self.executing)
             elif isinstance(node, Copy):
                 result.append(self.copy(node, is_pipelined))
             elif isinstance(node, Gemm):
@@ -106,16 +123,32 @@ class _Selector:
             elif isinstance(node, Atomic):
                 result += self.atomic(node, is_divergent)
             else:
-                inner = [
-                    self.visit(
-                        child,
-                        is_divergent=is_divergent or self.splits(node),
-                        is_pipelined=isinstance(node, For) and node.kind is LoopKind.PIPELINED,
-                    )
-                    for child in node.bodies
-                ]
+                inner: list[Body] = []
+                for number, child in enumerate(node.bodies):
+                    with self.executing.inside(node, number):
+                        inner.append(
+                            self.visit(
+                                child,
+                                is_divergent=is_divergent or self.splits(node),
+                                is_pipelined=isinstance(node, For)
+                                and node.kind is LoopKind.PIPELINED,
+                            )
+                        )
                 result.append(node.with_bodies(*inner))
         return tuple(result)
+
+    def roles(self, node: Roles) -> Node:
+        """Each role's body as that of a kernel with the role's threads."""
+        bodies: list[Body] = []
+        before = self.kernel, self.threads, self.brought, self.executing
+        for role in node.roles:
+            self.threads = role.threads
+            self.executing = Executing(before[0], self.divergence, role)
+            part = replace(part_kernel(before[0], role), body=role.body)
+            self.brought = copies_to_bring(part, self.target, "the block's warpgroups have roles")
+            bodies.append(self.visit(role.body, is_divergent=False, is_pipelined=False))
+        self.kernel, self.threads, self.brought, self.executing = before
+        return node.with_bodies(*bodies)
 
     def splits(self, node: Node) -> bool:
         """True when threads may go different ways through the node's bodies."""
@@ -195,6 +228,11 @@ class _Selector:
 
     def gemm(self, node: Gemm) -> list[Node]:
         name = f"gemm {node.a.buffer.name} @ {node.b.buffer.name} -> {node.acc.buffer.name}"
+        if node.is_async:
+            started = started_multiply(node, self.kernel, self.target, self.threads)
+            assert isinstance(started.atom, WgmmaAtom), "warpgroups multiply it"
+            self._note_gemm(name, started.atom, [])
+            return [started]
         wgmma = self.brought.gemms.get(node)
         if wgmma is not None:
             self._note_gemm(name, wgmma, [])
@@ -249,21 +287,28 @@ class _Selector:
 
     def first_thread(self) -> Expr:
         condition: Expr = const(True, bool_)
-        for var in self.kernel.thread_vars:
-            condition = binary("and", condition, binary("eq", var, const(0, var.dtype)))
+        first = self.executing.role.first  # roles are of blocks with threads along x
+        for var, number in zip(self.kernel.thread_vars, (first, 0, 0), strict=False):
+            condition = binary("and", condition, binary("eq", var, const(number, var.dtype)))
         return condition
 
 
 def needs_all_threads(node: Node) -> bool:
     """True for tile ops, whose work is shared by the block's threads."""
     if isinstance(node, Copy | Fill):
-        return not is_private(node)
-    return isinstance(node, Gemm | Parallel | SyncThreads)
+        is_started = isinstance(node, Copy) and node.is_async
+        return not is_private(node) and not is_started
+    if isinstance(node, SyncThreads):
+        return node.number is None
+    return isinstance(node, Gemm | GemmWait | Parallel) or is_aligned(node)
 
 
 def _spelling(node: Node) -> str:
-    names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel"}
-    return names.get(type(node), "T.sync_threads")
+    names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel",
+             GemmWait: "T.wait_wgmma", SyncThreads: "T.sync_threads"}  # fmt: skip
+    if isinstance(node, Gemm) and node.is_async:
+        return "T.wgmma_gemm"
+    return names.get(type(node)) or spelling(node)
 
 
 def shared_scratch(like: Buffer) -> Buffer:

@@ -33,6 +33,7 @@ from tilejit.ir.node import (
     all_reads,
     walk,
 )
+from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
@@ -47,8 +48,8 @@ def insert_sync(kernel: Kernel) -> Kernel:
     Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes. After it, between any two
     accesses to a shared or global buffer of which one writes there is a barrier, unless they
     belong to one node, or each thread surely comes back to its own elements, or they are to a
-    pipeline's slots (which the pipeline orders itself), or stand in branches that wait for each
-    other at the user's barriers.
+    pipeline's slots (which the pipeline orders itself) or to a tile of T.tma_copy (which the user
+    orders), or stand in branches or roles that wait for each other at the user's barriers.
     """
     synchroniser = _Synchroniser(kernel)
     body, _ = synchroniser.body(kernel.body, _Pending())
@@ -115,9 +116,10 @@ class _Pending:
 class _Synchroniser:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.part = kernel  # as the executing threads see it
         self.divergence: Divergence = divergence(kernel)
         written = kernel.written
-        self.exempt = frozenset(kernel.slots)
+        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel)
         self.constant = frozenset(
             b.root for b in kernel.buffers if b.scope is Scope.GLOBAL and b.root not in written
         )
@@ -169,9 +171,8 @@ class _Synchroniser:
             if node.op is ControlOp.FENCE_ASYNC:
                 pending = replace(pending, unfenced=frozenset())
             return [], node, pending
-        if isinstance(node, Roles):  # threads of different roles wait for each other by barriers
-            inner = [self.body(role.body, _Pending())[0] for role in node.roles]
-            return [], node.with_bodies(*inner), _Pending()
+        if isinstance(node, Roles):
+            return self.roles(node, pending)
         if self.is_entered(node):
             before, pending = self.meet(
                 node, pending, self.shared(node.reads), self.shared(node.writes)
@@ -180,6 +181,29 @@ class _Synchroniser:
             return before, fresh, pending
         before, pending = self.meet(node, pending, *self.touched(node))
         return before, node, pending
+
+    def roles(self, node: Roles, pending: _Pending) -> tuple[list[Node], Node, _Pending]:
+        """What all threads have done before is in order with what each role does; roles wait for
+        each other by barriers; what all do after is in order with every role."""
+        sensed = {b for n in walk((node,)) if is_async_access(n) for b in n.reads}
+        fence: list[Node] = []
+        if any(b in pending.unfenced for b in self.shared(sensed)):
+            fence.append(Control(op=ControlOp.FENCE_ASYNC, span=node.span))
+            pending = replace(pending, unfenced=frozenset())
+        before, _ = self.meet(node, pending, *self.touched(node))
+        if fence and not before:
+            before = [SyncThreads(inserted=True, span=node.span)]
+        before = [*fence, *before]
+        start = pending.met() if before else _Pending(unfenced=pending.unfenced)
+        after = start if before else pending
+        whole, bodies = self.kernel, []
+        for role in node.roles:
+            self.part = part_kernel(whole, role)
+            fresh, left = self.body(role.body, start)
+            bodies.append(fresh)
+            after = after.joined(_without_owners(left))
+        self.part = whole
+        return before, node.with_bodies(*bodies), after
 
     def is_entered(self, node: Node) -> bool:
         """True when barriers may stand inside the node: all threads take the same way through
@@ -240,7 +264,7 @@ class _Synchroniser:
         )
         loop = None if is_async else as_parallel(node)
         if loop is not None:
-            layout = loop_layout(loop, self.kernel)
+            layout = loop_layout(loop, self.part)
             for _, buffer, at in accesses(loop):
                 yield buffer, self.loop_owner(loop, layout, buffer, at)
         elif isinstance(node, Load | Store | Atomic):
@@ -322,6 +346,23 @@ class _Synchroniser:
         assert isinstance(node, For), f"{type(node).__name__} is no loop"
         body, back = self.body(node.body, entry)
         return node.with_bodies(body), back, entry
+
+
+def bulk_tiles(kernel: Kernel) -> frozenset[Buffer]:
+    """The shared buffers that copies touch which only start: the user orders all accesses."""
+    return frozenset(
+        b.root
+        for n in walk(kernel.body)
+        if isinstance(n, Copy) and n.is_async
+        for b in (n.src.buffer, n.dst.buffer)
+        if b.scope is Scope.SHARED
+    )
+
+
+def _without_owners(pending: _Pending) -> _Pending:
+    """The same after threads of other numbers have been at work."""
+    reads, writes = dict.fromkeys(pending.reads), dict.fromkeys(pending.writes)
+    return replace(pending, reads=reads, writes=writes)
 
 
 def is_async_access(node: Node) -> bool:
