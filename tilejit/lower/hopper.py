@@ -9,7 +9,7 @@ from __future__ import annotations
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import Expr, arith, binary, const
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
 from tilejit.ir.node import Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp
 from tilejit.isa import cluster as isa_cluster
@@ -22,6 +22,7 @@ from tilejit.isa.barrier import FENCE_DEVICE
 from tilejit.isa.instruction import Instruction
 from tilejit.isa.machine import Value
 from tilejit.isa.registers import setmaxnreg
+from tilejit.isa.special import UNIFORM
 from tilejit.layout.shared import SharedLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.matmul import MatmulEmitter
@@ -156,7 +157,7 @@ class KernelEmitter(MatmulEmitter):
     def emit_wgmma(self, node: Gemm, atom: WgmmaAtom, point: Point) -> None:
         m, one = self.m, atom.wgmma
         acc = self.state[node.acc.buffer]
-        group = arith("floordiv", self.thread, GROUP)
+        group = self._warpgroup(atom.groups_m * atom.groups_n)
         down = arith("floordiv", group, atom.groups_n)
         across = arith("floormod", group, atom.groups_n)
         row = arith("mul", down, node.m // atom.groups_m)
@@ -192,6 +193,17 @@ class KernelEmitter(MatmulEmitter):
             scaled=node.clear,
         )
         acc[:] = self._unpacked(m.issue(record, inputs), one.acc)
+
+    def _warpgroup(self, groups: int) -> Expr:
+        """The number of the thread's warpgroup, in a uniform register: so are the descriptors that
+        follow from it."""
+        if groups == 1:
+            return index(0)
+        number = self.value(arith("floordiv", self.thread, GROUP))
+        (number,) = self.m.issue(UNIFORM, [self.m.bitcast(number, int32, uint32)])
+        group = Var("warpgroup", int32, VarKind.VALUE, index(0), index(groups - 1))
+        self.bind(group, self.m.bitcast(number, uint32, int32))
+        return group
 
     def _packed(self, values: list[Value], dtype: DType) -> list[Value]:
         if dtype is not float16:

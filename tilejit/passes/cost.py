@@ -19,6 +19,7 @@ from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.wgmma import GROUP, ROWS, STEP_BYTES
 from tilejit.target import Target
 
 NOMINAL = 4096  # taken for an extent that only the call knows
@@ -27,12 +28,13 @@ TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
 STORE_BYTES = 32  # a clock, that a block writes from registers
 SUM_BYTES = 40  # a clock, of the sums of a loop that blocks share
 SUM_CLOCKS = 2500  # until the last of those blocks knows that it is
-ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival, under load
+ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
+MEMORY_CLOCKS = 2700  # more where it comes from memory
 STEP_CLOCKS = 150  # of an iteration: waiting, issuing, saying that a slot is free
 MMA_SHARE = 0.65  # of the peak, where warps load their own operands
 SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
-MAX_SLOTS = 8
+MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
 FMA_A_CLOCK = 64  # without tensor cores
@@ -117,6 +119,8 @@ class _Planner:
     kernel: Kernel
     target: Target
     loop: _Work = field(default_factory=_Work)
+    slots: int = 1
+    arrival: float = ARRIVAL_CLOCKS
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -129,9 +133,9 @@ class _Planner:
         )
         threads = self.kernel.num_threads
         registers = words / threads + SPARE_REGISTERS
-        most = min(255, BLOCK_REGISTERS // (threads + (128 if brought else 0)))
-        if brought and threads + 128 > 256:
-            most = (BLOCK_REGISTERS - 40 * 128) // threads
+        most = min(255, BLOCK_REGISTERS // (threads + (GROUP if brought else 0)))
+        if brought and threads > GROUP:
+            most = (BLOCK_REGISTERS - 40 * GROUP) // threads
         if registers > most:
             return f"about {registers:.0f} registers a thread are more than it can have"
         self.slots = MAX_SLOTS
@@ -149,6 +153,12 @@ class _Planner:
                     MAX_WARPS * WARP // threads,
                 )
             )
+        tiles = math.prod(nominal(e) for e in self.kernel.grid)
+        memory = self.memory_bytes()
+        self.visit(self.kernel.body)
+        reads = max(1.0, tiles * self.loop.brought)
+        self.arrival += MEMORY_CLOCKS * min(1.0, memory / reads)
+        self.loop = _Work()
         rest = self.visit(self.kernel.body)
         rest.clocks += TILE_CLOCKS
         sums = {n.acc.buffer for n in nodes if isinstance(n, Gemm)}
@@ -156,8 +166,8 @@ class _Planner:
             target=self.target,
             loop=self.loop,
             rest=rest,
-            tiles=math.prod(nominal(e) for e in self.kernel.grid),
-            memory_bytes=self.memory_bytes(),
+            tiles=tiles,
+            memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
         )
@@ -203,8 +213,8 @@ class _Planner:
             work.add(inner, times)
             return
         chip = self.target.chip
-        arrival = ARRIVAL_CLOCKS / max(1, self.slots - 1)
-        groups = self.kernel.num_threads // 128
+        arrival = self.arrival / max(1, self.slots - 1)
+        groups = self.kernel.num_threads // GROUP
         issue = STEP_CLOCKS if groups < 2 else 0.0
         step = max(inner.tensor + issue, inner.brought / chip.brought_bytes, arrival)
         step = max(step, STEP_CLOCKS) + inner.clocks
@@ -228,9 +238,7 @@ class _Planner:
     def gemm(self, node: Gemm) -> _Work:
         chip, operand = self.target.chip, node.a.buffer.dtype
         if isinstance(node.atom, WgmmaAtom):
-            n = node.atom.wgmma.n
-            count = node.m // 64 * (node.n // n) * (node.k * operand.bytes // 32)
-            return _Work(tensor=count * max(n / 2, (64 + n) / 4))
+            return _Work(tensor=multiply_clocks(node))
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
         rate = chip.tensor_macs * _speed(operand)
@@ -241,6 +249,15 @@ class _Planner:
         multiply = node.m * node.n * node.k / (rate * MMA_SHARE) * repeated
         read = reads * node.k * operand.bytes / SHARED_BYTES
         return _Work(tensor=max(multiply, read))
+
+
+def multiply_clocks(node: Gemm) -> float:
+    """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
+    n columns and 32 bytes of K takes n / 2 clocks, or what its operands take to be read."""
+    assert isinstance(node.atom, WgmmaAtom), "select did not run"
+    n = node.atom.wgmma.n
+    count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
+    return count * max(n / 2, (ROWS + n) * STEP_BYTES / SHARED_BYTES)
 
 
 def _speed(operand: DType) -> float:
