@@ -211,6 +211,25 @@ UNIFORM = Instruction(
 )
 
 
+def _elected(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+    return ((lanes.thread % WARP == 0).astype(np.uint32),)
+
+
+# 1 in one lane of the warp, all of whose lanes take part; 0 in the others. What only that lane
+# does, the assembler then issues once (PTX ISA, "elect.sync").
+ELECT = Instruction(
+    name="elect.sync",
+    ptx=(
+        "{\n.reg .pred elected;\n"
+        f"elect.sync _|elected, {_FULL};\n"
+        "selp.b32 $d0, 1, 0, elected;\n}"
+    ),
+    outputs=(dtypes.uint32,),
+    needs=frozenset({Feature.TMA}),
+    meaning=_elected,
+)
+
+
 @cache
 def shuffle(mode: str) -> Instruction:
     """Every lane reads the uint32 of another lane of its warp.

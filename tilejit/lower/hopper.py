@@ -9,7 +9,7 @@ from __future__ import annotations
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
+from tilejit.ir.expr import Expr, Var, VarKind, arith, index
 from tilejit.ir.node import Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp
 from tilejit.isa import cluster as isa_cluster
@@ -21,8 +21,9 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.isa.barrier import FENCE_DEVICE
 from tilejit.isa.instruction import Instruction
 from tilejit.isa.machine import Value
+from tilejit.isa.mma import WARP
 from tilejit.isa.registers import setmaxnreg
-from tilejit.isa.special import UNIFORM
+from tilejit.isa.special import ELECT, UNIFORM
 from tilejit.layout.shared import SharedLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.matmul import MatmulEmitter
@@ -95,7 +96,16 @@ class KernelEmitter(MatmulEmitter):
             self.bind(node.var, self.value(value))
 
     def emit_one_thread(self, node: OneThread, points: Points) -> None:
-        is_first = self.value(binary("eq", self.thread, const(0, int32)))
+        m = self.m
+        warps: Expr = self.thread
+        if node.each:
+            warps = arith("floormod", warps, node.each)
+        warp = self.value(arith("floordiv", warps, WARP))
+        (warp,) = m.issue(UNIFORM, [m.bitcast(warp, int32, uint32)])
+        is_first = m.binary("eq", warp, m.const(0, uint32), uint32)
+        (elected,) = m.issue(ELECT, [])
+        is_elected = m.binary("ne", elected, m.const(0, uint32), uint32)
+        is_first = self.both(is_first, is_elected)
 
         def body() -> None:
             with self.scope():
