@@ -76,7 +76,7 @@ class _Stager:
         if atom is None or not node.src.is_whole or source.rank != 2:
             return node
         columns = source.extents[1] // atom.groups_n
-        width = math.gcd(STRIP_BYTES // target.dtype.bytes, columns)
+        width = math.gcd(STRIP_BYTES // target.dtype.bytes, atom.wgmma.n)
         strips = [(r, c) for r in range(atom.rows) for c in range(columns // width)]
         buffer = self._strip_buffer(source, target, atom, width, len(strips))
         probe = self._store(node, buffer, atom, width, 0, (0, 0))
