@@ -32,6 +32,7 @@ _KINDS: dict[str, np.dtype[Any]] = {
     "uint16": np.dtype(np.uint16),
     "uint32": np.dtype(np.uint32),
     "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
     "uint64": np.dtype(np.uint64),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
