@@ -71,6 +71,11 @@ class TensorMap:
     rounds: bool = False
     kind: str = "uint8"
 
+    @property
+    def is_empty(self) -> bool:
+        """True for a tensor without elements: no map describes it, but its boxes are zeros."""
+        return 0 in self.shape
+
     def problem(self) -> str:
         """Why the hardware would refuse it, or an empty string (CUDA driver API,
         cuTensorMapEncodeTiled)."""
@@ -174,7 +179,7 @@ def _boxes(
     for lane in np.flatnonzero(lanes.active).tolist():
         tensor = lanes.tensor_map(int(inputs[0][lane]))
         assert len(tensor.shape) == rank, f"a map of rank {len(tensor.shape)}, used as {rank}"
-        assert not tensor.problem(), tensor.problem()
+        assert tensor.is_empty or not tensor.problem(), tensor.problem()
         place = int(shared[lane])
         assert place % SHARED_ALIGN == 0, f"a box at {place} is not aligned to {SHARED_ALIGN}"
         result.append((lane, Box(tensor, tuple(int(x[lane]) for x in inputs[1 : 1 + rank])), place))
