@@ -39,6 +39,25 @@ _SM90 = _SM89 | {
     Feature.MMA_F64_M16,
     Feature.MBARRIER_TX, Feature.TMA, Feature.CLUSTER, Feature.STMATRIX, Feature.GRIDDEPCONTROL,
 }  # fmt: skip
+_SM90A = _SM90 | {Feature.WGMMA, Feature.SETMAXNREG}
+_SM100 = _SM90 | {Feature.SETMAXNREG}
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a typical product of a target does in a clock; weighs choices, nothing else.
+
+    multiprocessors, clock (GHz under load): of the whole chip. memory_bytes: a clock, of the whole
+    chip from its memory. brought_bytes: a clock, from the L2 cache to a multiprocessor.
+    tensor_macs: multiply-adds of 16-bit operands a clock in a multiprocessor's tensor cores, into
+    float32. Sources: NVIDIA's architecture whitepapers; for `brought_bytes` of sm_90a measured.
+    """
+
+    multiprocessors: int
+    clock: float
+    memory_bytes: float
+    brought_bytes: float
+    tensor_macs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +70,7 @@ class Target:
     # per block, the opt-in maximum (CUDA Programming Guide, compute capabilities)
     shared_bytes: int
     features: frozenset[Feature]
+    chip: Chip
 
     @property
     def compute(self) -> str:
@@ -69,16 +89,23 @@ class Target:
         return self.name
 
 
+_A100 = Chip(108, 1.41, 1100, 45, 1024)
+_RTX3090 = Chip(82, 1.7, 550, 28, 256)
+_RTX4090 = Chip(128, 2.5, 400, 32, 256)
+_H100 = Chip(132, 1.65, 2000, 56, 2048)
+_B200 = Chip(148, 1.85, 4200, 60, 1024)
+_RTX5090 = Chip(170, 2.4, 740, 32, 256)
+
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("sm_80", (8, 0), "", 163 * 1024, _SM80),
-        Target("sm_86", (8, 6), "", 99 * 1024, _SM80),
-        Target("sm_89", (8, 9), "", 99 * 1024, _SM89),
-        Target("sm_90", (9, 0), "", 227 * 1024, _SM90),
-        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90 | {Feature.WGMMA, Feature.SETMAXNREG}),
-        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM90 | {Feature.SETMAXNREG}),
-        Target("sm_120a", (12, 0), "a", 99 * 1024, _SM90 | {Feature.SETMAXNREG}),
+        Target("sm_80", (8, 0), "", 163 * 1024, _SM80, _A100),
+        Target("sm_86", (8, 6), "", 99 * 1024, _SM80, _RTX3090),
+        Target("sm_89", (8, 9), "", 99 * 1024, _SM89, _RTX4090),
+        Target("sm_90", (9, 0), "", 227 * 1024, _SM90, _H100),
+        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90A, _H100),
+        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM100, _B200),
+        Target("sm_120a", (12, 0), "a", 99 * 1024, _SM100, _RTX5090),
     )
 }
 

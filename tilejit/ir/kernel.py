@@ -34,9 +34,10 @@ class Param:
     """One parameter of the generated kernel.
 
     var: the variable it binds: the address for TENSOR and POINTER (64 bits), else the value.
-    buffer: for TENSOR, the buffer that `var` is the address of.
+    buffer: for TENSOR and WORKSPACE, the buffer that `var` is the address of.
     noalias: nothing that the kernel writes overlaps it, nor does the kernel write it.
     overlaps: the kernel writes another argument of the call that shares bytes with it.
+    is_zeroed: for WORKSPACE: it is zero when a launch begins, and the kernel leaves it so.
     box: for TENSOR_MAP, of the tensor `described`: elements that one copy moves along each
         dimension, and the span of its swizzle in bytes.
     """
@@ -47,6 +48,7 @@ class Param:
     buffer: Buffer | None = None
     noalias: bool = False
     overlaps: bool = False
+    is_zeroed: bool = False
     box: TensorBox | None = None
 
 
@@ -84,6 +86,7 @@ class Kernel:
     offsets: byte offset of each shared buffer and barrier in dynamic shared memory.
     shared_bytes: dynamic shared memory of a block.
     extra_threads: of a block besides the user's: producers.
+    parts: blocks that share the iterations of each tile, along the last axis of the grid.
     cluster: blocks of a cluster along x, y, z.
     blocks_var: the variable that holds how many blocks run.
     is_persistent: a launch has no more blocks than the chip runs at once, each computing tiles
@@ -107,6 +110,7 @@ class Kernel:
     offsets: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
     shared_bytes: int = 0
     extra_threads: int = 0
+    parts: int = 1
     cluster: tuple[int, int, int] = (1, 1, 1)
     blocks_var: Var | None = None
     is_persistent: bool = False

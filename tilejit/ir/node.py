@@ -91,6 +91,7 @@ class For(Node):
 
     num_stages: for PIPELINED: slots of each asynchronously filled buffer; 0 means serial, None
         that the pipeline pass chooses.
+    parts: for PIPELINED: blocks that share the iterations; None means that the compiler chooses.
     order, stage, group: TileLang's manual schedule, one entry a statement of the body.
     unroll_factor: for UNROLL: iterations a round, None for all.
     """
@@ -102,6 +103,7 @@ class For(Node):
     kind: LoopKind = LoopKind.SERIAL
     body: Body = ()
     num_stages: int | None = 0
+    parts: int | None = None
     order: tuple[int, ...] = ()
     stage: tuple[int, ...] = ()
     group: tuple[tuple[int, ...], ...] = ()
@@ -226,9 +228,10 @@ class Roles(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OneThread(Node):
-    """`body`, by the first of the executing role's threads only."""
+    """`body`, by one of the executing role's threads only, or by one of `each` so many."""
 
     body: Body = ()
+    each: int = 0
 
     @property
     def bodies(self) -> tuple[Body, ...]:

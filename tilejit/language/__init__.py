@@ -18,6 +18,7 @@ from tilejit.language.allocate import (
     empty,
 )
 from tilejit.language.atomic import atomic_add, atomic_max, atomic_min, atomic_or
+from tilejit.language.auto import auto
 from tilejit.language.barrier import (
     barrier_arrive,
     barrier_wait,
@@ -203,6 +204,7 @@ __all__ = [
     "atomic_max",
     "atomic_min",
     "atomic_or",
+    "auto",
     "barrier_arrive",
     "barrier_wait",
     "bfloat16",

@@ -26,6 +26,7 @@ from tilejit.language.context import Context
 from tilejit.language.trace import Trace, current, current_kernel, enter, leave
 from tilejit.language.value import Value, as_index
 
+USUAL_THREADS = 128
 MAX_THREADS = 1024  # per block, all CUDA devices (CUDA Programming Guide, compute capabilities)
 
 
@@ -34,7 +35,8 @@ class Kernel(Context):
 
     Args:
         grid: blocks along x, y and z; integers, or values of symbols and runtime scalars.
-        threads: threads of a block; an int, or up to three of them.
+        threads: threads of a block; an int, or up to three of them. Left out, the cost model
+            chooses; 128 where the kernel asks for its threads.
 
     Raises:
         ArgumentError, ArgumentTypeError, ResourceError: grid or threads that cannot be.
@@ -51,7 +53,8 @@ class Kernel(Context):
                 hint="Fold two into one, and split the block's index with `//` and `%`.",
             )
         self.grid = tuple(_grid_extent(g, d) for d, g in enumerate(grid))
-        self.threads = _threads(128 if threads is None else threads)
+        self.threads = _threads(USUAL_THREADS if threads is None else threads)
+        self.is_free = threads is None
         self.span = caller_span()
         self.trace: Trace | None = None
 
@@ -72,7 +75,7 @@ class Kernel(Context):
             )
         self._check_names()
         trace = Trace(host.name, host, self.span)
-        trace.grid, trace.threads = self.grid, self.threads
+        trace.grid, trace.threads, trace.is_free = self.grid, self.threads, self.is_free
         trace.block_vars = tuple(
             trace.new_var(
                 self.name(d, f"b{'xyz'[d]}"),
@@ -154,6 +157,7 @@ def get_thread_binding(dim: int = 0) -> Value:
     """The thread's index in its block along `dim` (0 is x)."""
     trace = current_kernel("T.get_thread_binding")
     _check_dim("T.get_thread_binding", dim, 3)
+    trace.is_free = False
     while len(trace.thread_vars) <= dim:
         d = len(trace.thread_vars)
         hint, bounds = f"t{'xyz'[d]}", (0, trace.threads[d] - 1)
@@ -185,12 +189,13 @@ def get_thread_extent(dim: int = 0) -> int:
     """Threads of a block along `dim`."""
     trace = current_kernel("T.get_thread_extent")
     _check_dim("T.get_thread_extent", dim, 3)
+    trace.is_free = False
     return trace.threads[dim]
 
 
 def get_thread_extents() -> tuple[int, int, int]:
     """Threads of a block along x, y and z."""
-    return current_kernel("T.get_thread_extents").threads
+    return get_thread_extent(0), get_thread_extent(1), get_thread_extent(2)
 
 
 def get_block_extent(dim: int = 0) -> Any:

@@ -75,6 +75,7 @@ def _kernel(
         params=_params(host, trace, body, overlaps),
         grid=trace.grid,
         threads=trace.threads,
+        is_free=trace.is_free,
         block_vars=trace.block_vars,
         thread_vars=trace.thread_vars,
         body=body,

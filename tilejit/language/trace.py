@@ -79,7 +79,8 @@ class Trace:
     host: the trace of the whole function (itself for the host part).
     arguments, outputs, kernels: of the host part: buffers and variables of the call, in call
         order; the buffers made by `T.empty`; the closed `T.Kernel` frames.
-    grid, threads, block_vars, thread_vars: of a kernel, x first.
+    grid, threads, block_vars, thread_vars: of a kernel, x first. is_free: the compiler may choose
+        other threads.
     failures: mistakes found too late to raise at their line; the first is raised at the end.
     known: extents that annotations in the function's body have named, by that name.
     """
@@ -99,6 +100,7 @@ class Trace:
         self._places: dict[Var, tuple[Buffer, tuple[Expr, ...]]] = {}
         self.grid: tuple[Expr, ...] = ()
         self.threads: tuple[int, int, int] = (1, 1, 1)
+        self.is_free = False
         self.block_vars: tuple[Var, ...] = ()
         self.thread_vars: tuple[Var, ...] = ()
         self._names: set[str] = set(host._names) if host is not None else set()

@@ -13,7 +13,7 @@ from tilejit.dtypes import DType, int32
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import If, Load, Node, Parallel, Store, rewrite, walk
+from tilejit.ir.node import Load, Node, OneThread, Parallel, Store, rewrite, walk
 from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
@@ -149,13 +149,12 @@ class _Stager:
             threads=GROUP,
             span=span,
         )
-        first = arith("eq", arith("floormod", self.thread, GROUP), 0)
         store = self._store(node, buffer, atom, width, number % slots, place)
         written = self._written(node, buffer, atom, width, number % slots, place)
         read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
         read_before = Control(op=ControlOp.STORE_WAIT_READ, count=max(slots - 2, 0), span=span)
         sent: list[Node] = [
-            If(condition=first, then=(store,), span=span),
+            OneThread(body=(store,), each=GROUP, span=span),
             Control(op=ControlOp.STORE_COMMIT, span=span),
         ]
         fence = Control(op=ControlOp.FENCE_ASYNC, span=span)

@@ -13,7 +13,7 @@ from tilejit.dtypes import tfloat32
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, LoopKind, Node, While, walk
-from tilejit.ir.sync import Control
+from tilejit.ir.sync import Control, ControlOp
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
@@ -129,7 +129,7 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
         return "the kernel has barriers of its own"
     if any(isinstance(n, While) for n in nodes):
         return "the kernel has a loop whose end only the block knows"
-    if any(isinstance(n, Control) for n in nodes):
+    if any(isinstance(n, Control) and n.op is not ControlOp.FENCE_DEVICE for n in nodes):
         return "the kernel orders asynchronous work itself"
     if kernel.threads[1:] != (1, 1):
         return "the block's threads have more than one dimension"

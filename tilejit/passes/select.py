@@ -46,11 +46,7 @@ from tilejit.ops.elementwise import as_loops, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
 from tilejit.passes.hopper import copies_to_bring
 from tilejit.passes.tma import same_bits
-from tilejit.passes.wgmma import GROUP
 from tilejit.target import Feature, Target
-
-# Accumulator registers of a thread up to which one warpgroup is enough, with and without wgmma.
-FEW_WORDS, MANY_WORDS = 64, 128
 
 
 def select_atoms(kernel: Kernel, target: Target) -> Kernel:
@@ -62,24 +58,12 @@ def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
     not all threads take.
     """
-    kernel = _with_thread_vars(choose_threads(kernel, target))
+    kernel = _with_thread_vars(kernel)
     selector = _Selector(kernel, target)
     body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
     return replace(
         kernel, target=target, body=body, notes=(*kernel.notes, *dict.fromkeys(selector.notes))
     )
-
-
-def choose_threads(kernel: Kernel, target: Target) -> Kernel:
-    """As many threads as keep a thread's accumulators few, where the user left their number open:
-    one warpgroup, or two."""
-    if not kernel.is_free:
-        return kernel
-    gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
-    accumulators = {n.acc.buffer: n.m * n.n * n.acc.buffer.dtype.bytes // 4 for n in gemms}
-    most = FEW_WORDS if target.has(Feature.WGMMA) else MANY_WORDS
-    threads = GROUP if sum(accumulators.values()) <= most * GROUP else 2 * GROUP
-    return replace(kernel, threads=(threads, 1, 1), is_free=False)
 
 
 def _with_thread_vars(kernel: Kernel) -> Kernel:

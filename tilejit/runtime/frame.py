@@ -5,6 +5,7 @@ Knows passes, lowering and compilation. Does not know arguments.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import threading
@@ -23,6 +24,7 @@ from tilejit.runtime.compile import Compiled, compile_lowered, disassemble
 from tilejit.runtime.launch import LoadedKernel, Packer
 from tilejit.runtime.program import Grid
 from tilejit.runtime.tensor_maps import MapSource, map_reader
+from tilejit.runtime.workspace import simulated_workspace, workspace
 from tilejit.target import Target
 
 T = TypeVar("T")
@@ -135,25 +137,59 @@ class TileFrame:
             ),
         )
 
+    @property
+    def spaces(self) -> tuple[tuple[int, Param, int], ...]:
+        """Of the parameters that are workspaces: place, parameter, bytes."""
+        return self._once(
+            "spaces",
+            lambda: tuple(
+                (n, p, math.prod(p.buffer.extents) * p.buffer.dtype.bytes)
+                for n, p in enumerate(self.planned.params)
+                if p.kind is ParamKind.WORKSPACE and p.buffer is not None
+            ),
+        )
+
+    def with_spaces(self, values: Sequence[Any], ordinal: int, stream: int) -> Sequence[Any]:
+        """The parameters' values with the addresses of the workspaces. The device's context is
+        current."""
+        if not self.spaces:
+            return values
+        values = list(values)
+        for n, param, size in self.spaces:
+            name = "zeroed" if param.is_zeroed else f"space {n}"
+            values[n] = workspace(name, size, ordinal, stream, is_zeroed=param.is_zeroed)
+        return values
+
     def launch_values(self, env: Mapping[Var, Any]) -> list[Any]:
-        """The parameters' values for a launch, from those of the arguments."""
+        """The parameters' values for a launch, from those of the arguments; 0 for workspaces."""
         return [
-            env[p.var] if source is None else source.encoded(*(env[v] for v in source.variables))
+            env.get(p.var, 0)
+            if source is None
+            else source.encoded(*(env[v] for v in source.variables))
             for p, source in zip(self.planned.params, self.maps, strict=True)
         ]
 
-    def simulator_values(self, env: Mapping[Var, Any]) -> list[Any]:
-        """The same for a simulated launch, tensor maps as descriptions."""
-        return [
-            env[p.var] if source is None else source.describe(*(env[v] for v in source.variables))
+    def simulator_values(self, env: Mapping[Var, Any], spaces: list[Any]) -> list[Any]:
+        """The same for a simulated launch, tensor maps as descriptions; memory made for workspaces
+        is added to `spaces`."""
+        values = [
+            env.get(p.var, 0)
+            if source is None
+            else source.describe(*(env[v] for v in source.variables))
             for p, source in zip(self.planned.params, self.maps, strict=True)
         ]
+        for n, param, _ in self.spaces:
+            assert param.buffer is not None, param
+            spaces.append(simulated_workspace(param.buffer, param.is_zeroed))
+            values[n] = spaces[-1].ctypes.data
+        return values
 
     def order(self, places: dict[Var, int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-        """Picks the parameters' values from a call's, which are at these places."""
+        """Picks the parameters' values from a call's, which are at these places; workspaces get
+        any."""
         params, maps = self.planned.params, self.maps
         wanted = [
-            places[p.var if source is None else source.variables[0]]
+            places.get(p.var, 0) if source is None else places[source.variables[0]]
             for p, source in zip(params, maps, strict=True)
         ]
         readers = [
@@ -178,6 +214,9 @@ class TileFrame:
     def launch_grid(self, grid: Grid, ordinal: int | None) -> Grid:
         """The blocks to launch for a grid of tiles, on a GPU or (None) simulated."""
         plan = self.planned
+        if plan.parts > 1:  # one more dimension, whatever the others are
+            axis = len(self.graph.grid)
+            grid = (*grid[:axis], plan.parts, *grid[axis + 1 :])  # type: ignore[assignment]
         if not plan.is_persistent:
             return grid
         blocks = SIMULATED_BLOCKS if ordinal is None else device.multiprocessors(ordinal)

@@ -378,7 +378,8 @@ class TileKernel:
     ) -> None:
         for frame, grid in zip(self.kernels, grids, strict=True):
             if all(n > 0 for n in grid):
-                packed = frame.packer.pack(frame.launch_values(env))
+                values = frame.with_spaces(frame.launch_values(env), ordinal, stream)
+                packed = frame.packer.pack(values)
                 blocks = frame.launch_grid(grid, ordinal)
                 frame.loaded.launch(blocks, packed, stream, ordinal)
 
@@ -400,7 +401,9 @@ class TileKernel:
                 _run_reference(frame.graph, env, hosts, grid, segments)
             else:
                 blocks = frame.launch_grid(grid, None)
-                simulator.run_lowered(frame.lowered, blocks, frame.simulator_values(env), segments)
+                spaces: list[Any] = []
+                given = frame.simulator_values(env, spaces)
+                simulator.run_lowered(frame.lowered, blocks, given, [*segments, *spaces])
 
 
 def _run_reference(

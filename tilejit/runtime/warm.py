@@ -38,12 +38,13 @@ Results = Callable[[Sequence[Any], Sequence[Any]], Any]
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One kernel of a call. start: launches it on its grid, where that is fixed; order: picks its
-    parameters from the call's values."""
+    parameters from the call's values; has_spaces: some of them are workspaces."""
 
     start: Callable[[int, int], None] | None
     pack: Callable[[Sequence[Any]], int]
     order: Callable[[Values], Sequence[Any]]
     frame: TileFrame
+    has_spaces: bool
 
 
 class WarmLaunch:
@@ -106,11 +107,15 @@ class WarmLaunch:
         if grids is None:
             for step in self._steps:
                 assert step.start is not None, "a fixed grid has its launcher"
-                step.start(handle, step.pack(step.order(pool)))
+                values = step.order(pool)
+                if step.has_spaces:
+                    values = step.frame.with_spaces(values, self._ordinal, handle)
+                step.start(handle, step.pack(values))
             return
         for step, grid in zip(self._steps, grids, strict=True):
             if all(n > 0 for n in grid):
-                packed = step.pack(step.order(pool))
+                values = step.frame.with_spaces(step.order(pool), self._ordinal, handle)
+                packed = step.pack(values)
                 blocks = step.frame.launch_grid(grid, self._ordinal)
                 step.frame.loaded.launch(blocks, packed, handle, self._ordinal)
 
@@ -177,9 +182,10 @@ def _variable(argument: Buffer | Var) -> Var:
 def _step(frame: TileFrame, grid: Grid | None, variables: Sequence[Var], ordinal: int) -> _Step:
     order = frame.order({v: n for n, v in enumerate(variables)})
     if grid is None:
-        return _Step(None, frame.packer.pack, order, frame)
+        return _Step(None, frame.packer.pack, order, frame, bool(frame.spaces))
     blocks = frame.launch_grid(grid, ordinal)
-    return _Step(frame.loaded.launcher(blocks, ordinal), frame.packer.pack, order, frame)
+    start = frame.loaded.launcher(blocks, ordinal)
+    return _Step(start, frame.packer.pack, order, frame, bool(frame.spaces))
 
 
 def _results(

@@ -1,0 +1,302 @@
+"""How long a kernel will take, from the chip's numbers: what the choice of tiles rests on.
+
+Knows how much each block multiplies, brings and stores, and how blocks share the chip. Does not
+know layouts or addresses. The figures are fitted to measurements (`examples/matmul_notes.md`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tilejit.dtypes import DType
+from tilejit.ir.analysis import interval
+from tilejit.ir.buffer import Region, Scope
+from tilejit.ir.expr import Expr, VarKind, const, int_value, substitute, variables
+from tilejit.ir.kernel import Kernel, ParamKind
+from tilejit.ir.node import Body, For, Load, LoopKind, Node, Parallel, Store, walk
+from tilejit.isa.atom import CopyMethod, WgmmaAtom
+from tilejit.isa.mma import WARP
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.wgmma import GROUP, ROWS, STEP_BYTES
+from tilejit.target import Target
+
+NOMINAL = 4096  # taken for an extent that only the call knows
+START_CLOCKS = 8000  # launch, the first tiles from memory, the last stores
+TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
+STORE_BYTES = 32  # a clock, that a block writes from registers
+SUM_BYTES = 40  # a clock, of the sums of a loop that blocks share
+SUM_CLOCKS = 2500  # until the last of those blocks knows that it is
+ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
+MEMORY_CLOCKS = 2700  # more where it comes from memory
+STEP_CLOCKS = 150  # of an iteration: waiting, issuing, saying that a slot is free
+MMA_SHARE = 0.65  # of the peak, where warps load their own operands
+SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
+MEMORY_SHARE = 0.9  # of the peak bandwidth
+MAX_SLOTS = 12
+PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
+STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
+FMA_A_CLOCK = 64  # without tensor cores
+BLOCK_REGISTERS = 65536
+SPARE_REGISTERS = 40  # of a thread, besides its fragments
+MAX_WARPS = 48  # of a multiprocessor; some chips have more
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """seconds: of a launch at the chip's usual clock. busy: share of it in which the tensor cores
+    multiply. bound: what takes the time."""
+
+    seconds: float
+    busy: float
+    bound: str
+
+
+@dataclass
+class _Work:
+    """Of one block. clocks: not overlapped; tensor: of the tensor cores, overlapped or not;
+    brought: bytes from global to shared memory."""
+
+    clocks: float = 0.0
+    tensor: float = 0.0
+    brought: float = 0.0
+
+    def add(self, other: _Work, times: float = 1.0) -> None:
+        self.clocks += other.clocks * times
+        self.tensor += other.tensor * times
+        self.brought += other.brought * times
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a kernel whose atoms are chosen.
+
+    loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
+    sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds.
+    """
+
+    target: Target
+    loop: _Work
+    rest: _Work
+    tiles: float
+    memory_bytes: float
+    sum_bytes: float
+    at_once: int = 1
+
+    def estimate(self, parts: int = 1) -> Estimate:
+        """The time with so many blocks a tile."""
+        chip = self.target.chip
+        each = self.loop.clocks / parts + self.rest.clocks
+        if parts > 1:
+            each += self.sum_bytes / SUM_BYTES * (1 + parts) + SUM_CLOCKS
+        units = max(1.0, self.tiles) * parts
+        here = min(self.at_once, math.ceil(units / chip.multiprocessors))
+        throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
+        waves = math.ceil(units / (chip.multiprocessors * here)) * max(each, throughput)
+        memory = self.memory_bytes / (chip.memory_bytes * MEMORY_SHARE)
+        clocks = START_CLOCKS + max(waves, memory) + 0.1 * min(waves, memory)
+        busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
+        bound = "the tensor cores"
+        if memory > waves:
+            bound = "memory"
+        elif self.loop.brought / chip.brought_bytes > self.loop.tensor:
+            bound = "bringing tiles"
+        return Estimate(clocks / (chip.clock * 1e9), busy, bound)
+
+
+def plan(kernel: Kernel) -> Plan | str:
+    """What the kernel costs; why not, where it does not fit the chip.
+
+    Needs: atoms.
+    """
+    assert kernel.target is not None, "select did not run"
+    return _Planner(kernel, kernel.target).run()
+
+
+@dataclass
+class _Planner:
+    kernel: Kernel
+    target: Target
+    loop: _Work = field(default_factory=_Work)
+    slots: int = 1
+    arrival: float = ARRIVAL_CLOCKS
+
+    def run(self) -> Plan | str:
+        nodes = list(walk(self.kernel.body))
+        brought = [n for n in nodes if isinstance(n, Copy) and n.is_tma]
+        shared, each = self.shared_bytes()
+        if shared + each > self.target.shared_bytes:
+            return f"{shared + each} bytes of shared memory are more than a block can have"
+        words = sum(
+            math.prod(b.extents) * b.dtype.bytes / 4 for b in self.kernel.scoped(Scope.FRAGMENT)
+        )
+        threads = self.kernel.num_threads
+        registers = words / threads + SPARE_REGISTERS
+        most = min(255, BLOCK_REGISTERS // (threads + (GROUP if brought else 0)))
+        if brought and threads > GROUP:
+            most = (BLOCK_REGISTERS - 40 * GROUP) // threads
+        if registers > most:
+            return f"about {registers:.0f} registers a thread are more than it can have"
+        self.slots = MAX_SLOTS
+        if each:
+            free = self.target.shared_bytes - shared - (STRIP_BYTES if brought else 0)
+            self.slots = int(max(1, min(self.slots, 1 + free // each)))
+        if not brought:
+            self.slots = min(self.slots, PLAIN_SLOTS)
+        at_once = 1
+        if not brought:
+            at_once = int(
+                min(
+                    self.target.shared_bytes // max(1, shared + each * (self.slots - 1)),
+                    BLOCK_REGISTERS // (threads * registers),
+                    MAX_WARPS * WARP // threads,
+                )
+            )
+        tiles = math.prod(nominal(e) for e in self.kernel.grid)
+        memory = self.memory_bytes()
+        self.visit(self.kernel.body)
+        reads = max(1.0, tiles * self.loop.brought)
+        self.arrival += MEMORY_CLOCKS * min(1.0, memory / reads)
+        self.loop = _Work()
+        rest = self.visit(self.kernel.body)
+        rest.clocks += TILE_CLOCKS
+        sums = {n.acc.buffer for n in nodes if isinstance(n, Gemm)}
+        return Plan(
+            target=self.target,
+            loop=self.loop,
+            rest=rest,
+            tiles=tiles,
+            memory_bytes=memory,
+            sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
+            at_once=max(1, at_once),
+        )
+
+    def shared_bytes(self) -> tuple[int, int]:
+        """Of a block with one slot of each tile, and of one slot more where stages are open."""
+        size = {b: math.prod(b.extents) * b.dtype.bytes for b in self.kernel.scoped(Scope.SHARED)}
+        total, each = sum(size.values()), 0
+        for loop in walk(self.kernel.body):
+            if isinstance(loop, For) and loop.kind is LoopKind.PIPELINED:
+                fed = {n.dst.buffer for n in loop.body if isinstance(n, Copy) and _is_ahead(n)}
+                slot = sum(size.get(b, 0) for b in fed)
+                if loop.num_stages is None:
+                    each += slot
+                else:
+                    total += slot * max(0, loop.num_stages - 1)
+        return total, each
+
+    def memory_bytes(self) -> float:
+        """Of all tensors, each read or written once."""
+        tensors = [p.buffer for p in self.kernel.params if p.kind is ParamKind.TENSOR]
+        return sum(math.prod(nominal(e) for e in b.shape) * b.dtype.bytes for b in tensors if b)
+
+    # ---- what a block does ------------------------------------------------------------------
+
+    def visit(self, body: Body) -> _Work:
+        work = _Work()
+        for node in body:
+            if isinstance(node, For):
+                self.repeat(node, work)
+            elif node.bodies and not isinstance(node, Parallel | Gemm):
+                for inner in node.bodies:
+                    work.add(self.visit(inner))
+            else:
+                work.add(self.single(node))
+        return work
+
+    def repeat(self, node: For, work: _Work) -> None:
+        """A loop: what it brings arrives while it multiplies, if it is a pipeline."""
+        times = max(0.0, (nominal(node.stop) - nominal(node.start)) / node.step)
+        inner = self.visit(node.body)
+        if node.kind is not LoopKind.PIPELINED or not any(_is_ahead(n) for n in node.body):
+            work.add(inner, times)
+            return
+        chip = self.target.chip
+        arrival = self.arrival / max(1, self.slots - 1)
+        groups = self.kernel.num_threads // GROUP
+        issue = STEP_CLOCKS if groups < 2 else 0.0
+        step = max(inner.tensor + issue, inner.brought / chip.brought_bytes, arrival)
+        step = max(step, STEP_CLOCKS) + inner.clocks
+        self.loop.add(_Work(step, inner.tensor, inner.brought), times)
+
+    def single(self, node: Node) -> _Work:
+        if isinstance(node, Gemm):
+            return self.gemm(node)
+        if isinstance(node, Copy):
+            size = math.prod(node.dst.extents) * node.src.buffer.dtype.bytes
+            if _is_ahead(node):
+                return _Work(brought=size * existing(node.src))
+            if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
+                return _Work(clocks=size / STORE_BYTES)
+        if isinstance(node, Parallel):
+            touched = [n.buffer for n in walk(node.body) if isinstance(n, Load | Store)]
+            size = sum(b.dtype.bytes for b in touched if b.scope is Scope.GLOBAL)
+            return _Work(clocks=math.prod(node.extents) * size / STORE_BYTES)
+        return _Work()
+
+    def gemm(self, node: Gemm) -> _Work:
+        chip, operand = self.target.chip, node.a.buffer.dtype
+        if isinstance(node.atom, WgmmaAtom):
+            return _Work(tensor=multiply_clocks(node))
+        if node.atom is None or node.atom.mma is None:
+            return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
+        rate = chip.tensor_macs * _speed(operand)
+        down, across = node.atom.warps_m, node.atom.warps_n
+        reads = node.m * across + node.n * down  # rows of operands that all warps load
+        warps = self.kernel.num_threads // WARP
+        repeated = warps / (down * across)
+        multiply = node.m * node.n * node.k / (rate * MMA_SHARE) * repeated
+        read = reads * node.k * operand.bytes / SHARED_BYTES
+        return _Work(tensor=max(multiply, read))
+
+
+def multiply_clocks(node: Gemm) -> float:
+    """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
+    n columns and 32 bytes of K takes n / 2 clocks, or what its operands take to be read."""
+    assert isinstance(node.atom, WgmmaAtom), "select did not run"
+    n = node.atom.wgmma.n
+    count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
+    return count * max(n / 2, (ROWS + n) * STEP_BYTES / SHARED_BYTES)
+
+
+def _speed(operand: DType) -> float:
+    """Products a clock, in those of 16-bit operands."""
+    return 1 / 16 if operand.bits == 64 else 16 / operand.bits
+
+
+def _is_ahead(node: Node) -> bool:
+    """Whether a copy arrives while other work goes on."""
+    return (
+        isinstance(node, Copy)
+        and node.atom is not None
+        and node.atom.method in (CopyMethod.TMA, CopyMethod.CP_ASYNC)
+        and node.dst.buffer.scope is Scope.SHARED
+    )
+
+
+def existing(region: Region) -> float:
+    """The share of a region's elements that lies inside the tensor, over all its places."""
+    share = 1.0
+    for d in region.kept:
+        whole, tile = nominal(region.buffer.shape[d]), region.extents[d]
+        if whole > 0:
+            share *= whole / (math.ceil(whole / tile) * tile)
+    return share
+
+
+def nominal(e: Expr) -> int:
+    """The value of an expression, for typical values of what only the call or the block knows."""
+    known = int_value(e)
+    if known is not None:
+        return known
+    values = {}
+    for var in variables(e):
+        bounds = interval(var)
+        if var.kind in (VarKind.SYMBOL, VarKind.SCALAR) or None in (bounds.low, bounds.high):
+            values[var] = const(NOMINAL, var.dtype)
+        else:
+            middle = ((bounds.low or 0) + (bounds.high or 0)) // 2
+            values[var] = const(middle, var.dtype)
+    found = int_value(substitute(e, values))  # type: ignore[arg-type]
+    return NOMINAL if found is None else found
