@@ -202,7 +202,10 @@ class KernelEmitter(MatmulEmitter):
             transpose_b=not node.transpose_b,
             scaled=node.clear,
         )
-        acc[:] = self._unpacked(m.issue(record, inputs), one.acc)
+        words = m.issue(record, inputs)
+        if one.acc is float16:  # taking two elements out of a register is touching it
+            words = m.issue(isa_wgmma.wait_group(0, (one.acc_register,) * len(words)), words)
+        acc[:] = self._unpacked(words, one.acc)
 
     def _warpgroup(self, groups: int) -> Expr:
         """The number of the thread's warpgroup, in a uniform register: so are the descriptors that

@@ -31,7 +31,7 @@ from tilejit.ir.node import (
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
 from tilejit.ops.copy import BarrierSlot, Copy
 from tilejit.ops.gemm import Gemm, GemmWait
-from tilejit.passes.bring import Feed, feeds, is_inward, reads, touches
+from tilejit.passes.bring import Feed, feeds, is_inward, touches
 from tilejit.passes.cost import multiply_clocks
 from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.pipeline import into_slot, with_slots
@@ -200,8 +200,8 @@ class _Specialiser:
                 self._open_channels(inner, inside, free)
 
     def _open(self, feed: Feed, slots: int, body: Body) -> None:
-        users = [n for n in body if any(reads(n, b) for b in feed.buffers)]
-        by_group = all(isinstance(n, Gemm) and n.is_async for n in users)
+        readers = [n for n in walk(body) if any(b.root in feed.buffers for b in n.reads)]
+        by_group = all(isinstance(n, Gemm) and n.is_async for n in readers)
         name = "_".join(b.name for b in feed.buffers)
         leavers = self.kernel.num_threads // GROUP if by_group else self.kernel.num_threads
         slotted = {}

@@ -5,11 +5,14 @@ Knows what the instruction asks of operands and accumulator. Does not know who f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tilejit.dtypes import DType
 from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Region, Scope
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.isa.wgmma import find_wgmma
+from tilejit.layout.boxes import BOX_ALIGN, CHUNK, operand_layout
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
 from tilejit.target import Feature, Target
@@ -116,9 +119,7 @@ def _operand_misfit(region: Region, is_k_major: bool, name: str) -> str:
 def warpgroup_layout(shape: tuple[int, ...], dtype: DType) -> SharedLayout:
     """How a tile must lie that warpgroups multiply: panels of 128, 64, 32 or 16 bytes, swizzled
     over their width (PTX ISA, "Asynchronous warpgroup-level matrix shared memory layout")."""
-    itemsize = dtype.bytes
-    row_bytes = shape[-1] * itemsize
-    for chunks in (8, 4, 2):
-        if row_bytes % (16 * chunks) == 0:
-            return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
-    return SharedLayout(shape, itemsize, panel=16 // itemsize)
+    layout = operand_layout(shape, dtype.bytes)
+    if layout.swizzle == 1:
+        layout = SharedLayout(shape, dtype.bytes, panel=CHUNK // dtype.bytes)
+    return replace(layout, tile_align=BOX_ALIGN)
