@@ -19,7 +19,13 @@ from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.wgmma import GROUP, ROWS, STEP_BYTES
+from tilejit.passes.registers import (
+    GROUP,
+    REGISTER_FILE,
+    consumer_registers,
+    launch_registers,
+)
+from tilejit.passes.wgmma import ROWS, SPARE_REGISTERS, STEP_BYTES
 from tilejit.target import Target
 
 NOMINAL = 4096  # taken for an extent that only the call knows
@@ -42,8 +48,6 @@ MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
 FMA_A_CLOCK = 64  # without tensor cores
-BLOCK_REGISTERS = 65536
-SPARE_REGISTERS = 40  # of a thread, besides its fragments
 MAX_WARPS = 48  # of a multiprocessor; some chips have more
 
 
@@ -146,9 +150,7 @@ class _Planner:
         )
         threads = self.kernel.num_threads
         registers = words / threads + SPARE_REGISTERS
-        most = min(255, BLOCK_REGISTERS // (threads + (GROUP if brought else 0)))
-        if brought and threads > GROUP:
-            most = (BLOCK_REGISTERS - 40 * GROUP) // threads
+        most = consumer_registers(threads) if brought else launch_registers(threads)
         if registers > most:
             return f"about {registers:.0f} registers a thread are more than it can have"
         self.slots = MAX_SLOTS
@@ -162,7 +164,7 @@ class _Planner:
             at_once = int(
                 min(
                     self.target.shared_bytes // max(1, shared + each * (self.slots - 1)),
-                    BLOCK_REGISTERS // (threads * registers),
+                    REGISTER_FILE // (threads * registers),
                     MAX_WARPS * WARP // threads,
                 )
             )

@@ -19,8 +19,9 @@ from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
-from tilejit.passes.wgmma import GROUP, ROWS, warpgroup_layout
+from tilejit.passes.wgmma import ROWS, warpgroup_layout
 
 STRIP_BYTES = 128  # of a row: the widest swizzle
 MOST_STRIPS = 2
