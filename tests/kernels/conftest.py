@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tilejit import options
 from tilejit.dtypes import as_dtype
+from tilejit.runtime import device
+from tilejit.target import Feature
 
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode alone does not find siblings
+
+HOPPER = "sm_90a"
 GUARD = 64  # elements before and after an output that must stay as they were
 
 
@@ -56,7 +64,22 @@ def run(executor: str) -> Callable[..., Any]:
     Calls `kernel(*inputs, *outputs, **constants)` twice on fresh guarded outputs and asserts
     that both give the same bits.
     """
+    return runner(executor)
 
+
+@pytest.fixture
+def hopper(executor: str) -> Iterator[Callable[..., Any]]:
+    """The same for a chip with multiplies by warpgroups and the tensor memory accelerator; on a
+    GPU where it is one."""
+    if executor == "gpu":
+        chip = device.target_of(device.current_device())
+        if not chip.has(Feature.WGMMA):
+            pytest.skip(f"the GPU is {chip}")
+    with options(target=HOPPER):
+        yield runner(executor)
+
+
+def runner(executor: str) -> Callable[..., Any]:
     def call(kernel: Any, *inputs: Any, out: list[tuple[tuple[int, ...], Any]], **constants: Any):
         on_gpu = executor == "gpu"
         results = []

@@ -251,9 +251,10 @@ class Part(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OneThread(Node):
-    """`body`, by the first of the executing role's threads only."""
+    """`body`, by one of the executing role's threads only, or by one of `each` so many."""
 
     body: Body = ()
+    each: int = 0
 
     @property
     def bodies(self) -> tuple[Body, ...]:

@@ -218,7 +218,8 @@ class _Printer:
                 yield f"{indent}with role({role.name!r}):  # threads {role.first} to {last}"
                 yield from self.block(role.body, indent)
         elif isinstance(node, OneThread):
-            yield self.line("with one_thread():", node, indent)
+            each = f"each={node.each}" if node.each else ""
+            yield self.line(f"with one_thread({each}):", node, indent)
             yield from self.block(node.body, indent)
         else:
             show = self.leaves.get(type(node))

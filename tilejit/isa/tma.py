@@ -32,6 +32,7 @@ _KINDS: dict[str, np.dtype[Any]] = {
     "uint16": np.dtype(np.uint16),
     "uint32": np.dtype(np.uint32),
     "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
     "uint64": np.dtype(np.uint64),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -69,6 +70,11 @@ class TensorMap:
     swizzle: int
     rounds: bool = False
     kind: str = "uint8"
+
+    @property
+    def is_empty(self) -> bool:
+        """True for a tensor without elements: no map describes it, but its boxes are zeros."""
+        return 0 in self.shape
 
     def problem(self) -> str:
         """Why the hardware would refuse it, or an empty string (CUDA driver API,
@@ -173,7 +179,7 @@ def _boxes(
     for lane in np.flatnonzero(lanes.active).tolist():
         tensor = lanes.tensor_map(int(inputs[0][lane]))
         assert len(tensor.shape) == rank, f"a map of rank {len(tensor.shape)}, used as {rank}"
-        assert not tensor.problem(), tensor.problem()
+        assert tensor.is_empty or not tensor.problem(), tensor.problem()
         place = int(shared[lane])
         assert place % SHARED_ALIGN == 0, f"a box at {place} is not aligned to {SHARED_ALIGN}"
         result.append((lane, Box(tensor, tuple(int(x[lane]) for x in inputs[1 : 1 + rank])), place))

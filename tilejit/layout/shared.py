@@ -22,6 +22,7 @@ class SharedLayout:
     the row number modulo `swizzle` (1, 2, 4 or 8), as the hardware's 32-, 64- and 128-byte
     swizzles do for rows of 32, 64 and 128 bytes (PTX ISA, "Swizzling modes").
 
+    tile_align: bytes that a whole tile's size is rounded up to a multiple of.
     strides: explicit strides in elements instead of all this (views given by the user).
     """
 
@@ -31,6 +32,7 @@ class SharedLayout:
     pitch: int = 0
     swizzle: int = 1
     strides: tuple[int, ...] | None = None
+    tile_align: int = 1
 
     def __post_init__(self) -> None:
         if not self.panel:
@@ -66,7 +68,8 @@ class SharedLayout:
     @property
     def tile_elements(self) -> int:
         """Elements from one tile (last two dimensions) to the next."""
-        return self.rows * self.pitch * (self.columns // self.panel)
+        bytes_ = self.rows * self.pitch * (self.columns // self.panel) * self.itemsize
+        return -(-bytes_ // self.tile_align) * self.tile_align // self.itemsize
 
     @property
     def bytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import Expr, arith, binary, cast, const
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index
 from tilejit.ir.node import Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp
 from tilejit.isa import cluster as isa_cluster
@@ -21,7 +21,9 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.isa.barrier import FENCE_DEVICE
 from tilejit.isa.instruction import Instruction
 from tilejit.isa.machine import Value
+from tilejit.isa.mma import WARP
 from tilejit.isa.registers import setmaxnreg
+from tilejit.isa.special import ELECT, UNIFORM
 from tilejit.layout.shared import SharedLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.matmul import MatmulEmitter
@@ -94,7 +96,16 @@ class KernelEmitter(MatmulEmitter):
             self.bind(node.var, self.value(value))
 
     def emit_one_thread(self, node: OneThread, points: Points) -> None:
-        is_first = self.value(binary("eq", self.thread, const(0, int32)))
+        m = self.m
+        warps: Expr = self.thread
+        if node.each:
+            warps = arith("floormod", warps, node.each)
+        warp = self.value(arith("floordiv", warps, WARP))
+        (warp,) = m.issue(UNIFORM, [m.bitcast(warp, int32, uint32)])
+        is_first = m.binary("eq", warp, m.const(0, uint32), uint32)
+        (elected,) = m.issue(ELECT, [])
+        is_elected = m.binary("ne", elected, m.const(0, uint32), uint32)
+        is_first = self.both(is_first, is_elected)
 
         def body() -> None:
             with self.scope():
@@ -193,7 +204,7 @@ class KernelEmitter(MatmulEmitter):
     def emit_wgmma(self, node: Gemm, atom: WgmmaAtom, point: Point) -> None:
         m, one = self.m, atom.wgmma
         acc = self.state[node.acc.buffer]
-        group = arith("floordiv", self.thread, GROUP)
+        group = self._warpgroup(atom.groups_m * atom.groups_n)
         down = arith("floordiv", group, atom.groups_n)
         across = arith("floormod", group, atom.groups_n)
         row = arith("mul", down, node.m // atom.groups_m)
@@ -228,7 +239,21 @@ class KernelEmitter(MatmulEmitter):
             transpose_b=not node.transpose_b,
             scaled=node.clear,
         )
-        acc[:] = self._unpacked(m.issue(record, inputs), one.acc)
+        words = m.issue(record, inputs)
+        if one.acc is float16:  # taking two elements out of a register is touching it
+            words = m.issue(isa_wgmma.wait_group(0, (one.acc_register,) * len(words)), words)
+        acc[:] = self._unpacked(words, one.acc)
+
+    def _warpgroup(self, groups: int) -> Expr:
+        """The number of the thread's warpgroup, in a uniform register: so are the descriptors that
+        follow from it."""
+        if groups == 1:
+            return index(0)
+        number = self.value(arith("floordiv", self.thread, GROUP))
+        (number,) = self.m.issue(UNIFORM, [self.m.bitcast(number, int32, uint32)])
+        group = Var("warpgroup", int32, VarKind.VALUE, index(0), index(groups - 1))
+        self.bind(group, self.m.bitcast(number, uint32, int32))
+        return group
 
     def _packed(self, values: list[Value], dtype: DType) -> list[Value]:
         if dtype is not float16:

@@ -19,25 +19,35 @@ from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.registers import (
+    GROUP,
+    REGISTER_FILE,
+    consumer_registers,
+    launch_registers,
+)
+from tilejit.passes.wgmma import ROWS, SPARE_REGISTERS, STEP_BYTES
 from tilejit.target import Target
 
 NOMINAL = 4096  # taken for an extent that only the call knows
 START_CLOCKS = 8000  # launch, the first tiles from memory, the last stores
 TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
 STORE_BYTES = 32  # a clock, that a block writes from registers
-SUM_BYTES = 40  # a clock, of the sums of a loop that blocks share
-SUM_CLOCKS = 2500  # until the last of those blocks knows that it is
-ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival, under load
-STEP_CLOCKS = 150  # of an iteration: waiting, issuing, saying that a slot is free
+KEEP_BYTES = 16  # a clock, that a block writes of the sums of a loop that blocks share
+SUM_BYTES = 44  # a clock, that the last of those blocks adds up
+SUM_CLOCKS = 4500  # until it knows that it is the last
+ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
+MEMORY_CLOCKS = 1600  # more where it comes from memory
+STEP_CLOCKS = 330  # of an iteration at least: waiting, issuing, saying that a slot is free
+ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
 MMA_SHARE = 0.65  # of the peak, where warps load their own operands
 SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
-MAX_SLOTS = 8
+EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
+UNWRITTEN_BYTES = 27e6  # in the L2 cache from before, which make room as others are read
+MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
 FMA_A_CLOCK = 64  # without tensor cores
-BLOCK_REGISTERS = 65536
-SPARE_REGISTERS = 40  # of a thread, besides its fragments
 MAX_WARPS = 48  # of a multiprocessor; some chips have more
 
 
@@ -54,16 +64,18 @@ class Estimate:
 @dataclass
 class _Work:
     """Of one block. clocks: not overlapped; tensor: of the tensor cores, overlapped or not;
-    brought: bytes from global to shared memory."""
+    brought: bytes from global to shared memory; read: bytes of operands from there."""
 
     clocks: float = 0.0
     tensor: float = 0.0
     brought: float = 0.0
+    read: float = 0.0
 
     def add(self, other: _Work, times: float = 1.0) -> None:
         self.clocks += other.clocks * times
         self.tensor += other.tensor * times
         self.brought += other.brought * times
+        self.read += other.read * times
 
 
 @dataclass(frozen=True)
@@ -86,17 +98,24 @@ class Plan:
         """The time with so many blocks a tile."""
         chip = self.target.chip
         each = self.loop.clocks / parts + self.rest.clocks
+        sums = 0.0
         if parts > 1:
-            each += self.sum_bytes / SUM_BYTES * (1 + parts) + SUM_CLOCKS
+            sums = SUM_CLOCKS + self.sum_bytes * (1 / KEEP_BYTES + parts / SUM_BYTES)
         units = max(1.0, self.tiles) * parts
         here = min(self.at_once, math.ceil(units / chip.multiprocessors))
         throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
-        waves = math.ceil(units / (chip.multiprocessors * here)) * max(each, throughput)
-        memory = self.memory_bytes / (chip.memory_bytes * MEMORY_SHARE)
-        clocks = START_CLOCKS + max(waves, memory) + 0.1 * min(waves, memory)
+        each = max(each, throughput)
+        moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
+        memory = moved / (chip.memory_bytes * MEMORY_SHARE)
+        waves, last = divmod(units, chip.multiprocessors * here)
+        whole = 1 - last / units
+        clocks = float(START_CLOCKS) + max(waves * each, memory * whole) + waves * sums
+        if last:
+            clocks += max(each, memory * (1 - whole)) + sums
+        clocks += EDGE_SHARE * each
         busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
         bound = "the tensor cores"
-        if memory > waves:
+        if memory > math.ceil(units / chip.multiprocessors / here) * each:
             bound = "memory"
         elif self.loop.brought / chip.brought_bytes > self.loop.tensor:
             bound = "bringing tiles"
@@ -117,6 +136,8 @@ class _Planner:
     kernel: Kernel
     target: Target
     loop: _Work = field(default_factory=_Work)
+    slots: int = 1
+    arrival: float = ARRIVAL_CLOCKS
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -129,9 +150,7 @@ class _Planner:
         )
         threads = self.kernel.num_threads
         registers = words / threads + SPARE_REGISTERS
-        most = min(255, BLOCK_REGISTERS // (threads + (128 if brought else 0)))
-        if brought and threads + 128 > 256:
-            most = (BLOCK_REGISTERS - 40 * 128) // threads
+        most = consumer_registers(threads) if brought else launch_registers(threads)
         if registers > most:
             return f"about {registers:.0f} registers a thread are more than it can have"
         self.slots = MAX_SLOTS
@@ -145,10 +164,16 @@ class _Planner:
             at_once = int(
                 min(
                     self.target.shared_bytes // max(1, shared + each * (self.slots - 1)),
-                    BLOCK_REGISTERS // (threads * registers),
+                    REGISTER_FILE // (threads * registers),
                     MAX_WARPS * WARP // threads,
                 )
             )
+        tiles = math.prod(nominal(e) for e in self.kernel.grid)
+        memory = self.memory_bytes()
+        self.visit(self.kernel.body)
+        reads = max(1.0, tiles * self.loop.brought)
+        self.arrival += MEMORY_CLOCKS * min(1.0, memory / reads)
+        self.loop = _Work()
         rest = self.visit(self.kernel.body)
         rest.clocks += TILE_CLOCKS
         sums = {n.acc.buffer for n in nodes if isinstance(n, Gemm)}
@@ -156,8 +181,8 @@ class _Planner:
             target=self.target,
             loop=self.loop,
             rest=rest,
-            tiles=math.prod(nominal(e) for e in self.kernel.grid),
-            memory_bytes=self.memory_bytes(),
+            tiles=tiles,
+            memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
         )
@@ -203,12 +228,14 @@ class _Planner:
             work.add(inner, times)
             return
         chip = self.target.chip
-        arrival = ARRIVAL_CLOCKS / max(1, self.slots - 1)
-        groups = self.kernel.num_threads // 128
-        issue = STEP_CLOCKS if groups < 2 else 0.0
-        step = max(inner.tensor + issue, inner.brought / chip.brought_bytes, arrival)
-        step = max(step, STEP_CLOCKS) + inner.clocks
-        self.loop.add(_Work(step, inner.tensor, inner.brought), times)
+        arrival = self.arrival / max(1, self.slots - 1)
+        groups = self.kernel.num_threads // GROUP
+        issue = ISSUE_CLOCKS if groups < 2 else 0.0
+        shared = (inner.read + inner.brought) / SHARED_BYTES
+        step = max(
+            inner.tensor + issue, shared, inner.brought / chip.brought_bytes, arrival, STEP_CLOCKS
+        )
+        self.loop.add(_Work(step + inner.clocks, inner.tensor, inner.brought), times)
 
     def single(self, node: Node) -> _Work:
         if isinstance(node, Gemm):
@@ -228,9 +255,7 @@ class _Planner:
     def gemm(self, node: Gemm) -> _Work:
         chip, operand = self.target.chip, node.a.buffer.dtype
         if isinstance(node.atom, WgmmaAtom):
-            n = node.atom.wgmma.n
-            count = node.m // 64 * (node.n // n) * (node.k * operand.bytes // 32)
-            return _Work(tensor=count * max(n / 2, (64 + n) / 4))
+            return _Work(tensor=multiply_clocks(node), read=_operand_bytes(node, node.atom))
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
         rate = chip.tensor_macs * _speed(operand)
@@ -239,8 +264,24 @@ class _Planner:
         warps = self.kernel.num_threads // WARP
         repeated = warps / (down * across)
         multiply = node.m * node.n * node.k / (rate * MMA_SHARE) * repeated
-        read = reads * node.k * operand.bytes / SHARED_BYTES
-        return _Work(tensor=max(multiply, read))
+        return _Work(tensor=multiply, read=reads * node.k * operand.bytes)
+
+
+def multiply_clocks(node: Gemm) -> float:
+    """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
+    n columns and 32 bytes of K takes n / 2 clocks, or what it takes to read A."""
+    assert isinstance(node.atom, WgmmaAtom), "select did not run"
+    n = node.atom.wgmma.n
+    count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
+    return count * max(n / 2, ROWS * STEP_BYTES / SHARED_BYTES)
+
+
+def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:
+    """What a multiply by warpgroups reads of shared memory: B once for instructions in a row that
+    differ in A only."""
+    groups = atom.groups_m * atom.groups_n * atom.columns
+    rows = atom.rows * ROWS if node.a.buffer.scope is Scope.SHARED else 0
+    return groups * (rows + atom.wgmma.n) * node.k * node.a.buffer.dtype.bytes
 
 
 def _speed(operand: DType) -> float:

@@ -13,14 +13,15 @@ from tilejit.dtypes import DType, int32
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import If, Load, Node, Parallel, Store, rewrite, walk
+from tilejit.ir.node import Load, Node, OneThread, Parallel, Store, rewrite, walk
 from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
-from tilejit.passes.wgmma import GROUP, ROWS, warpgroup_layout
+from tilejit.passes.wgmma import ROWS, warpgroup_layout
 
 STRIP_BYTES = 128  # of a row: the widest swizzle
 MOST_STRIPS = 2
@@ -76,7 +77,7 @@ class _Stager:
         if atom is None or not node.src.is_whole or source.rank != 2:
             return node
         columns = source.extents[1] // atom.groups_n
-        width = math.gcd(STRIP_BYTES // target.dtype.bytes, columns)
+        width = math.gcd(STRIP_BYTES // target.dtype.bytes, atom.wgmma.n)
         strips = [(r, c) for r in range(atom.rows) for c in range(columns // width)]
         buffer = self._strip_buffer(source, target, atom, width, len(strips))
         probe = self._store(node, buffer, atom, width, 0, (0, 0))
@@ -149,13 +150,12 @@ class _Stager:
             threads=GROUP,
             span=span,
         )
-        first = arith("eq", arith("floormod", self.thread, GROUP), 0)
         store = self._store(node, buffer, atom, width, number % slots, place)
         written = self._written(node, buffer, atom, width, number % slots, place)
         read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
         read_before = Control(op=ControlOp.STORE_WAIT_READ, count=max(slots - 2, 0), span=span)
         sent: list[Node] = [
-            If(condition=first, then=(store,), span=span),
+            OneThread(body=(store,), each=GROUP, span=span),
             Control(op=ControlOp.STORE_COMMIT, span=span),
         ]
         fence = Control(op=ControlOp.FENCE_ASYNC, span=span)

@@ -6,8 +6,10 @@ Knows what must hold for that. Does not know slots, barriers or registers.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from tilejit.dtypes import tfloat32
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, LoopKind, Node, Roles, While, walk
@@ -43,31 +45,56 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
     if not target.has(Feature.TMA, Feature.WGMMA, Feature.SETMAXNREG):
         return Brought()
     nodes = list(walk(kernel.body))
-    gemms = [n for n in nodes if isinstance(n, Gemm)]
+    reasons = _reasons(kernel)
+    unrounded = _unrounded(kernel, {c for c, r in reasons.items() if not r})
     viewed = {b.root for b in kernel.buffers if b.is_view}
-    fits = {n: _choose(n, kernel, target, viewed) for n in gemms}
+    gemms = [n for n in nodes if isinstance(n, Gemm)]
+    fits = {n: _choose(n, kernel, target, viewed, unrounded) for n in gemms}
     atoms = {n: atom for n, atom in fits.items() if isinstance(atom, WgmmaAtom)}
     why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
     if not atoms:
         return Brought(gemm_reasons=why)
-    reasons = _reasons(kernel)
     refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
     general = obstacle or _obstacle(kernel, nodes)
     if general or refused or not pipelined_copies(kernel):
         reason = general or "its operands are not brought by TMA"
         own = dict(refused) if not general else dict.fromkeys(pipelined_copies(kernel), general)
-        kept = {n: a for n, a in atoms.items() if _is_filled_by_threads(n, kernel)}
+        unrounded = _unrounded(kernel, ())
+        kept = {
+            n: a
+            for n, a in atoms.items()
+            if _is_filled_by_threads(n, kernel) and not unrounded & {n.a.buffer, n.b.buffer}
+        }
         why |= {n: [f"wgmma ({reason})"] for n in atoms if n not in kept}
         return Brought(gemms=kept, reasons=own, gemm_reasons=why)
     copies = frozenset(c for c, r in reasons.items() if not r)
     return Brought(copies, atoms, {c: r for c, r in reasons.items() if r}, why)
 
 
-def _choose(node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer]) -> WgmmaAtom | str:
+def _choose(
+    node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer], unrounded: set[Buffer]
+) -> WgmmaAtom | str:
+    chosen = choose_wgmma(node, target, kernel.num_threads)
     for region in (node.a, node.b):
-        if region.buffer.scope is Scope.SHARED and region.buffer in viewed:
-            return f"{region.buffer.name} has views, so it lies in plain rows"
-    return choose_wgmma(node, target, kernel.num_threads)
+        name = region.buffer.name
+        if isinstance(chosen, str) or region.buffer.scope is not Scope.SHARED:
+            continue
+        if region.buffer in viewed:
+            chosen = f"{name} has views, so it lies in plain rows"
+        elif region.buffer in unrounded:
+            chosen = f"{name} is not rounded to tf32 on its way into shared memory"
+    return chosen
+
+
+def _unrounded(kernel: Kernel, brought: Collection[Copy]) -> set[Buffer]:
+    """The tf32 tiles in shared memory whose elements TMA does not round: warpgroups would cut them
+    off, twice the error. It rounds what it alone brings and multiplies alone read."""
+    found: set[Buffer] = set()
+    for node in walk(kernel.body):
+        written = () if node in brought else node.writes
+        read = () if isinstance(node, Gemm) else node.reads
+        found |= {b.root for b in (*written, *read) if b.dtype is tfloat32}
+    return {b for b in found if b.scope is Scope.SHARED}
 
 
 def _reasons(kernel: Kernel) -> dict[Copy, str]:

@@ -31,6 +31,7 @@ from tilejit.ir.node import (
 )
 from tilejit.ir.parts import each_part
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
+from tilejit.layout.boxes import boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
@@ -418,13 +419,14 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
     rows elsewhere and under views."""
     operands: set[Buffer] = set()
     panels: set[Buffer] = set()
+    boxed: set[Buffer] = set()
     for node in walk(kernel.body):
         if isinstance(node, Gemm):
             operands |= {node.a.buffer, node.b.buffer}
             if isinstance(node.atom, WgmmaAtom):
                 panels |= {node.a.buffer, node.b.buffer}
         elif isinstance(node, Copy) and node.is_tma:
-            operands |= {node.src.buffer, node.dst.buffer}
+            boxed |= {node.src.buffer, node.dst.buffer}
     viewed = {b.root for b in kernel.buffers if b.is_view}
     result: dict[Buffer, SharedLayout] = {}
     for buffer in kernel.scoped(Scope.SHARED):
@@ -437,18 +439,10 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
             result[buffer] = SharedLayout(shape, itemsize, strides=strides)  # type: ignore[arg-type]
         elif buffer in panels:
             result[buffer] = warpgroup_layout(shape, buffer.dtype)
+        elif buffer in boxed:
+            result[buffer] = boxed_layout(shape, itemsize)
         elif buffer in operands and buffer not in viewed and len(shape) >= 2:
             result[buffer] = operand_layout(shape, itemsize)
         else:
             result[buffer] = SharedLayout(shape, itemsize)
     return result
-
-
-def operand_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
-    """The widest swizzle whose panels divide a row. Rows that none divides are an odd number of
-    16-byte chunks: 8 of them below each other already lie in different banks."""
-    row_bytes = shape[-1] * itemsize
-    for chunks in (8, 4, 2):
-        if row_bytes % (16 * chunks) == 0:
-            return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
-    return SharedLayout(shape, itemsize)

@@ -328,14 +328,11 @@ def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer
         strides: tuple[int, ...] | None = (step, *layout.strides)
     else:
         strides = None
-    return fresh, SharedLayout(
-        (slots, *layout.shape),
-        layout.itemsize,
-        layout.panel,
-        layout.pitch,
-        layout.swizzle,
-        strides,
-    )
+    pitch = layout.pitch
+    if len(layout.shape) == 1:  # a slot becomes a row
+        pitch = layout.tile_elements
+    shape = (slots, *layout.shape)
+    return fresh, replace(layout, shape=shape, pitch=pitch, strides=strides)
 
 
 def is_fed(loop: For) -> bool:

@@ -29,25 +29,20 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
-from tilejit.isa.atom import WgmmaAtom
 from tilejit.ops.copy import BarrierSlot, Copy
 from tilejit.ops.gemm import Gemm, GemmWait
-from tilejit.passes.bring import Feed, feeds, is_inward, reads, touches
+from tilejit.passes.bring import Feed, feeds, is_inward, touches
+from tilejit.passes.cost import multiply_clocks
 from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.pipeline import into_slot, with_slots
+from tilejit.passes.registers import GROUP, register_split
 from tilejit.passes.tiles import choose_cluster, is_same_along, tile_walk
-from tilejit.passes.wgmma import GROUP
 from tilejit.target import Target
 
-MAX_SLOTS = 8  # more wait for nothing
+MAX_SLOTS = 12  # more wait for nothing
 FEWEST_SLOTS = 2  # one is filled while the other is used
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
-COLUMNS_A_CLOCK = 2  # of an instruction of 64 rows and 32 bytes of K: an H100's peak
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor (CUDA Programming Guide)
-PRODUCER_REGISTERS = 40
-REGISTER_STEP = 8  # setmaxnreg counts in eights
-ENOUGH_REGISTERS = 232  # a thread that has as many at launch needs no more
 
 
 def specialise(kernel: Kernel) -> Kernel:
@@ -201,8 +196,8 @@ class _Specialiser:
                 self._open_channels(inner, inside, free)
 
     def _open(self, feed: Feed, slots: int, body: Body) -> None:
-        users = [n for n in body if any(reads(n, b) for b in feed.buffers)]
-        by_group = all(isinstance(n, Gemm) and n.is_async for n in users)
+        readers = [n for n in walk(body) if any(b.root in feed.buffers for b in n.reads)]
+        by_group = all(isinstance(n, Gemm) and n.is_async for n in readers)
         name = "_".join(b.name for b in feed.buffers)
         leavers = self.kernel.num_threads // GROUP if by_group else self.kernel.num_threads
         slotted = {}
@@ -229,7 +224,8 @@ class _Specialiser:
         the last one's slot is left; unless other warpgroups have enough to multiply meanwhile."""
         channels = self._channels_in(body)
         gemms = [n for n in body if isinstance(n, Gemm) and n.is_async]
-        others_work = (self.kernel.num_threads // GROUP - 1) * sum(_clocks(n) for n in gemms)
+        groups = self.kernel.num_threads // GROUP
+        others_work = (groups - 1) / groups * sum(multiply_clocks(n) for n in gemms)
         if others_work >= ISSUE_CLOCKS:
             return
         held = _registers_of(gemms)
@@ -377,26 +373,6 @@ class _Specialiser:
             span=span,
         )
         return [If(condition=condition, then=(arrive,), span=span)]
-
-
-def register_split(threads: int) -> tuple[int, int]:
-    """Registers of a consumer and of a producer thread, moved from one to the other when the
-    kernel starts; (0, 0) where all threads have enough."""
-    total = threads + GROUP
-    at_launch = REGISTER_FILE // total // REGISTER_STEP * REGISTER_STEP
-    if at_launch >= ENOUGH_REGISTERS:
-        return 0, 0
-    down = min(PRODUCER_REGISTERS, at_launch)
-    up = (at_launch * total - down * GROUP) // threads // REGISTER_STEP * REGISTER_STEP
-    return min(up, 256 - REGISTER_STEP), down
-
-
-def _clocks(gemm: Gemm) -> int:
-    """How long the tensor cores are busy with one warpgroup's share of a multiply."""
-    assert isinstance(gemm.atom, WgmmaAtom), "select did not run"
-    atom = gemm.atom
-    steps = gemm.k // atom.wgmma.k
-    return atom.rows * atom.columns * steps * atom.wgmma.n // COLUMNS_A_CLOCK
 
 
 def _registers_of(gemms: Sequence[Gemm]) -> tuple[Buffer, ...]:

@@ -19,8 +19,10 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.cost import existing, multiply_clocks, nominal
 
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
+MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
 
 
@@ -168,8 +170,12 @@ def bytes_along(kernel: Kernel, axis: int) -> int:
     total = 0
     for copy in _brought(kernel):
         if not is_same_along(copy, kernel, axis):
-            total += math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
+            total += _bytes(copy)
     return max(total, 1)
+
+
+def _bytes(copy: Copy) -> int:
+    return math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
 
 
 def _brought(kernel: Kernel) -> list[Copy]:
@@ -193,19 +199,30 @@ def is_same_along(copy: Copy, kernel: Kernel, axis: int) -> bool:
 
 def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None]:
     """How many blocks share tiles, and along which axis of the grid: two, along the axis that saves
-    most, where the grid divides so and only multiplies by warpgroups read what is shared."""
-    best: tuple[int, int | None] = (0, None)
+    most, where the grid divides so and only multiplies by warpgroups read what is shared.
+
+    Only where the L2 cache brings less than is multiplied: blocks that share tiles wait for each
+    other, and neighbours' requests for the same lines meet on their way even so.
+    """
+    best: tuple[float, int | None] = (0.0, None)
     if not _only_multiplied(kernel, brought):
+        return 1, None
+    assert kernel.target is not None, "select did not run"
+    size = sum(_bytes(c) * existing(c.src) for c in brought)
+    clocks = sum(multiply_clocks(n) for n in walk(kernel.body) if isinstance(n, Gemm))
+    chip = kernel.target.chip
+    tiles = math.prod(nominal(extent) for extent in kernel.grid)
+    if size <= clocks * chip.brought_bytes or tiles < MANY_WAVES * chip.multiprocessors:
         return 1, None
     for axis, extent in enumerate(kernel.grid):
         if divisor(extent) % 2:
             continue
-        saved = 0
+        saved = 0.0
         for copy in brought:
             layout = kernel.shared[copy.dst.buffer]
             if is_same_along(copy, kernel, axis) and boxes_of(layout, copy.dst.extents, 2):
-                saved += math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
-        if saved > best[0]:
+                saved += _bytes(copy) * existing(copy.src) / 2
+        if saved > max(best[0], size / 5):
             best = (saved, axis)
     return (2, best[1]) if best[0] else (1, None)
 

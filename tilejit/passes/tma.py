@@ -10,7 +10,7 @@ from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import int_value, is_const
 from tilejit.ir.kernel import Kernel, ParamKind
-from tilejit.layout.boxes import SWIZZLE_ROWS
+from tilejit.layout.boxes import SWIZZLE_ROWS, boxed_layout, boxes_of
 from tilejit.ops.copy import Copy
 
 UNIT = 16  # bytes: of addresses, strides and rows of a box
@@ -55,7 +55,9 @@ def _global_misfit(region: Region, kernel: Kernel) -> str:
     *outer, last = buffer.element_strides
     if int_value(last) != 1:
         return f"neighbours in a row of {name} are not neighbours in memory"
-    for stride in outer:
+    for extent, stride in zip(buffer.shape, outer, strict=False):
+        if (int_value(stride) or 1) < 0 or (int_value(stride) == 0 and int_value(extent) != 1):
+            return f"rows of {name} do not follow each other in memory"
         if divisor(stride, known) * size % UNIT:
             return f"rows of {name} do not provably begin at multiples of {UNIT} bytes"
     offset = divisor(buffer.offset, known) * size
@@ -77,4 +79,7 @@ def _shared_misfit(region: Region) -> str:
         return f"it moves parts of the rows of {buffer.name}"
     if buffer.rank > 1 and divisor(region.starts[-2]) % SWIZZLE_ROWS:
         return f"it begins inside {SWIZZLE_ROWS} rows of {buffer.name}"
+    layout = boxed_layout(buffer.extents, buffer.dtype.bytes)
+    if boxes_of(layout, region.extents) is None:
+        return f"no boxes make up {'x'.join(map(str, region.shape))} {buffer.dtype}"
     return ""

@@ -5,21 +5,26 @@ Knows what the instruction asks of operands and accumulator. Does not know who f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tilejit.dtypes import DType
 from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Region, Scope
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.isa.wgmma import find_wgmma
+from tilejit.layout.boxes import BOX_ALIGN, CHUNK, operand_layout
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.passes.registers import GROUP, consumer_registers, launch_registers
 from tilejit.target import Feature, Target
 
-GROUP = 128  # threads of a warpgroup
 ROWS = 64  # of one instruction
 STEP_BYTES = 32  # of K that one instruction multiplies
 MAX_COLUMNS = 256
-# Accumulator registers of a thread beyond which nothing is left for addresses and the epilogue.
-MAX_ACCUMULATOR_WORDS = 192
+SPARE_REGISTERS = 40  # of a thread, besides accumulators: addresses, the epilogue
+# Registers that a thread has at launch besides those of one instruction: the assembler takes no
+# account of what producers give away when it looks at one (ptxas, C7602).
+LAUNCH_SPARE = 26
 
 
 def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
@@ -39,6 +44,10 @@ def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
         return reason
     found = _split(node, target, threads // GROUP)
     if found is None:
+        words = node.m * node.n * acc.bytes // 4 // threads
+        most = consumer_registers(threads) - SPARE_REGISTERS
+        if words > most:
+            return f"its sums take {words} registers of each of {threads} threads, of {most} free"
         return f"no instruction multiplies {a} and {b} into {acc} in a share of {node.m}x{node.n}"
     return found
 
@@ -69,10 +78,14 @@ def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
 def _atom(node: Gemm, target: Target, down: int, across: int) -> WgmmaAtom | None:
     a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
     rows, wide = node.m // down // ROWS, node.n // across
-    if rows * ROWS * wide * acc.bytes // (4 * GROUP) > MAX_ACCUMULATOR_WORDS:
+    threads = down * across * GROUP
+    words_a_column = ROWS * acc.bytes / (4 * GROUP)
+    if rows * wide * words_a_column > consumer_registers(threads) - SPARE_REGISTERS:
         return None
+    most = (launch_registers(threads + GROUP) - LAUNCH_SPARE) / words_a_column
+    most = min(MAX_COLUMNS, int(most))
     unit = _columns_unit(node, wide)
-    for columns in range(-(-wide // MAX_COLUMNS), wide // 8 + 1):
+    for columns in range(-(-wide // most), wide // 8 + 1):
         n = wide // columns
         if wide % columns or n % 8 or (columns * across > 1 and n % unit):
             continue
@@ -116,9 +129,7 @@ def _operand_misfit(region: Region, is_k_major: bool, name: str) -> str:
 def warpgroup_layout(shape: tuple[int, ...], dtype: DType) -> SharedLayout:
     """How a tile must lie that warpgroups multiply: panels of 128, 64, 32 or 16 bytes, swizzled
     over their width (PTX ISA, "Asynchronous warpgroup-level matrix shared memory layout")."""
-    itemsize = dtype.bytes
-    row_bytes = shape[-1] * itemsize
-    for chunks in (8, 4, 2):
-        if row_bytes % (16 * chunks) == 0:
-            return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
-    return SharedLayout(shape, itemsize, panel=16 // itemsize)
+    layout = operand_layout(shape, dtype.bytes)
+    if layout.swizzle == 1:
+        layout = SharedLayout(shape, dtype.bytes, panel=CHUNK // dtype.bytes)
+    return replace(layout, tile_align=BOX_ALIGN)

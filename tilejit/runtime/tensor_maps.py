@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tilejit.errors import DeviceError
@@ -18,6 +19,7 @@ from tilejit.runtime.device import check, driver
 from tilejit.runtime.host import host_function
 
 MAP_BYTES, MAP_ALIGN = 128, 64  # CUDA Driver API, CUtensorMap
+UNIT = 16  # bytes: the smallest tensor
 MAX_ENCODED = 4096
 """Maps that a parameter keeps; with more it begins anew, so that tensors that are gone do not pile
 up."""
@@ -90,6 +92,8 @@ class MapSource:
                 self._kept.clear()
             block = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGN)
             address = -(-ctypes.addressof(block) // MAP_ALIGN) * MAP_ALIGN
+            if made.is_empty:
+                made = _stand_in(made)
             ctypes.memmove(address, _driver_map(made), MAP_BYTES)
             self._kept.append(block)
             self._encoded[key] = address
@@ -102,6 +106,18 @@ def _stride_of_one(strides: Sequence[int], shape: Sequence[int], n: int, size: i
     return max(16, -(-wide // 16) * 16) if n < len(shape) - 1 else size
 
 
+def _stand_in(empty: TensorMap) -> TensorMap:
+    """A tensor that reads as one without elements does, which no map can describe: one zero, and
+    zeros around it. It lies in host memory that all GPUs see, and stays there."""
+    api = driver()
+    pages = api.CU_MEMHOSTALLOC_PORTABLE | api.CU_MEMHOSTALLOC_DEVICEMAP
+    address = int(check(api.cuMemHostAlloc(UNIT, pages), "Allocating memory for an empty tensor"))
+    ctypes.memset(address, 0, UNIT)
+    rank = len(empty.shape)
+    strides = (*(UNIT,) * (rank - 1), empty.itemsize)
+    return replace(empty, address=address, shape=(1,) * rank, strides=strides)
+
+
 def _driver_map(tensor: TensorMap) -> bytes:
     """The 128 bytes that cuTensorMapEncodeTiled makes.
 
@@ -109,8 +125,6 @@ def _driver_map(tensor: TensorMap) -> bytes:
         DeviceError: the driver refuses the tensor.
     """
     api = driver()
-    if 0 in tensor.shape:  # never read: boxes of an empty tensor are zeros
-        raise DeviceError("A tensor without elements has no tensor map.")
     reason = tensor.problem()
     if reason:
         raise DeviceError(f"A tensor cannot be copied in bulk: {reason}.")
