@@ -15,6 +15,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Atomic, Body, For, If, Let, Load, Node, Parallel, Roles, Store, While
 from tilejit.ir.node import walk as walk_nodes
 from tilejit.ir.parts import common_buffers, roles_of
+from tilejit.ir.sync import Elect
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ def _visit(
                 vars_.add(node.out)
         elif isinstance(node, Let) and state.of(node.exprs):
             vars_.add(node.var)
+        elif isinstance(node, Elect):
+            vars_.update(node.defines)
         elif isinstance(node, Atomic) and node.out is not None and here:
             vars_.add(node.out)
         elif here and isinstance(node, Store | Atomic) and node.buffer.scope.is_per_thread:

@@ -75,7 +75,8 @@ class Given:
     panel, order: tiles are computed in panels of so many rows ("row") or columns ("column") of
         tiles; 0 where passes choose.
     producer_registers, consumer_registers: of a thread, where passes split the block into roles;
-        0 where they choose. keeps_registers: no thread gives any away.
+        0 where they choose; register_span: where that was said. keeps_registers: no thread gives
+        any away.
     """
 
     cluster: tuple[int, int, int] | None = None
@@ -83,6 +84,7 @@ class Given:
     order: str = "row"
     producer_registers: int = 0
     consumer_registers: int = 0
+    register_span: Span | None = None
     keeps_registers: bool = False
 
 

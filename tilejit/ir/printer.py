@@ -36,6 +36,7 @@ from tilejit.ir.sync import (
     BarrierExpect,
     BarrierWait,
     Control,
+    Elect,
     SyncThreads,
 )
 
@@ -64,6 +65,7 @@ class _Printer:
                 f"T.barrier_wait({self.slot(n)}, parity={self.names.expr(n.parity)})"
             ),
             BarrierExpect: self.expect,
+            Elect: lambda n: f"{self.names.of(n.out)} = T.shuffle_elect({n.each})",
             Let: lambda n: f"{self.names.of(n.var)} = {self.names.expr(n.value)}",
             Control: lambda n: f"T.{n.op.value}({n.count or ''})",
             AsyncCommit: lambda n: "T.async_commit()",

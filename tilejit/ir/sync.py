@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Expr
+from tilejit.ir.expr import Expr, Var
 from tilejit.ir.node import Node
 
 
@@ -111,6 +111,23 @@ class AsyncWait(Node):
     (PTX ISA, cp.async.wait_group). Other threads' copies need a SyncThreads after it."""
 
     pending: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Elect(Node):
+    """`out` is true in one of every `each` threads of the block, in their first warp; all threads
+    of a warp come there together (PTX ISA, elect.sync)."""
+
+    out: Var
+    each: int
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return (self.out,)
+
+    @property
+    def has_effect(self) -> bool:
+        return False
 
 
 class ControlOp(StrEnum):

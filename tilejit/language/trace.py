@@ -87,7 +87,6 @@ class Trace:
     grid, threads, block_vars, thread_vars: of a kernel, x first. is_free: the compiler may choose
         other threads.
     given, cluster: of a kernel: what the user decides that passes would; blocks of a cluster.
-        register_span: where it names registers.
     failures: mistakes found too late to raise at their line; the first is raised at the end.
     known: extents that annotations in the function's body have named, by that name.
     """
@@ -109,7 +108,6 @@ class Trace:
         self.threads: tuple[int, int, int] = (1, 1, 1)
         self.is_free = False
         self.given = Given()
-        self.register_span: Span | None = None
         self.cluster: tuple[int, int, int] = (1, 1, 1)
         self.block_vars: tuple[Var, ...] = ()
         self.thread_vars: tuple[Var, ...] = ()

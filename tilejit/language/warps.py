@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tilejit.dtypes import int32
+from tilejit.dtypes import bool_
 from tilejit.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -19,12 +19,11 @@ from tilejit.errors import (
     caller_span,
 )
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, arith, binary, const
+from tilejit.ir.expr import Var, VarKind
 from tilejit.ir.node import Body, Let, Load, Node, Role, Roles, Store, all_reads, all_writes, walk
-from tilejit.ir.sync import Control, ControlOp
+from tilejit.ir.sync import Control, ControlOp, Elect
 from tilejit.language.context import Context, require_read_source
 from tilejit.language.extents import is_integer
-from tilejit.language.launch import get_thread_binding
 from tilejit.language.trace import Frame, FrameKind, Trace, current_kernel
 from tilejit.language.value import Value
 from tilejit.language.where import tile_op
@@ -176,10 +175,10 @@ def check_roles(trace: Trace, body: Body) -> None:
     """
     if not any(isinstance(node, Roles) for node in walk(body)):
         return
-    if trace.register_span is not None:
+    if trace.given.register_span is not None:
         raise TraceError(
             "In a kernel with T.ws the registers of a thread are a matter of each body.",
-            span=trace.register_span,
+            span=trace.given.register_span,
             hint="Move the call to the top of the T.ws body that it is for.",
         )
     check_homes(body)
@@ -228,7 +227,8 @@ def _groups_text(role: Role) -> str:
 
 
 def shuffle_elect(thread_extent: int) -> Value:
-    """True in one thread of every `thread_extent` threads: the first. A bool, for `if`.
+    """True in one thread of every `thread_extent` threads of the block: one of their first warp
+    (PTX ISA, "elect.sync"; before sm_90 its first thread). A bool, for `if`.
 
     Args:
         thread_extent: a multiple of 32 that divides the block's threads, such as 128 for one
@@ -236,35 +236,26 @@ def shuffle_elect(thread_extent: int) -> Value:
 
     Raises:
         ArgumentError, ArgumentTypeError: another number.
-        TraceError: outside a kernel.
+        UnsupportedError: a block whose threads have more than one dimension.
+        TraceError: outside a kernel, or inside T.Parallel.
     """
     what = "T.shuffle_elect"
-    trace = current_kernel(what)
+    trace = tile_op(what)
     if not is_integer(thread_extent):
         raise ArgumentTypeError(f"{what}: the extent is {thread_extent!r}, not an integer.")
     total, extent = trace.num_threads, int(thread_extent) or trace.num_threads
+    if trace.threads[1:] != (1, 1):
+        raise UnsupportedError(f"{what}: the block's threads have more than one dimension.")
     if extent < 0 or extent % 32 or total % extent:
-        if extent != total:
-            raise ArgumentError(
-                f"{what}: {thread_extent} threads; the block's {total} are no whole number of "
-                "such groups of warps.",
-                hint="128 elects a thread of each warpgroup, 32 one of each warp, 0 one of all.",
-            )
-    thread = linear_thread(trace)
+        raise ArgumentError(
+            f"{what}: {thread_extent} threads; the block's {total} are no whole number of such "
+            "groups of warps.",
+            hint="128 elects a thread of each warpgroup, 32 one of each warp, 0 one of all.",
+        )
     trace.is_free = False
-    return Value(binary("eq", arith("floormod", thread, extent), const(0, int32)))
-
-
-def linear_thread(trace: Trace) -> Expr:
-    """The thread's number in the block."""
-    x, y, _ = trace.threads
-    dims = 1 if trace.threads[1:] == (1, 1) else 3
-    vars_ = [get_thread_binding(d).expr for d in range(dims)]
-    steps = (1, x, x * y)
-    result = vars_[0]
-    for var, step in zip(vars_[1:], steps[1:], strict=False):
-        result = arith("add", result, arith("mul", var, step))
-    return result
+    out = Var(trace.unique_name("elected"), bool_, VarKind.VALUE)
+    trace.add(Elect(out=out, each=extent, span=caller_span()))
+    return Value(out)
 
 
 # -- registers --------------------------------------------------------------------------------
@@ -370,8 +361,8 @@ def _annotate(what: str, given: Any, field: str, is_up: bool) -> None:
         _set_registers(what, given, is_up)
         return
     count = _registers(what, given)
-    trace.given = dataclasses.replace(trace.given, **{field: count})  # type: ignore[arg-type]
-    trace.register_span = caller_span()
+    changes: dict[str, Any] = {field: count, "register_span": caller_span()}
+    trace.given = dataclasses.replace(trace.given, **changes)
 
 
 def check_registers(body: Body, threads: int) -> None:
@@ -390,20 +381,26 @@ def check_registers(body: Body, threads: int) -> None:
 
 def _check_roles(node: Roles, threads: int, at_launch: int) -> None:
     asked = {id(r): _last_request(r.body) for r in node.roles}
-    requests = [n for n in asked.values() if n is not None]
-    up = next((n for n in requests if n.op is ControlOp.REGISTERS_UP), None)
-    if up is None:
-        return
-    rest = threads - sum(role.threads for role in node.roles)
-    total = rest * at_launch
+    ups = [n for n in asked.values() if n is not None and n.op is ControlOp.REGISTERS_UP]
+    if ups:  # no more are given at the start than any thread asks for later
+        at_launch = min(at_launch, max(n.count for n in ups))
+    total = (threads - sum(role.threads for role in node.roles)) * at_launch
     for role in node.roles:
         request = asked[id(role)]
         total += role.threads * (request.count if request is not None else at_launch)
-    if total > at_launch * threads:
+        if request is None or request.op is ControlOp.REGISTERS_UP or request.count <= at_launch:
+            continue
+        raise ResourceError(
+            f"T.dec_max_nreg({request.count}) gives no registers back: a thread has {at_launch} "
+            "when the block starts.",
+            span=request.span,
+            hint=f"Keep fewer than {at_launch}, or leave it out.",
+        )
+    if ups and total > at_launch * threads:
         raise ResourceError(
             f"The warpgroups ask for {total} registers together; the block's {threads} threads "
             f"start with {at_launch} each, {at_launch * threads} together.",
-            span=up.span,
+            span=ups[0].span,
             hint="Let other warpgroups give more back with T.dec_max_nreg, or ask for fewer.",
         )
 

@@ -32,6 +32,7 @@ from tilejit.ir.sync import (
     BarrierExpect,
     BarrierWait,
     Control,
+    Elect,
     SyncThreads,
 )
 from tilejit.isa.atom import CopyMethod
@@ -100,7 +101,7 @@ def is_async_step(node: Node) -> bool:
         return node.is_async
     if isinstance(node, SyncThreads):
         return node.number is not None
-    return isinstance(node, Let | Control | GemmWait | BarrierExpect)
+    return isinstance(node, Let | Elect | Control | GemmWait | BarrierExpect)
 
 
 def share_call(before: Node, node: Node) -> bool:

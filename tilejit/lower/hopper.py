@@ -11,7 +11,7 @@ from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index
 from tilejit.ir.node import Let, Node, OneThread
-from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp
+from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect
 from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import launch as isa_launch
 from tilejit.isa import mbarrier as isa_mbarrier
@@ -64,6 +64,9 @@ class KernelEmitter(MatmulEmitter):
             self.emit_let(node, point)
         elif isinstance(node, OneThread):
             self.emit_one_thread(node, points)
+        elif isinstance(node, Elect):
+            absolute = self.kernel.thread_vars[0]
+            self.bind(node.out, self._elected(arith("floormod", absolute, node.each)))
         elif isinstance(node, Control):
             self.m.issue(control_instruction(node))
         elif isinstance(node, BarrierExpect):
@@ -96,16 +99,10 @@ class KernelEmitter(MatmulEmitter):
             self.bind(node.var, self.value(value))
 
     def emit_one_thread(self, node: OneThread, points: Points) -> None:
-        m = self.m
         warps: Expr = self.thread
         if node.each:
             warps = arith("floormod", warps, node.each)
-        warp = self.value(arith("floordiv", warps, WARP))
-        (warp,) = m.issue(UNIFORM, [m.bitcast(warp, int32, uint32)])
-        is_first = m.binary("eq", warp, m.const(0, uint32), uint32)
-        (elected,) = m.issue(ELECT, [])
-        is_elected = m.binary("ne", elected, m.const(0, uint32), uint32)
-        is_first = self.both(is_first, is_elected)
+        is_first = self._elected(warps)
 
         def body() -> None:
             with self.scope():
@@ -114,6 +111,17 @@ class KernelEmitter(MatmulEmitter):
         self.divergent += 1
         self.m.branch(is_first, body, None, self.changed(node.body))
         self.divergent -= 1
+
+    def _elected(self, number: Expr) -> Value:
+        """True in one of the threads of the warp that has the numbers below 32."""
+        m = self.m
+        if not self.target.has(*ELECT.needs):
+            return self.value(binary("eq", number, const(0, int32)))
+        warp = self.value(arith("floordiv", number, WARP))
+        (warp,) = m.issue(UNIFORM, [m.bitcast(warp, int32, uint32)])
+        is_first = m.binary("eq", warp, m.const(0, uint32), uint32)
+        (elected,) = m.issue(ELECT, [])
+        return self.both(is_first, m.binary("ne", elected, m.const(0, uint32), uint32))
 
     def emit_expect(self, node: BarrierExpect, point: Point) -> None:
         address = self.barrier_address(node.barrier, node.slot, point)

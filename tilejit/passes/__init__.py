@@ -9,6 +9,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
 from tilejit.passes.describe import describe_tensors
+from tilejit.passes.given import order_tiles
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
 from tilejit.passes.schedule import schedule
@@ -24,6 +25,7 @@ PASSES: tuple[Pass, ...] = (
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
     specialise,  # the same of what producers bring
+    order_tiles,  # blocks that walk have an order already
     insert_sync,  # hazards depend on what runs ahead
     describe_tensors,  # boxes depend on slots and clusters
     allocate_memory,  # last: every buffer, slot and scratch is known

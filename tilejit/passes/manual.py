@@ -19,12 +19,12 @@ from tilejit.ir.access import INTEGER
 from tilejit.ir.analysis import interval
 from tilejit.ir.buffer import Scope
 from tilejit.ir.divergence import Divergence
-from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, walk
+from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, substitute, walk
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, If, Node, OneThread, Role, Roles, While
 from tilejit.ir.node import walk as walk_nodes
 from tilejit.ir.parts import roles_of
-from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, SyncThreads
+from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.isa.barrier import NUM_BARRIERS
 from tilejit.ops.copy import Copy
@@ -93,6 +93,7 @@ _SPELLINGS: dict[type[Node], str] = {
     BarrierArrive: "T.mbarrier_arrive with cta_id",
     Copy: "T.tma_copy",
     Roles: "T.ws",
+    Elect: "T.shuffle_elect",
 }
 
 
@@ -105,7 +106,7 @@ def spelling(node: Node) -> str:
 
 def is_aligned(node: Node) -> bool:
     """True for what threads cannot do apart from those of their warp."""
-    return isinstance(node, Roles) or (isinstance(node, Control) and node.op in _ALIGNED)
+    return isinstance(node, Roles | Elect) or (isinstance(node, Control) and node.op in _ALIGNED)
 
 
 # ---- where roles meet ---------------------------------------------------------------------------
@@ -170,6 +171,11 @@ class Executing:
         self.role = role or Role("block", 0, kernel.num_threads)
         self._divergence = divergence
         self._guards: list[_Guard] = []
+        self._elected: dict[Var, Expr] = {
+            n.out: binary("eq", arith("floormod", self._number(), n.each), const(0, int32))
+            for n in walk_nodes(kernel.body)
+            if isinstance(n, Elect)
+        }
 
     @property
     def words(self) -> str:
@@ -253,7 +259,8 @@ class Executing:
             parts = [e] if e is None or not guard.is_taken else _conjuncts(e)
             for part in parts:
                 if part is None or self._divergence.of((part,)):
-                    yield part, guard.is_taken
+                    known = None if part is None else substitute(part, dict(self._elected))
+                    yield known, guard.is_taken
 
     @property
     def _extents(self) -> tuple[int, ...]:

@@ -34,9 +34,10 @@ from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
 from tilejit.passes.cost import multiply_clocks
 from tilejit.passes.epilogue import Staging, stage_stores
+from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.pipeline import into_slot, with_slots
-from tilejit.passes.registers import GROUP, register_split
-from tilejit.passes.tiles import choose_cluster, is_same_along, tile_walk
+from tilejit.passes.registers import GROUP
+from tilejit.passes.tiles import is_same_along, tile_walk
 from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
@@ -92,7 +93,7 @@ class _Specialiser:
         self.channels: dict[Copy, _Channel] = {}
         self.notes: list[str] = []
         self.thread = self.kernel.thread_vars[0]
-        self.cluster, self.axis = choose_cluster(self.kernel, brought)
+        self.cluster, self.axis = cluster_of(self.kernel, brought)
 
     def run(self) -> Kernel:
         kernel = self.kernel
@@ -102,7 +103,7 @@ class _Specialiser:
         walked = tile_walk(kernel, self.cluster, self.axis)
         self.notes += walked.notes
         threads = kernel.num_threads
-        up, down = register_split(threads)
+        up, down = registers_of(kernel)
         producer: list[Node] = []
         consumer: list[Node] = []
         if up:

@@ -31,12 +31,14 @@ class Walk:
     """How the tiles of a kernel are visited.
 
     cluster: blocks that share tiles of operands, along `axis` of the grid.
+    group: rows of tiles (along y) that are visited together; by_columns: columns instead.
     """
 
     kernel: Kernel
     cluster: int
     axis: int | None
     group: int
+    by_columns: bool = False
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class Walk:
         """The block variables of a unit: `group` rows of it together, each column before the
         next."""
         x, y, *z = units if len(units) > 1 else (*units, index(1))
+        if self.by_columns:
+            x, y = y, x
         nodes: list[Node] = []
         places: list[Expr]
         rest = unit
@@ -101,6 +105,8 @@ class Walk:
                 arith("floordiv", inside, rows),
                 arith("add", band, arith("floormod", inside, rows)),
             ]
+        if self.by_columns:
+            places.reverse()
         if z:
             places.append(depth)
         rank = arith("floormod", self.block, self.cluster)
@@ -140,7 +146,11 @@ def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:
     else:
         group = best_group(kernel, cluster, axis)
         order = f"in groups of {group} along y"
-    walked = Walk(kernel, cluster, axis, group)
+    by_columns = kernel.given.order == "column"
+    if kernel.given.panel:
+        group = max(1, kernel.given.panel // (cluster if axis == (0 if by_columns else 1) else 1))
+        order = f"in panels of {kernel.given.panel} {kernel.given.order}s, as asked"
+    walked = Walk(kernel, cluster, axis, group, by_columns)
     walked.notes.append(f"each block computes tiles one after the other, {order}")
     if cluster > 1 and axis is not None:
         walked.notes.append(
@@ -205,7 +215,7 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     other, and neighbours' requests for the same lines meet on their way even so.
     """
     best: tuple[float, int | None] = (0.0, None)
-    if not _only_multiplied(kernel, brought):
+    if not only_multiplied(kernel, brought):
         return 1, None
     assert kernel.target is not None, "select did not run"
     size = sum(_bytes(c) * existing(c.src) for c in brought)
@@ -227,7 +237,7 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     return (2, best[1]) if best[0] else (1, None)
 
 
-def _only_multiplied(kernel: Kernel, brought: Sequence[Copy]) -> bool:
+def only_multiplied(kernel: Kernel, brought: Sequence[Copy]) -> bool:
     buffers = {c.dst.buffer for c in brought}
     for node in walk(kernel.body):
         is_multiply = isinstance(node, Gemm) and isinstance(node.atom, WgmmaAtom)

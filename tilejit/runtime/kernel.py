@@ -326,7 +326,8 @@ class TileKernel:
     def _grids(self, env: Mapping[Var, Any]) -> list[Grid]:
         grids = [grid(env) for grid in self._host.grids]
         for frame, grid in zip(self.kernels, grids, strict=True):
-            check_grid(f"{self.name} ({frame.graph.name})" if len(grids) > 1 else self.name, grid)
+            name = f"{self.name} ({frame.graph.name})" if len(grids) > 1 else self.name
+            check_grid(name, grid, frame.graph.given.cluster)
         return grids
 
     def _run_gpu(

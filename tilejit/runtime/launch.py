@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.dtypes import DType
-from tilejit.errors import ArgumentTypeError, ResourceError, a_kind
+from tilejit.errors import ArgumentError, ArgumentTypeError, ResourceError, a_kind
 from tilejit.runtime.arrays import HOST, ArrayView, host_array
 from tilejit.runtime.device import check, driver
 
@@ -138,11 +138,21 @@ class LoadedKernel:
             check(status, f"Launching {self._name}")
 
 
-def check_grid(name: str, grid: tuple[int, int, int]) -> None:
+def check_grid(
+    name: str, grid: tuple[int, int, int], cluster: tuple[int, int, int] | None = None
+) -> None:
     """
     Raises:
         ResourceError: more blocks along a dimension than CUDA launches.
+        ArgumentError: clusters, as the user gave them, do not divide the grid.
     """
+    for axis, blocks, size in zip("xyz", grid, cluster or (1, 1, 1), strict=True):
+        if blocks % size:
+            raise ArgumentError(
+                f"{name}: the grid has {blocks} blocks along {axis}, which clusters of {size} do "
+                "not divide.",
+                hint="Round the grid in T.Kernel(...) up to a multiple.",
+            )
     for axis, blocks, most in zip("xyz", grid, MAX_GRID, strict=True):
         if blocks > most:
             raise ResourceError(

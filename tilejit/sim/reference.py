@@ -48,6 +48,7 @@ from tilejit.ir.sync import (
     BarrierExpect,
     BarrierWait,
     Control,
+    Elect,
     SyncThreads,
 )
 from tilejit.ops.copy import Copy, Fill
@@ -142,6 +143,7 @@ class _Executor(Meetings):
             Roles: self.run_roles,
             OneThread: self.run_one_thread,
             Let: self.run_let,
+            Elect: self.run_elect,
             AsyncCommit: self.run_nothing,
             AsyncWait: self.run_nothing,
             GemmWait: self.run_nothing,

@@ -23,6 +23,7 @@ from tilejit.ir.sync import (
     BarrierWait,
     Control,
     ControlOp,
+    Elect,
     SyncThreads,
 )
 from tilejit.sim.reference_memory import holds_everywhere
@@ -130,6 +131,11 @@ class Meetings:
         chosen = np.broadcast_to(value, active.shape)[active]
         numbers, counts = np.unique(chosen, return_counts=True)
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+    def run_elect(self, node: Elect) -> None:
+        thread = self.variables[self.kernel.thread_vars[0]] if self.kernel.thread_vars else None
+        numbers = np.arange(self.kernel.num_threads) if thread is None else thread
+        self.variables[node.out] = numbers % node.each == 0
 
     # --- threads that meet -----------------------------------------------------------------------
 
