@@ -404,7 +404,9 @@ class EmitterBase:
         return self._written
 
     def is_readonly(self, buffer: Buffer) -> bool:
-        """True when nothing in the kernel can write the buffer's memory."""
+        """True when nothing can write the buffer's memory while the kernel runs."""
+        if self.facts.is_dependent:
+            return False
         return any(p.buffer is buffer and p.noalias for p in self.kernel.params)
 
     # ---- private arrays ---------------------------------------------------------------------

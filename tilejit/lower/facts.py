@@ -14,6 +14,7 @@ from tilejit.ir.divergence import Divergence, divergence
 from tilejit.ir.expr import Expr, Var, int_value, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Store, walk
+from tilejit.ir.sync import Control, ControlOp
 from tilejit.ops.copy import Copy, Fill
 
 # A private array up to this many elements that is indexed by a runtime value is still kept in
@@ -25,12 +26,14 @@ UNROLL_LIMIT = 64
 @dataclass(frozen=True)
 class Facts:
     """threads: user threads of a block; in_memory: private arrays that live in local memory;
-    unrolled: variables of loops that are unrolled where they are emitted."""
+    unrolled: variables of loops that are unrolled where they are emitted; is_dependent: kernels
+    before this one may still run when it starts."""
 
     aliases: Aliases
     divergence: Divergence
     in_memory: frozenset[Buffer]
     unrolled: frozenset[Var]
+    is_dependent: bool = False
 
 
 def facts(kernel: Kernel) -> Facts:
@@ -41,7 +44,16 @@ def facts(kernel: Kernel) -> Facts:
         free = {v for e in at for v in variables(e)} - unrolled
         if free and root.extents and _elements(root) > SELECT_LIMIT:
             in_memory.add(root)
-    return Facts(Aliases(kernel), divergence(kernel), frozenset(in_memory), frozenset(unrolled))
+    is_dependent = any(
+        isinstance(n, Control) and n.op is ControlOp.DEPENDENCY_WAIT for n in walk(kernel.body)
+    )
+    return Facts(
+        Aliases(kernel),
+        divergence(kernel),
+        frozenset(in_memory),
+        frozenset(unrolled),
+        is_dependent,
+    )
 
 
 def _elements(buffer: Buffer) -> int:

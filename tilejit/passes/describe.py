@@ -17,6 +17,7 @@ from tilejit.layout.boxes import boxes_of, swizzle_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.uses import used_variables
+from tilejit.passes.bulk import check_preferences
 
 
 def describe_tensors(kernel: Kernel) -> Kernel:
@@ -24,7 +25,9 @@ def describe_tensors(kernel: Kernel) -> Kernel:
 
     Needs: layouts, slots, clusters. Decides: `Copy.tensor_map`; adds the maps to the parameters,
     one for copies of equal boxes, and drops addresses that nothing else needs.
+    Raises UnsupportedError for tiles that have no boxes.
     """
+    check_preferences(kernel)
     describer = _Describer(kernel)
     body = rewrite(kernel.body, describer.visit)
     if not describer.params:

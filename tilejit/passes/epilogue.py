@@ -19,6 +19,7 @@ from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.bulk import refused
 from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import ROWS, warpgroup_layout
@@ -85,6 +86,8 @@ class _Stager:
         size = math.prod(buffer.extents) * buffer.dtype.bytes
         if buffer not in self.shared and size > self.free:
             reason = reason or f"{size} bytes of shared memory for it are not left"
+        if reason and node.prefer == "tma":
+            raise refused(node, reason)
         if reason:
             self.staging.notes.append(
                 f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"

@@ -46,6 +46,7 @@ from tilejit.isa.mma import MMA, WARP, find_mma
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
+from tilejit.passes.bulk import refused, whole_copy
 from tilejit.passes.hopper import copies_to_bring
 from tilejit.passes.manual import (
     Executing,
@@ -74,7 +75,10 @@ def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     selector = _Selector(kernel, target)
     body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
     return replace(
-        kernel, target=target, body=body, notes=(*kernel.notes, *dict.fromkeys(selector.notes))
+        kernel,
+        target=target,
+        body=(*selector.first, *body),
+        notes=(*kernel.notes, *dict.fromkeys(selector.notes)),
     )
 
 
@@ -94,6 +98,7 @@ class _Selector:
         self.threads = kernel.num_threads
         self.divergence: Divergence = divergence(kernel)
         self.notes: list[str] = []
+        self.first: list[Node] = []  # what the kernel begins with
         self.used = _used_variables(kernel.body)
         self.brought = copies_to_bring(kernel, target)
         self.executing = Executing(kernel, self.divergence)
@@ -117,7 +122,7 @@ class _Selector:
             elif isinstance(node, Copy) and node.is_async:
                 result += bulk_copy(node, self.kernel, self.executing)
             elif isinstance(node, Copy):
-                result.append(self.copy(node, is_pipelined))
+                result += self.copy(node, is_pipelined)
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
             elif isinstance(node, Atomic):
@@ -156,10 +161,21 @@ class _Selector:
 
     # ---- copies -----------------------------------------------------------------------------
 
-    def copy(self, node: Copy, is_pipelined: bool) -> Node:
+    def copy(self, node: Copy, is_pipelined: bool) -> list[Node]:
         if node in self.brought.copies:
-            return replace(node, atom=CopyAtom(CopyMethod.TMA, 0))
-        return replace(node, atom=self.copy_atom(node, is_pipelined))
+            return [replace(node, atom=CopyAtom(CopyMethod.TMA, 0))]
+        is_epilogue = node.src.buffer.scope is Scope.FRAGMENT
+        if node.prefer == "tma" and not (is_epilogue and self.brought.copies):
+            if self.brought.copies:
+                raise refused(node, self.brought.reasons.get(node) or "no producer brings it")
+            nodes, first = whole_copy(node, self.kernel, self.target)
+            self.first += first
+            return nodes
+        chosen = replace(node, atom=self.copy_atom(node, is_pipelined))
+        if node.eviction is not None and not (is_epilogue and self.brought.copies):
+            name = f"{node.src.buffer.name} -> {node.dst.buffer.name}"
+            self.notes.append(f"copy {name}: eviction_policy is not used by {chosen.atom}")
+        return [chosen]
 
     def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:
         source, target = node.src.buffer, node.dst.buffer

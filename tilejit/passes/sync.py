@@ -26,6 +26,7 @@ from tilejit.ir.node import (
     Load,
     LoopKind,
     Node,
+    OneThread,
     Parallel,
     Roles,
     Store,
@@ -370,6 +371,8 @@ def is_async_access(node: Node) -> bool:
     what ordinary stores wrote before a fence."""
     if isinstance(node, Gemm):
         return node.is_async
+    if isinstance(node, OneThread):
+        return any(is_async_access(n) for n in node.body)
     return isinstance(node, Copy) and node.is_tma
 
 

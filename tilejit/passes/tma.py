@@ -27,6 +27,8 @@ def misfit(copy: Copy, kernel: Kernel) -> str:
     """Why the accelerator cannot make the copy; "" when it can."""
     if copy.prefer in ("cp_async", "sync"):
         return f"prefer_instruction is {copy.prefer!r}"
+    if copy.prefer == "no_tma":
+        return "disable_tma is set"
     scopes = copy.src.buffer.scope, copy.dst.buffer.scope
     if set(scopes) != {Scope.GLOBAL, Scope.SHARED}:
         return "it moves boxes between global and shared memory only"

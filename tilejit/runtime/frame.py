@@ -18,6 +18,8 @@ from tilejit import config, lower, passes
 from tilejit.dtypes import DType
 from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel, Param, ParamKind
+from tilejit.ir.node import walk
+from tilejit.ir.sync import Control, ControlOp
 from tilejit.isa.machine import Lowered
 from tilejit.runtime import device
 from tilejit.runtime.compile import Compiled, compile_lowered, disassemble
@@ -112,7 +114,12 @@ class TileFrame:
         def load() -> LoadedKernel:
             made, lowered = self.compiled, self.lowered
             return LoadedKernel(
-                self.graph.name, made.cubin, made.entry, lowered.threads, lowered.shared_bytes
+                self.graph.name,
+                made.cubin,
+                made.entry,
+                lowered.threads,
+                lowered.shared_bytes,
+                starts_early=_waits_for_others(self.graph),
             )
 
         return self._once("load", load)
@@ -278,6 +285,13 @@ def parameter_dtype(param: Param) -> DType | None:
     """The dtype of a kernel parameter; None for an address."""
     is_number = param.kind in (ParamKind.SCALAR, ParamKind.SYMBOL)
     return param.var.dtype if is_number else None
+
+
+def _waits_for_others(kernel: Kernel) -> bool:
+    """Whether the kernel waits for those before it in the stream by itself."""
+    return any(
+        isinstance(n, Control) and n.op is ControlOp.DEPENDENCY_WAIT for n in walk(kernel.body)
+    )
 
 
 def _dump(stage: str, text: object) -> None:

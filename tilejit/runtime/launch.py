@@ -80,12 +80,21 @@ class Packer:
 class LoadedKernel:
     """A cubin in the driver, ready to launch on any device it runs on.
 
+    starts_early: a launch may start before the kernels before it in the stream have ended; the
+        kernel waits for them itself (CUDA Programming Guide, "Programmatic Dependent Launch").
+
     Raises:
         DeviceError: the driver refuses the cubin.
     """
 
     def __init__(
-        self, name: str, cubin: bytes, entry: str, threads: tuple[int, int, int], shared_bytes: int
+        self,
+        name: str,
+        cubin: bytes,
+        entry: str,
+        threads: tuple[int, int, int],
+        shared_bytes: int,
+        starts_early: bool = False,
     ) -> None:
         api = driver()
         doing = f"Loading {name}"
@@ -96,7 +105,7 @@ class LoadedKernel:
         self._threads = threads
         self._shared_bytes = shared_bytes
         self._prepared: set[int] = set()
-        self._launch = api.cuLaunchKernel
+        self._launch = _launch_early if starts_early else api.cuLaunchKernel
 
     def _prepare(self, device: int) -> None:
         """Allow more than 48 KiB of dynamic shared memory on the device, once."""
@@ -136,6 +145,25 @@ class LoadedKernel:
         )
         if status[0]:
             check(status, f"Launching {self._name}")
+
+
+def _launch_early(
+    function: Any, gx: int, gy: int, gz: int, x: int, y: int, z: int, shared_bytes: int,
+    stream: int, parameters: int, extra: int,
+) -> Any:  # fmt: skip
+    """cuLaunchKernel for a kernel that may start before those before it have ended."""
+    api = driver()
+    attribute, value = api.CUlaunchAttribute(), api.CUlaunchAttributeValue()
+    attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    config = api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = gx, gy, gz
+    config.blockDimX, config.blockDimY, config.blockDimZ = x, y, z
+    config.sharedMemBytes = shared_bytes
+    config.hStream = api.CUstream(stream)
+    config.attrs, config.numAttrs = [attribute], 1
+    return api.cuLaunchKernelEx(config, function, parameters, extra)
 
 
 def check_grid(
