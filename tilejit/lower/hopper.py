@@ -9,7 +9,7 @@ from __future__ import annotations
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
 from tilejit.ir.node import Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect
 from tilejit.isa import cluster as isa_cluster
@@ -147,13 +147,13 @@ class KernelEmitter(MatmulEmitter):
             self.m.issue(isa_mbarrier.EXPECT, [barrier, self.m.const(bytes_, uint32)])
         mask = node.sharers(self.kernel.cluster_size)
         if not mask or mask == (1 << self.kernel.cluster_size) - 1:
-            self._emit_share(node, point, barrier, self.share(mask) if mask else const(0), mask)
+            self._emit_share(node, point, barrier, node.share or const(0), mask)
             return
         is_in = binary("and", binary("shr", const(mask), self.kernel.cluster_rank), const(1))
 
         def together() -> None:
             with self.scope():
-                self._emit_share(node, point, barrier, self.share(mask), mask)
+                self._emit_share(node, point, barrier, node.share or const(0), mask)
 
         def alone() -> None:
             for share in range(mask.bit_count()):
@@ -195,17 +195,6 @@ class KernelEmitter(MatmulEmitter):
 
     def _policy(self, eviction: str) -> Value:
         return self.m.const(isa_tma.EVICTION_POLICY[eviction], uint64)
-
-    def share(self, mask: int) -> Expr:
-        """The block's number among those of a mask."""
-        rank = self.kernel.cluster_rank
-        if mask == (1 << self.kernel.cluster_size) - 1:
-            return rank
-        result: Expr = const(0)
-        for other in range(mask.bit_length()):
-            if mask >> other & 1:
-                result = arith("add", result, cast(binary("gt", rank, const(other)), int32))
-        return result
 
     # ---- multiplies by warpgroups -----------------------------------------------------------
 

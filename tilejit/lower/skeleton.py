@@ -328,18 +328,17 @@ class _Skeleton:
 
     def _roles(self, node: Roles) -> None:
         """One branch a role; the last takes all threads that are left when they are all its own."""
-        before, end = self.role, 0
+        before = self.role
+        is_all = sum(role.threads for role in node.roles) == math.prod(self.threads)
         for number, role in enumerate(node.roles):
-            is_rest = role is node.roles[-1] and role.first == end
-            is_rest = is_rest and role.first + role.threads == math.prod(self.threads)
-            if is_rest and number:
+            if is_all and number and role is node.roles[-1]:
                 self.line("else:")
             else:
                 condition = self.expression(f"is_{role.name}", _is_in(role), [], bool_)
                 self.line(f"{'elif' if number else 'if'} {condition}:", node.span)
             self.role = _Part(self.kernel, replace(role, meeting=role.meeting or number + 1))
             self._nested(role.body, is_region=True)
-            self.role, end = before, role.first + role.threads
+            self.role = before
 
     def _nested(self, body: Body, is_region: bool = False) -> None:
         self.depth += 1

@@ -39,7 +39,8 @@ class Copy(Node):
         brings its part and hands it to all; None where each brings all.
     cluster_mask: the same for the blocks of a cluster whose bits (1 << rank) are set; the others
         bring all for themselves.
-    tensor_map: the parameter that describes the global tensor, decided by `describe`.
+    tensor_map, share: decided by `describe`: the parameter that describes the global tensor; the
+        block's number among those that share.
     """
 
     src: Region
@@ -54,6 +55,7 @@ class Copy(Node):
     cluster_axis: int | None = None
     cluster_mask: int | None = None
     tensor_map: Var | None = None
+    share: Expr | None = None
 
     def __post_init__(self) -> None:
         assert self.src.shape == self.dst.shape, f"{self.src} to {self.dst}"
@@ -72,7 +74,8 @@ class Copy(Node):
         pad = () if self.pad is None else (self.pad,)
         slot = () if self.barrier is None else (self.barrier.slot,)
         described = () if self.tensor_map is None else (self.tensor_map,)
-        return (*self.src.starts, *self.dst.starts, *pad, *slot, *described)
+        share = () if self.share is None else (self.share,)
+        return (*self.src.starts, *self.dst.starts, *pad, *slot, *described, *share)
 
     @property
     def is_tma(self) -> bool:

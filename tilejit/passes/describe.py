@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilejit.dtypes import tfloat32, uint64
+from tilejit.dtypes import int32, tfloat32, uint64
 from tilejit.errors import UnsupportedError
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Var, VarKind
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const
 from tilejit.ir.kernel import Kernel, Param, ParamKind, TensorBox
 from tilejit.ir.node import Node, rewrite, walk
 from tilejit.layout.boxes import boxes_of, swizzle_of
@@ -59,7 +59,19 @@ class _Describer:
                 name += "_"
             var = Var(name, uint64, VarKind.POINTER)
             param = self.params[box] = Param(name=name, kind=ParamKind.TENSOR_MAP, var=var, box=box)
-        return replace(node, tensor_map=param.var)
+        return replace(node, tensor_map=param.var, share=self.share(node))
+
+    def share(self, node: Copy) -> Expr | None:
+        """The block's number among those that share what is brought."""
+        mask, rank = node.sharers(self.kernel.cluster_size), self.kernel.cluster_rank
+        if not mask:
+            return None
+        if mask == (1 << self.kernel.cluster_size) - 1:
+            return rank
+        before: Expr = const(0)
+        for other in (n for n in range(mask.bit_length()) if mask >> n & 1):
+            before = arith("add", before, cast(binary("gt", rank, const(other)), int32))
+        return before
 
     def box(self, node: Copy) -> TensorBox:
         is_load = node.src.buffer.scope is Scope.GLOBAL

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tilejit.ir.buffer import Scope
 from tilejit.ir.divergence import Divergence
 from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, substitute, walk
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, For, If, Node, OneThread, Role, Roles, While
+from tilejit.ir.node import Body, If, Node, OneThread, Role, Roles
 from tilejit.ir.node import walk as walk_nodes
 from tilejit.ir.parts import roles_of
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect, SyncThreads
@@ -30,6 +30,7 @@ from tilejit.isa.barrier import NUM_BARRIERS
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.hopper import pipelined_copies
+from tilejit.passes.sameness import Path, Sameness
 from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import choose_wgmma
 from tilejit.target import TARGETS, Feature, Target
@@ -155,22 +156,21 @@ def with_meetings(kernel: Kernel) -> Kernel:
 # ---- who executes -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Guard:
-    """A branch that only some threads take; condition: None where that is not seen."""
-
-    condition: Expr | None
-    is_taken: bool = True
-
-
 class Executing:
     """The threads that come to the place which is visited: a role's, those that branches let in."""
 
-    def __init__(self, kernel: Kernel, divergence: Divergence, role: Role | None = None) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        divergence: Divergence,
+        role: Role | None = None,
+        sameness: Sameness | None = None,
+    ) -> None:
         self.kernel = kernel
         self.role = role or Role("block", 0, kernel.num_threads)
         self._divergence = divergence
-        self._guards: list[_Guard] = []
+        self._sameness = sameness or Sameness(kernel, divergence)
+        self._guards: Path = ()
         self._elected: dict[Var, Expr] = {
             n.out: binary("eq", arith("floormod", self._number(), n.each), const(0, int32))
             for n in walk_nodes(kernel.body)
@@ -184,19 +184,31 @@ class Executing:
             return "all threads of the block"
         return f"threads {self.role.first} to {self.role.first + self.role.threads - 1}"
 
+    def of(self, role: Role) -> Executing:
+        """The threads of a role."""
+        return Executing(self.kernel, self._divergence, role, self._sameness)
+
     @contextmanager
     def inside(self, node: Node, number: int) -> Iterator[None]:
         """Inside of one of the node's bodies."""
-        splits = isinstance(node, If | While | For) and self._divergence.of(node.exprs)
-        if splits:
-            is_branch = isinstance(node, If)
-            condition = node.condition if isinstance(node, If) else None
-            self._guards.append(_Guard(condition, not is_branch or number == 0))
+        before = self._guards
+        if self._sameness.splits(node):
+            self._guards = (*before, (node, number))
         try:
             yield
         finally:
-            if splits:
-                self._guards.pop()
+            self._guards = before
+
+    def after_branch(self, node: Node) -> list[Node]:
+        """The branch; what closes the group of a copy that an elected thread has started stands
+        after it, so that nothing but the copy is left under its condition."""
+        if not isinstance(node, If) or self._guards or not node.then:
+            return [node]
+        *first, last = node.then
+        is_commit = isinstance(last, Control) and last.op is ControlOp.STORE_COMMIT
+        if not is_commit or not first or node.orelse or node.condition not in self._elected:
+            return [node]
+        return [replace(node, then=tuple(first)), last]
 
     def once(self, body: Body, node: Node, exprs: tuple[Expr, ...]) -> list[Node]:
         """The body, executed once where `exprs` are the same for all threads, else by each thread.
@@ -204,8 +216,9 @@ class Executing:
         Raises:
             TraceError: which thread it should be is not known before the kernel runs, or none is.
         """
+        differs = self._sameness.differs(exprs, self._guards, self.role.home)
         if not self._guards:
-            if self._divergence.of(exprs):
+            if differs:
                 return list(body)
             return [OneThread(body=body, span=node.span)]
         threads = self._threads()
@@ -214,7 +227,7 @@ class Executing:
                 f"No thread gets to {spelling(node)}: the conditions around it exclude each other.",
                 span=node.span,
             )
-        if self._divergence.of(exprs) or (threads is not None and len(threads) == 1):
+        if differs or (threads is not None and len(threads) == 1):
             return list(body)
         if threads is None:
             raise TraceError(
@@ -254,13 +267,14 @@ class Executing:
 
     def _tests(self) -> Iterator[tuple[Expr | None, bool]]:
         """The conditions that tell threads apart, and whether they must hold."""
-        for guard in self._guards:
-            e = guard.condition
-            parts = [e] if e is None or not guard.is_taken else _conjuncts(e)
-            for part in parts:
-                if part is None or self._divergence.of((part,)):
-                    known = None if part is None else substitute(part, dict(self._elected))
-                    yield known, guard.is_taken
+        for node, number in self._guards:
+            if not isinstance(node, If):
+                yield None, True
+                continue
+            is_taken = number == 0
+            for part in _conjuncts(node.condition) if is_taken else [node.condition]:
+                if self._divergence.of((part,)):
+                    yield substitute(part, dict(self._elected)), is_taken
 
     @property
     def _extents(self) -> tuple[int, ...]:
@@ -323,11 +337,11 @@ def bulk_copy(node: Copy, kernel: Kernel, executing: Executing) -> list[Node]:
             related=[(b.span, f"{b.name} comes from here") for b in (source, target)],
             hint="T.copy moves any tile.",
         )
-    exprs = node.exprs
-    issued: list[Node] = [replace(node, atom=CopyAtom(CopyMethod.TMA, 0))]
-    if node.dst.buffer.scope is Scope.GLOBAL:
+    chosen = replace(node, atom=CopyAtom(CopyMethod.TMA, 0))
+    issued = executing.once((chosen,), node, node.exprs)
+    if node.dst.buffer.scope is Scope.GLOBAL:  # a group without copies is complete
         issued.append(Control(op=ControlOp.STORE_COMMIT, span=node.span))
-    return executing.once(tuple(issued), node, exprs)
+    return issued
 
 
 def started_multiply(node: Gemm, kernel: Kernel, target: Target, threads: int) -> Gemm:

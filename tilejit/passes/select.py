@@ -139,7 +139,7 @@ class _Selector:
                                 and node.kind is LoopKind.PIPELINED,
                             )
                         )
-                result.append(node.with_bodies(*inner))
+                result += self.executing.after_branch(node.with_bodies(*inner))
         return tuple(result)
 
     def roles(self, node: Roles) -> Node:
@@ -148,7 +148,7 @@ class _Selector:
         before = self.kernel, self.threads, self.brought, self.executing
         for role in node.roles:
             self.threads = role.threads
-            self.executing = Executing(before[0], self.divergence, role)
+            self.executing = before[3].of(role)
             part = replace(part_kernel(before[0], role), body=role.body)
             self.brought = copies_to_bring(part, self.target, "the block's warpgroups have roles")
             bodies.append(self.visit(role.body, is_divergent=False, is_pipelined=False))
