@@ -41,6 +41,7 @@ from tilejit.ir.sync import (
 )
 
 _INDENT = "    "
+GROUP = 128  # threads of a warpgroup
 _COMMENT_COLUMN = 60
 
 
@@ -217,7 +218,10 @@ class _Printer:
         elif isinstance(node, Roles):
             for role in node.roles:
                 last = role.first + role.threads - 1
-                yield f"{indent}with role({role.name!r}):  # threads {role.first} to {last}"
+                groups = range(role.first // GROUP, (last + 1) // GROUP)
+                name = "" if role.name.startswith("ws") else f"{role.name}, "
+                text = f"{indent}with T.ws({', '.join(map(str, groups))}):"
+                yield f"{text}  # {name}threads {role.first} to {last}"
                 yield from self.block(role.body, indent)
         elif isinstance(node, OneThread):
             each = f"each={node.each}" if node.each else ""

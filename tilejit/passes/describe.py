@@ -81,7 +81,7 @@ class _Describer:
         boxes = boxes_of(layout, inner.extents, blocks)
         if boxes is None:
             raise UnsupportedError(
-                f"T.tma_copy: {inner.buffer.name} cannot be divided among {blocks} blocks.",
+                f"{inner.buffer.name} cannot be divided among {blocks} blocks of the cluster.",
                 span=node.span,
                 related=[(inner.buffer.span, f"{inner.buffer.name} comes from here")],
                 hint="Each block brings as many panels or groups of 8 rows of it.",

@@ -19,7 +19,7 @@ from tilejit.ir.access import INTEGER
 from tilejit.ir.analysis import interval
 from tilejit.ir.buffer import Scope
 from tilejit.ir.divergence import Divergence
-from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, substitute, walk
+from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, substitute, variables, walk
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, If, Node, OneThread, Role, Roles
 from tilejit.ir.node import walk as walk_nodes
@@ -27,6 +27,7 @@ from tilejit.ir.parts import roles_of
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.isa.barrier import NUM_BARRIERS
+from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.hopper import pipelined_copies
@@ -236,12 +237,22 @@ class Executing:
                 hint="Put it under a condition on the thread's index alone, such as "
                 "`if T.shuffle_elect(128):`, or outside of such conditions.",
             )
-        first = binary("eq", self._number(), const(int(threads[0]), int32))
-        return [If(condition=first, then=body, span=node.span)]
+        number, first = self._number(), int(threads[0])
+        if self._has_elected:  # which thread of its warp is not known
+            number, first = arith("floordiv", number, WARP), first // WARP
+        is_first = binary("eq", number, const(first, int32))
+        return [If(condition=is_first, then=body, span=node.span)]
+
+    @property
+    def _has_elected(self) -> bool:
+        exprs = [e for node, _ in self._guards for e in node.exprs]
+        return any(v in self._elected for e in exprs for v in variables(e))
 
     def _number(self) -> Expr:
         """The thread's number in the block."""
-        x, y, _ = self.kernel.threads
+        x, y, z = self.kernel.threads
+        if (y, z) == (1, 1):
+            return self.kernel.thread_vars[0]
         result: Expr = const(0, int32)
         for var, step in zip(self.kernel.thread_vars, (1, x, x * y), strict=False):
             result = arith("add", result, arith("mul", var, step))
@@ -267,13 +278,15 @@ class Executing:
 
     def _tests(self) -> Iterator[tuple[Expr | None, bool]]:
         """The conditions that tell threads apart, and whether they must hold."""
-        for node, number in self._guards:
+        for place, (node, number) in enumerate(self._guards):
+            around = self._guards[:place]
             if not isinstance(node, If):
-                yield None, True
+                if self._sameness.differs(node.exprs, around, self.role.home):
+                    yield None, True
                 continue
             is_taken = number == 0
             for part in _conjuncts(node.condition) if is_taken else [node.condition]:
-                if self._divergence.of((part,)):
+                if self._sameness.differs((part,), around, self.role.home):
                     yield substitute(part, dict(self._elected)), is_taken
 
     @property
