@@ -18,6 +18,9 @@ does not block.
 
 With cluster=2 two blocks work on tiles below each other, which need the same tile of B: each brings
 half of it and hands it to both. Their slots are then free only when both have used them.
+
+With late=True a slot is left one multiply later: the next one has then been started already, and
+the tensor cores need not wait for it. It pays where tiles are small.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ def matmul(
     stages=3,
     cluster=1,
     blocks=132,
+    late=False,
     W=64,
 ):
     M, K = A.shape
@@ -86,6 +90,13 @@ def matmul(
         with T.ws(0, 1):  # the consumers
             T.annotate_consumer_reg_alloc(232)
             group, lane = tx // GROUP, tx % GROUP
+
+            @T.macro
+            def leave(n):
+                if lane < cluster:  # one thread for each block that fills the slot
+                    where = lane if cluster > 1 else None
+                    T.mbarrier_arrive(empty[n % stages], cta_id=where)
+
             for visit in range(visits):
                 tile = first + visit * together
                 row, column = (tile // across * cluster + rank) * BM, tile % across * BN
@@ -95,9 +106,16 @@ def matmul(
                     slot = n % stages
                     T.mbarrier_wait_parity(full[slot], (n // stages) & 1)
                     T.wgmma_gemm(a[slot, :, :], b[slot, :, :], acc)
+                    if late:
+                        T.wait_wgmma(1)  # the multiply before is over
+                        if k > 0:
+                            leave(n - 1)
+                    else:
+                        T.wait_wgmma(0)
+                        leave(n)
+                if late:
                     T.wait_wgmma(0)
-                    if lane < cluster:  # one thread for each block that fills the slot
-                        T.mbarrier_arrive(empty[slot], cta_id=lane if cluster > 1 else None)
+                    leave((visit + 1) * steps - 1)
                 # Strip after strip: registers, shared memory, C. A warpgroup writes its 64 rows of
                 # one strip while those of the other are on their way; there is an even number.
                 for j in T.unroll(BN // W):

@@ -168,12 +168,13 @@ def test_example_of_producer_and_consumers_is_right(hopper, rng, size, cluster):
     assert_product(c, a, b)
 
 
-@pytest.mark.parametrize("stages", [2, 4])
-def test_example_is_right_with_other_rings_and_dtypes(hopper, rng, stages):
+@pytest.mark.parametrize("stages, late", [(2, False), (4, False), (2, True), (4, True)])
+def test_example_is_right_with_other_rings_and_dtypes(hopper, rng, stages, late):
     a, b = matrices(rng, 256, 256, 320, F16)
     c = hopper(
-        example().matmul, a, b, out=[((256, 256), F16)], BN=256, BK=32, stages=stages, blocks=2
-    )
+        example().matmul, a, b, out=[((256, 256), F16)], BN=256, BK=32, stages=stages, blocks=2,
+        late=late,
+    )  # fmt: skip
     assert_product(c, a, b)
 
 
