@@ -55,8 +55,11 @@ def test_split_loop_is_right_on_hopper(hopper, rng, size, split):
     check(hopper, rng, size, split=split)
 
 
-@pytest.mark.parametrize("constants", [{"threads": 128}, {"threads": 256, "stages": 3},
-                                       {"BM": 128, "BN": 32, "BK": 64}, {"stages": 0}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "constants",
+    [{"threads": 128}, {"threads": 256, "stages": 3}, {"BM": 128, "BN": 32}, {"stages": 0}],
+    ids=str,
+)
 def test_split_loop_is_right_with_stages_and_threads_by_hand(hopper, rng, constants):
     check(hopper, rng, (100, 96, 160), split=3, **constants)
 
