@@ -220,9 +220,7 @@ def _elected(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
 ELECT = Instruction(
     name="elect.sync",
     ptx=(
-        "{\n.reg .pred elected;\n"
-        f"elect.sync _|elected, {_FULL};\n"
-        "selp.b32 $d0, 1, 0, elected;\n}"
+        f"{{\n.reg .pred elected;\nelect.sync _|elected, {_FULL};\nselp.b32 $d0, 1, 0, elected;\n}}"
     ),
     outputs=(dtypes.uint32,),
     needs=frozenset({Feature.TMA}),

@@ -50,9 +50,7 @@ def _allocate(size: int, is_zeroed: bool) -> int:
     try:
         block = int(check(api.cuMemAlloc(size), doing))
         if is_zeroed:
-            own = check(
-                api.cuStreamCreate(1), doing
-            )  # non-blocking
+            own = check(api.cuStreamCreate(1), doing)  # non-blocking
             check(api.cuMemsetD8Async(block, 0, size, own), doing)
             check(api.cuStreamSynchronize(own), doing)
             check(api.cuStreamDestroy(own), doing)
