@@ -40,10 +40,19 @@ def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
     reason = reason or _operand_misfit(node.b, node.transpose_b, "b")
     if reason:
         return reason
-    found = _split(node, target, threads // GROUP)
-    if found is None:
-        return f"no instruction multiplies {a} and {b} into {acc} in a share of {node.m}x{node.n}"
-    return found
+    if find_wgmma(a, b, acc, 8, target) is None:
+        return f"no instruction multiplies {a} and {b} into {acc}"
+    return _split(node, target, threads // GROUP) or _no_split(node, threads)
+
+
+def _no_split(node: Gemm, threads: int) -> str:
+    """Why the warpgroups cannot share the tile."""
+    tile = f"{node.m}x{node.n} {node.acc.buffer.dtype}"
+    words = node.m * node.n * node.acc.buffer.dtype.bytes // (4 * threads)
+    if words > MAX_ACCUMULATOR_WORDS:
+        return f"{tile} takes {words} of a thread's registers, {MAX_ACCUMULATOR_WORDS} is the most"
+    plural = "s" if threads > GROUP else ""
+    return f"{threads // GROUP} warpgroup{plural} cannot share {tile} in parts of 64x8"
 
 
 def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
