@@ -36,9 +36,9 @@ SQUARE = spec(256, 256), spec(256, 256), spec(256, 256, dtype="float32")
         ({"BK": 24}, "the tile is 64x64x24, no multiple of 64x8x16"),
         (
             {"BM": 128, "BN": 256},
-            "128x256 float32 takes 256 of a thread's registers, 192 is the most",
+            "its sums take 256 registers of each of 128 threads, of 216 free",
         ),
-        ({"BN": 24, "threads": 256}, "2 warpgroups cannot share 64x24 float32 in parts of 64x8"),
+        ({"BN": 24, "threads": 256}, "2 warpgroups cannot share 64x24 in parts of 64x8"),
     ],
     ids=str,
 )

@@ -19,27 +19,39 @@ from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.wgmma import GROUP, ROWS, STEP_BYTES
+from tilejit.passes.registers import (
+    GROUP,
+    REGISTER_FILE,
+    consumer_registers,
+    launch_registers,
+)
+from tilejit.passes.wgmma import ROWS, SPARE_REGISTERS, STEP_BYTES
 from tilejit.target import Target
 
 NOMINAL = 4096  # taken for an extent that only the call knows
 START_CLOCKS = 8000  # launch, the first tiles from memory, the last stores
 TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
 STORE_BYTES = 32  # a clock, that a block writes from registers
-SUM_BYTES = 40  # a clock, of the sums of a loop that blocks share
-SUM_CLOCKS = 2500  # until the last of those blocks knows that it is
+KEEP_BYTES = 16  # a clock, that a block writes of the sums of a loop that blocks share
+SUM_BYTES = 44  # a clock, that the last of those blocks adds up
+SUM_CLOCKS = 4500  # until it knows that it is the last
 ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
-MEMORY_CLOCKS = 2700  # more where it comes from memory
-STEP_CLOCKS = 150  # of an iteration: waiting, issuing, saying that a slot is free
-MMA_SHARE = 0.65  # of the peak, where warps load their own operands
+MEMORY_CLOCKS = 1600  # more where it comes from memory
+STEP_CLOCKS = 330  # of an iteration at least: waiting, issuing, saying that a slot is free
+ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
+ROW_BYTES = 128  # of a box, which TMA brings at once
+ROW_CLOCKS = 1.85  # that it takes for one, long or short
+MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
+LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
 SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
+SCATTER_BYTES = 600  # of what an iteration brings, that cost memory time and are not there
+EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
+UNWRITTEN_BYTES = 27e6  # in the L2 cache from before, which make room as others are read
 MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
 FMA_A_CLOCK = 64  # without tensor cores
-BLOCK_REGISTERS = 65536
-SPARE_REGISTERS = 40  # of a thread, besides its fragments
 MAX_WARPS = 48  # of a multiprocessor; some chips have more
 
 
@@ -56,16 +68,21 @@ class Estimate:
 @dataclass
 class _Work:
     """Of one block. clocks: not overlapped; tensor: of the tensor cores, overlapped or not;
-    brought: bytes from global to shared memory."""
+    brought, rows: bytes from global to shared memory, and rows of at most 128 bytes that they lie
+    in; read: bytes of operands from there."""
 
     clocks: float = 0.0
     tensor: float = 0.0
     brought: float = 0.0
+    rows: float = 0.0
+    read: float = 0.0
 
     def add(self, other: _Work, times: float = 1.0) -> None:
         self.clocks += other.clocks * times
         self.tensor += other.tensor * times
         self.brought += other.brought * times
+        self.rows += other.rows * times
+        self.read += other.read * times
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,8 @@ class Plan:
     """What is known of a kernel whose atoms are chosen.
 
     loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
-    sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds.
+    sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds. scatter: how
+    much longer memory takes because it is read in small pieces.
     """
 
     target: Target
@@ -83,22 +101,30 @@ class Plan:
     memory_bytes: float
     sum_bytes: float
     at_once: int = 1
+    scatter: float = 1.0
 
     def estimate(self, parts: int = 1) -> Estimate:
         """The time with so many blocks a tile."""
         chip = self.target.chip
         each = self.loop.clocks / parts + self.rest.clocks
+        sums = 0.0
         if parts > 1:
-            each += self.sum_bytes / SUM_BYTES * (1 + parts) + SUM_CLOCKS
+            sums = SUM_CLOCKS + self.sum_bytes * (1 / KEEP_BYTES + parts / SUM_BYTES)
         units = max(1.0, self.tiles) * parts
         here = min(self.at_once, math.ceil(units / chip.multiprocessors))
         throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
-        waves = math.ceil(units / (chip.multiprocessors * here)) * max(each, throughput)
-        memory = self.memory_bytes / (chip.memory_bytes * MEMORY_SHARE)
-        clocks = START_CLOCKS + max(waves, memory) + 0.1 * min(waves, memory)
+        each = max(each, throughput)
+        moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
+        memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter
+        waves, last = divmod(units, chip.multiprocessors * here)
+        whole = 1 - last / units
+        clocks = float(START_CLOCKS) + max(waves * each, memory * whole) + waves * sums
+        if last:
+            clocks += max(each, memory * (1 - whole)) + sums
+        clocks += EDGE_SHARE * each
         busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
         bound = "the tensor cores"
-        if memory > waves:
+        if memory > math.ceil(units / chip.multiprocessors / here) * each:
             bound = "memory"
         elif self.loop.brought / chip.brought_bytes > self.loop.tensor:
             bound = "bringing tiles"
@@ -121,6 +147,7 @@ class _Planner:
     loop: _Work = field(default_factory=_Work)
     slots: int = 1
     arrival: float = ARRIVAL_CLOCKS
+    least: float = 0.0
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -132,10 +159,9 @@ class _Planner:
             math.prod(b.extents) * b.dtype.bytes / 4 for b in self.kernel.scoped(Scope.FRAGMENT)
         )
         threads = self.kernel.num_threads
-        registers = words / threads + SPARE_REGISTERS
-        most = min(255, BLOCK_REGISTERS // (threads + (GROUP if brought else 0)))
-        if brought and threads > GROUP:
-            most = (BLOCK_REGISTERS - 40 * GROUP) // threads
+        operands = [self.operand_words(n) for n in nodes if isinstance(n, Gemm)]
+        registers = words / threads + SPARE_REGISTERS + max(operands, default=0)
+        most = consumer_registers(threads) if brought else launch_registers(threads)
         if registers > most:
             return f"about {registers:.0f} registers a thread are more than it can have"
         self.slots = MAX_SLOTS
@@ -149,7 +175,7 @@ class _Planner:
             at_once = int(
                 min(
                     self.target.shared_bytes // max(1, shared + each * (self.slots - 1)),
-                    BLOCK_REGISTERS // (threads * registers),
+                    REGISTER_FILE // (threads * registers),
                     MAX_WARPS * WARP // threads,
                 )
             )
@@ -170,6 +196,7 @@ class _Planner:
             memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
+            scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
 
     def shared_bytes(self) -> tuple[int, int]:
@@ -215,10 +242,17 @@ class _Planner:
         chip = self.target.chip
         arrival = self.arrival / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
-        issue = STEP_CLOCKS if groups < 2 else 0.0
-        step = max(inner.tensor + issue, inner.brought / chip.brought_bytes, arrival)
-        step = max(step, STEP_CLOCKS) + inner.clocks
-        self.loop.add(_Work(step, inner.tensor, inner.brought), times)
+        issue = ISSUE_CLOCKS if groups < 2 else 0.0
+        self.least = min(self.least or inner.brought, inner.brought)
+        step = max(
+            inner.tensor + issue,
+            (inner.read + inner.brought) / SHARED_BYTES,
+            inner.brought / chip.brought_bytes,
+            inner.rows * ROW_CLOCKS,
+            arrival,
+            STEP_CLOCKS,
+        )
+        self.loop.add(_Work(step + inner.clocks, inner.tensor, inner.brought), times)
 
     def single(self, node: Node) -> _Work:
         if isinstance(node, Gemm):
@@ -226,7 +260,9 @@ class _Planner:
         if isinstance(node, Copy):
             size = math.prod(node.dst.extents) * node.src.buffer.dtype.bytes
             if _is_ahead(node):
-                return _Work(brought=size * existing(node.src))
+                row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
+                rows = size / row if node.is_tma else 0.0
+                return _Work(brought=size * existing(node.src), rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
                 return _Work(clocks=size / STORE_BYTES)
         if isinstance(node, Parallel):
@@ -235,29 +271,52 @@ class _Planner:
             return _Work(clocks=math.prod(node.extents) * size / STORE_BYTES)
         return _Work()
 
+    def operand_words(self, node: Gemm) -> float:
+        """Registers of a thread for the operands of mma.sync: of this step of K and the next."""
+        if node.atom is None or node.atom.mma is None:
+            return 0
+        rows = node.m / node.atom.warps_m + node.n / node.atom.warps_n
+        size = 2 if self.is_unpacked(node) else node.a.buffer.dtype.bytes
+        return 2 * rows * node.atom.mma.k * size / 4 / WARP
+
+    def is_unpacked(self, node: Gemm) -> bool:
+        operand = node.a.buffer.dtype
+        return operand.is_float and operand.bits == 8 and self.target.chip.unpacks_fp8
+
     def gemm(self, node: Gemm) -> _Work:
         chip, operand = self.target.chip, node.a.buffer.dtype
         if isinstance(node.atom, WgmmaAtom):
-            return _Work(tensor=multiply_clocks(node))
+            return _Work(tensor=multiply_clocks(node), read=_operand_bytes(node, node.atom))
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
-        rate = chip.tensor_macs * _speed(operand)
+        rate = chip.tensor_macs * (1 if self.is_unpacked(node) else _speed(operand))
         down, across = node.atom.warps_m, node.atom.warps_n
         reads = node.m * across + node.n * down  # rows of operands that all warps load
         warps = self.kernel.num_threads // WARP
         repeated = warps / (down * across)
-        multiply = node.m * node.n * node.k / (rate * MMA_SHARE) * repeated
-        read = reads * node.k * operand.bytes / SHARED_BYTES
-        return _Work(tensor=max(multiply, read))
+        mma = node.atom.mma
+        products = node.m // down // mma.m * (node.n // across // mma.n)
+        loads = node.m / down / LOAD_ROWS + node.n / across / LOAD_ROWS  # issued between them
+        share = MMA_SHARE * products / (products + loads)
+        multiply = node.m * node.n * node.k / (rate * share) * repeated
+        return _Work(tensor=multiply, read=reads * node.k * operand.bytes)
 
 
 def multiply_clocks(node: Gemm) -> float:
     """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
-    n columns and 32 bytes of K takes n / 2 clocks, or what its operands take to be read."""
+    n columns and 32 bytes of K takes n / 2 clocks and one more, or what it takes to read A."""
     assert isinstance(node.atom, WgmmaAtom), "select did not run"
     n = node.atom.wgmma.n
     count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
-    return count * max(n / 2, (ROWS + n) * STEP_BYTES / SHARED_BYTES)
+    return count * (max(n / 2, ROWS * STEP_BYTES / SHARED_BYTES) + 1)
+
+
+def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:
+    """What a multiply by warpgroups reads of shared memory: B once for instructions in a row that
+    differ in A only."""
+    groups = atom.groups_m * atom.groups_n * atom.columns
+    rows = atom.rows * ROWS if node.a.buffer.scope is Scope.SHARED else 0
+    return groups * (rows + atom.wgmma.n) * node.k * node.a.buffer.dtype.bytes
 
 
 def _speed(operand: DType) -> float:

@@ -19,8 +19,9 @@ from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
-from tilejit.passes.wgmma import GROUP, ROWS, warpgroup_layout
+from tilejit.passes.wgmma import ROWS, warpgroup_layout
 
 STRIP_BYTES = 128  # of a row: the widest swizzle
 MOST_STRIPS = 2
@@ -76,7 +77,7 @@ class _Stager:
         if atom is None or not node.src.is_whole or source.rank != 2:
             return node
         columns = source.extents[1] // atom.groups_n
-        width = math.gcd(STRIP_BYTES // target.dtype.bytes, columns)
+        width = math.gcd(STRIP_BYTES // target.dtype.bytes, atom.wgmma.n)
         strips = [(r, c) for r in range(atom.rows) for c in range(columns // width)]
         buffer = self._strip_buffer(source, target, atom, width, len(strips))
         probe = self._store(node, buffer, atom, width, 0, (0, 0))

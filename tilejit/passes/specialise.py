@@ -35,18 +35,14 @@ from tilejit.passes.bring import Feed, feeds, is_inward, touches
 from tilejit.passes.cost import multiply_clocks
 from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.pipeline import into_slot, with_slots
+from tilejit.passes.registers import GROUP, register_split
 from tilejit.passes.tiles import choose_cluster, is_same_along, tile_walk
-from tilejit.passes.wgmma import GROUP
 from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
 FEWEST_SLOTS = 2  # one is filled while the other is used
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor (CUDA Programming Guide)
-PRODUCER_REGISTERS = 40
-REGISTER_STEP = 8  # setmaxnreg counts in eights
-ENOUGH_REGISTERS = 232  # a thread that has as many at launch needs no more
 
 
 def specialise(kernel: Kernel) -> Kernel:
@@ -377,18 +373,6 @@ class _Specialiser:
             span=span,
         )
         return [If(condition=condition, then=(arrive,), span=span)]
-
-
-def register_split(threads: int) -> tuple[int, int]:
-    """Registers of a consumer and of a producer thread, moved from one to the other when the
-    kernel starts; (0, 0) where all threads have enough."""
-    total = threads + GROUP
-    at_launch = REGISTER_FILE // total // REGISTER_STEP * REGISTER_STEP
-    if at_launch >= ENOUGH_REGISTERS:
-        return 0, 0
-    down = min(PRODUCER_REGISTERS, at_launch)
-    up = (at_launch * total - down * GROUP) // threads // REGISTER_STEP * REGISTER_STEP
-    return min(up, 256 - REGISTER_STEP), down
 
 
 def _registers_of(gemms: Sequence[Gemm]) -> tuple[Buffer, ...]:

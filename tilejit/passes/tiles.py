@@ -19,9 +19,10 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.cost import existing, multiply_clocks
+from tilejit.passes.cost import existing, multiply_clocks, nominal
 
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
+MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
 
 
@@ -209,7 +210,9 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     assert kernel.target is not None, "select did not run"
     size = sum(_bytes(c) * existing(c.src) for c in brought)
     clocks = sum(multiply_clocks(n) for n in walk(kernel.body) if isinstance(n, Gemm))
-    if size <= clocks * kernel.target.chip.brought_bytes:
+    chip = kernel.target.chip
+    tiles = math.prod(nominal(extent) for extent in kernel.grid)
+    if size <= clocks * chip.brought_bytes or tiles < MANY_WAVES * chip.multiprocessors:
         return 1, None
     for axis, extent in enumerate(kernel.grid):
         if divisor(extent) % 2:

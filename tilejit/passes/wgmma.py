@@ -15,14 +15,16 @@ from tilejit.isa.wgmma import find_wgmma
 from tilejit.layout.boxes import BOX_ALIGN, CHUNK, operand_layout
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.passes.registers import GROUP, consumer_registers, launch_registers
 from tilejit.target import Feature, Target
 
-GROUP = 128  # threads of a warpgroup
 ROWS = 64  # of one instruction
 STEP_BYTES = 32  # of K that one instruction multiplies
 MAX_COLUMNS = 256
-# Accumulator registers of a thread beyond which nothing is left for addresses and the epilogue.
-MAX_ACCUMULATOR_WORDS = 192
+SPARE_REGISTERS = 40  # of a thread, besides accumulators: addresses, the epilogue
+# Registers that a thread has at launch besides those of one instruction: the assembler takes no
+# account of what producers give away when it looks at one (ptxas, C7602).
+LAUNCH_SPARE = 26
 
 
 def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
@@ -47,12 +49,12 @@ def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
 
 def _no_split(node: Gemm, threads: int) -> str:
     """Why the warpgroups cannot share the tile."""
-    tile = f"{node.m}x{node.n} {node.acc.buffer.dtype}"
-    words = node.m * node.n * node.acc.buffer.dtype.bytes // (4 * threads)
-    if words > MAX_ACCUMULATOR_WORDS:
-        return f"{tile} takes {words} of a thread's registers, {MAX_ACCUMULATOR_WORDS} is the most"
-    plural = "s" if threads > GROUP else ""
-    return f"{threads // GROUP} warpgroup{plural} cannot share {tile} in parts of 64x8"
+    words = node.m * node.n * node.acc.buffer.dtype.bytes // 4 // threads
+    most = consumer_registers(threads) - SPARE_REGISTERS
+    if words > most:
+        return f"its sums take {words} registers of each of {threads} threads, of {most} free"
+    groups = f"{threads // GROUP} warpgroups" if threads > GROUP else "a warpgroup"
+    return f"{groups} cannot share {node.m}x{node.n} in parts of {ROWS}x8"
 
 
 def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
@@ -81,10 +83,14 @@ def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
 def _atom(node: Gemm, target: Target, down: int, across: int) -> WgmmaAtom | None:
     a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
     rows, wide = node.m // down // ROWS, node.n // across
-    if rows * ROWS * wide * acc.bytes // (4 * GROUP) > MAX_ACCUMULATOR_WORDS:
+    threads = down * across * GROUP
+    words_a_column = ROWS * acc.bytes / (4 * GROUP)
+    if rows * wide * words_a_column > consumer_registers(threads) - SPARE_REGISTERS:
         return None
+    most = (launch_registers(threads + GROUP) - LAUNCH_SPARE) / words_a_column
+    most = min(MAX_COLUMNS, int(most))
     unit = _columns_unit(node, wide)
-    for columns in range(-(-wide // MAX_COLUMNS), wide // 8 + 1):
+    for columns in range(-(-wide // most), wide // 8 + 1):
         n = wide // columns
         if wide % columns or n % 8 or (columns * across > 1 and n % unit):
             continue
