@@ -126,6 +126,12 @@ class _Selector:
     def copy(self, node: Copy, is_pipelined: bool) -> Node:
         if node in self.brought.copies:
             return replace(node, atom=CopyAtom(CopyMethod.TMA, 0))
+        if node in self.brought.others:
+            self.notes.append(
+                f"copy {node.src.buffer.name} -> {node.dst.buffer.name}: by the block's threads, "
+                f"not TMA ({self.brought.reasons[node]})"
+            )
+            return replace(node, atom=CopyAtom(CopyMethod.REGISTERS, 1))
         return replace(node, atom=self.copy_atom(node, is_pipelined))
 
     def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:

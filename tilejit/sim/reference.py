@@ -24,9 +24,9 @@ from tilejit.ir.divergence import divergence
 from tilejit.ir.expr import Expr, Var
 from tilejit.ir.kernel import Kernel, ParamKind
 from tilejit.ir.node import Atomic, Body, For, If, Load, Node, Parallel, Store, While, walk
-from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, Control, SyncThreads
 from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.gemm import FetchOperands, Gemm
+from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.scalar import Array, cast_array
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
@@ -109,6 +109,8 @@ class _Executor:
             SyncThreads: self.run_sync,
             AsyncCommit: self.run_nothing,
             AsyncWait: self.run_nothing,
+            GemmWait: self.run_nothing,
+            Control: self.run_nothing,
             FetchOperands: self.run_nothing,
         }
 
