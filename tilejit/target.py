@@ -50,7 +50,8 @@ class Chip:
     multiprocessors, clock (GHz under load): of the whole chip. memory_bytes: a clock, of the whole
     chip from its memory. brought_bytes: a clock, from the L2 cache to a multiprocessor.
     tensor_macs: multiply-adds of 16-bit operands a clock in a multiprocessor's tensor cores, into
-    float32. Sources: NVIDIA's architecture whitepapers; for `brought_bytes` of sm_90a measured.
+    float32. unpacks_fp8: mma.sync turns fp8 operands into float16 first.
+    Sources: NVIDIA's architecture whitepapers; `brought_bytes` of sm_90a is measured.
     """
 
     multiprocessors: int
@@ -58,6 +59,7 @@ class Chip:
     memory_bytes: float
     brought_bytes: float
     tensor_macs: int
+    unpacks_fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,8 @@ class Target:
 _A100 = Chip(108, 1.41, 1100, 45, 1024)
 _RTX3090 = Chip(82, 1.7, 550, 28, 256)
 _RTX4090 = Chip(128, 2.5, 400, 32, 256)
-_H100 = Chip(132, 1.65, 2000, 56, 2048)
-_B200 = Chip(148, 1.85, 4200, 60, 1024)
+_H100 = Chip(132, 1.65, 2000, 52, 2048, unpacks_fp8=True)
+_B200 = Chip(148, 1.85, 4200, 60, 1024, unpacks_fp8=True)
 _RTX5090 = Chip(170, 2.4, 740, 32, 256)
 
 TARGETS: dict[str, Target] = {

@@ -20,6 +20,7 @@ from writing import Program
 from tilejit import passes
 from tilejit.dtypes import as_dtype
 from tilejit.errors import ArgumentError, OutOfRangeError
+from tilejit.ir.node import Roles, walk
 from tilejit.runtime.device import use_executor
 from tilejit.runtime.kernel import TileKernel
 
@@ -128,6 +129,8 @@ def check(program: Program, kernel: TileKernel, arguments: dict[str, Argument]) 
     """Assert that everything that can run the program agrees with its meaning, bit for bit."""
     (frame,) = kernel.kernels
     for stage, graph in passes.stages(frame.graph, kernel.target):
+        if any(isinstance(node, Roles) for node in walk(graph.body)):
+            break  # the executor runs a block's nodes one after the other
         with use_executor("reference"):
             _with_graph(kernel, graph)(**given(program, arguments))
         compare(program, arguments, f"the reference executor after {stage}")

@@ -23,9 +23,9 @@ WORDS = 64  # of a fragment, a thread
 class Assembly:
     """A program under construction."""
 
-    def __init__(self, seed: int, profile: Profile) -> None:
+    def __init__(self, seed: int, profile: Profile, threads: tuple[int, ...] = THREADS) -> None:
         self.writer = Writer(seed, profile)
-        self.threads = self.writer.pick(*THREADS)
+        self.threads = self.writer.pick(*threads)
         self.grid = self.writer.pick((1, 1), (2, 1), (3, 1), (2, 2), (1, 2))
         self.is_flat = self.grid[1] == 1 and self.writer.chance(0.6)
         self.arrays: dict[str, Array] = {}
@@ -252,21 +252,30 @@ PRODUCTS = (
     ("float8_e5m2", "float8_e4m3fn", "float32", 3),
     ("float8_e4m3fn", "float8_e5m2", "float16", 1),
 )  # fmt: skip
+PLAIN = ("float32", "float64")  # no warpgroup multiplies them
 
 
-def multiplied(a: Assembly, dtypes: tuple[str, str, str, int]) -> tuple[Product, Memory]:
-    """Tiles of one product; those of a second one take the first's result."""
+def multiplied(
+    a: Assembly, dtypes: tuple[str, str, str, int], for_groups: bool
+) -> tuple[Product, Memory]:
+    """Tiles of one product. for_groups: that warpgroups can multiply, most of them."""
     w = a.writer
     left, right, total = (as_dtype(d) for d in dtypes[:3])
-    if w.chance(0.8):
+    if for_groups:
+        M = w.pick(64, 64, 128)
+        N, K = w.pick(8, 16, 16, 24, 32, 64), w.pick(32, 32, 64)
+    elif w.chance(0.8):
         M, N, K = w.pick(16, 16, 32, 48, 64), w.pick(8, 16, 16, 24, 32, 64), w.pick(16, 32, 32, 64)
     else:
         M, N, K = (w.pick(1, 4, 8, 10, 16, 20, 33) for _ in range(3))
     while 32 * a.threads < M * N:
         M, N = max(M // 2, 1), max(N // 2, 1)
     t_a, t_b = w.chance(0.3), w.chance(0.4)
-    scope_a = "fragment" if w.chance(0.2) and 16 * a.threads >= M * K else "shared"
-    scope_b = "fragment" if w.chance(0.2) and 16 * a.threads >= K * N else "shared"
+    if for_groups and left.bits != 16 and w.chance(0.8):
+        t_a, t_b = False, True
+    fragments = 0.1 if for_groups else 0.2
+    scope_a = "fragment" if w.chance(fragments) and 16 * a.threads >= M * K else "shared"
+    scope_b = "fragment" if w.chance(fragments) and 16 * a.threads >= K * N else "shared"
     tiles = (
         a.tile(scope_a, left, (K, M) if t_a else (M, K), dtypes[3]),
         a.tile(scope_b, right, (N, K) if t_b else (K, N), dtypes[3]),
@@ -275,23 +284,30 @@ def multiplied(a: Assembly, dtypes: tuple[str, str, str, int]) -> tuple[Product,
     return Product(*tiles, t_a, t_b), tiles[2]
 
 
-def tiles(seed: int) -> Program:
-    """Copies, fills, elementwise loops, pipelines and matrix multiplies over tiles."""
-    a = Assembly(seed, Profile(exact=True, max_statements=5))
+def tiles(seed: int, for_groups: bool = False) -> Program:
+    """Copies, fills, elementwise loops, pipelines and matrix multiplies over tiles.
+
+    for_groups: mostly such as warpgroups can multiply and bulk copies bring.
+    """
+    profile = Profile(exact=True, max_statements=5)
+    a = Assembly(seed, profile, (128, 128, 256) if for_groups else THREADS)
     w = a.writer
     a.block()
-    dtypes = w.pick(*PRODUCTS)
+    dtypes = w.pick(*(p for p in PRODUCTS if not for_groups or p[0] not in PLAIN))
     for n, d in enumerate(dtypes[:2]):
         source = as_dtype(d if w.chance(0.75) else w.pick("int8", "float32", "float16"))
         if not source.is_signed or as_dtype(d).is_signed is False:
             source = as_dtype(d)
         rank = w.pick(2, 2, 2, 3)
-        shape = tuple(w.pick(16, 32, 50, 64, 72, 96, 128, 130) for _ in range(2))
+        extents = (16, 32, 50, 64, 72, 96, 128, 130)
+        if for_groups and w.chance(0.8):
+            extents = (16, 32, 48, 64, 80, 96, 128, 160)
+        shape = tuple(w.pick(*extents) for _ in range(2))
         a.input(f"A{n}", source, (*(3,) * (rank - 2), *shape), dtypes[3])
     a.input("P", int32, (w.rng.randrange(20, 80),))
     products, accumulators = [], []
     for _ in range(w.pick(1, 1, 1, 2)):
-        product, acc = multiplied(a, dtypes)
+        product, acc = multiplied(a, dtypes, for_groups)
         products.append(product)
         accumulators.append(acc)
     w.products = products
@@ -335,18 +351,27 @@ def kernel(A: {A}, B: {B}, C: {C}):
 """
 
 
-def matmul(seed: int) -> Program:
+def matmul(seed: int, for_groups: bool = False) -> Program:
     """A tile matmul of real numbers: tile shape, dtypes, transposes, warps, policy and stages are
-    drawn; M, N and K are constants or known at the call."""
+    drawn; M, N and K are constants or known at the call.
+
+    for_groups: mostly such as warpgroups can multiply and bulk copies bring.
+    """
     w = Writer(seed, Profile(exact=True))
-    a, b, acc, _ = w.pick(*PRODUCTS)
+    a, b, acc, _ = w.pick(*(p for p in PRODUCTS if not for_groups or p[0] not in PLAIN))
     BM, BN, BK = w.pick(16, 32, 48, 64), w.pick(8, 16, 24, 32, 64), w.pick(16, 32, 64)
-    if w.chance(0.2):
+    if for_groups:
+        BM, BN, BK = w.pick(64, 64, 128, 192), w.pick(8, 24, 32, 64, 80, 128), w.pick(32, 64, 96)
+    elif w.chance(0.2):
         BM, BN, BK = (w.pick(1, 3, 4, 8, 10, 20) for _ in range(3))
     M, N, K = (w.rng.randrange(1, 2 * n + 2) for n in (BM, BN, BK))
     if w.chance(0.5):
         M, N, K = BM * w.pick(1, 2), BN * w.pick(1, 2), BK * w.pick(1, 2, 5)
+    if for_groups and w.chance(0.7):
+        M, N, K = (-(-n // 16) * 16 for n in (M, N, K))
     t_a, t_b = w.chance(0.3), w.chance(0.4)
+    if for_groups and as_dtype(a).bits != 16 and w.chance(0.8):
+        t_a, t_b = False, True
     is_dynamic = w.chance(0.4)
     declared = {
         name: f'T.Tensor(({shape}), "{dtype}")' if is_dynamic else "T.Tensor"
@@ -356,7 +381,8 @@ def matmul(seed: int) -> Program:
             ("C", "M, N", acc),
         )
     }
-    threads = w.pick(32, 64, 96, 128, 256)
+    threads = w.pick(128, 128, 256, 384) if for_groups else w.pick(32, 64, 96, 128, 256)
+    fragments = 0.1 if for_groups else 0.2
     source = MATMUL.format(
         **declared, BM=BM, BN=BN, BK=BK, threads=threads, t_a=t_a, t_b=t_b, a=a, b=b, acc=acc,
         k_axis=0 if t_a else 1,
@@ -365,8 +391,8 @@ def matmul(seed: int) -> Program:
         b_at=f"bx * {BN}, k * {BK}" if t_b else f"k * {BK}, bx * {BN}",
         stages=w.pick("", *(f", num_stages={n}" for n in range(5))),
         policy=w.pick("Square", "FullRow", "FullCol"),
-        a_scope="fragment" if w.chance(0.2) and 16 * threads >= BM * BK else "shared",
-        b_scope="fragment" if w.chance(0.2) and 16 * threads >= BK * BN else "shared",
+        a_scope="fragment" if w.chance(fragments) and 16 * threads >= BM * BK else "shared",
+        b_scope="fragment" if w.chance(fragments) and 16 * threads >= BK * BN else "shared",
     )  # fmt: skip
     left, right = operand(w, (M, K), as_dtype(a)), operand(w, (K, N), as_dtype(b))
     exact = left.astype(np.float64) @ right.astype(np.float64)

@@ -1,5 +1,8 @@
 """Random programs compile for every target: no compiler refuses them, and registers suffice."""
 
+import re
+from functools import partial
+
 import programs
 import pytest
 from checking import compile_some
@@ -24,3 +27,11 @@ def test_random_program_compiles_without_spills(seed):
 def test_random_matmul_compiles_without_spills(seed, target):
     _, kernel, _ = compile_some(programs.matmul, seed, target)
     assert (kernel.resources.spill_bytes, kernel.resources.stack_bytes) == (0, 0)
+
+
+@pytest.mark.fuzz(8)
+def test_random_program_for_warpgroups_compiles_without_spills(seed):
+    make = programs.matmul if seed % 2 else programs.tiles
+    _, kernel, _ = compile_some(partial(make, for_groups=True), seed, "sm_90a")
+    assert (kernel.resources.spill_bytes, kernel.resources.stack_bytes) == (0, 0)
+    assert not re.search(r"\bC7\d\d\d\b", kernel.kernels[0].compiled.log)

@@ -2,6 +2,8 @@
 before and after every pass, and as generated code to the simulator, which also looks for races
 and for accesses out of bounds."""
 
+from functools import partial
+
 import programs
 import pytest
 from checking import check_some
@@ -23,3 +25,13 @@ def test_random_tile_program_means_the_same_everywhere(seed):
 @pytest.mark.fuzz(30)
 def test_random_matmul_is_as_near_to_the_exact_product_as_its_dtypes_allow(seed):
     check_some(programs.matmul, seed, TARGETS[seed % 4])
+
+
+@pytest.mark.fuzz(30)
+def test_random_tile_program_for_warpgroups_means_the_same_everywhere(seed):
+    check_some(partial(programs.tiles, for_groups=True), seed, "sm_90a")
+
+
+@pytest.mark.fuzz(30)
+def test_random_matmul_for_warpgroups_is_as_near_to_the_exact_product(seed):
+    check_some(partial(programs.matmul, for_groups=True), seed, "sm_90a")

@@ -568,4 +568,58 @@ def test_tile_of_any_shape_is_brought_beside_the_operands(hopper, rng, dtype, sh
     c, d = hopper(kernel, a, b, e, out=[((64, 64), "float32"), (e.shape, dtype)], shape=shape)
     assert_product(c, a, b)
     assert d.tobytes() == e.tobytes()
-    assert "wgmma" in explained(kernel, a, b, e, c, d, shape=shape)
+    text = explained(kernel, a, b, e, c, d, shape=shape)
+    assert "wgmma" in text
+    assert "slots of a, b by TMA" in text
+    assert "of e by TMA" in text or "copy E -> e: by the block's threads, not TMA (" in text
+
+
+def test_converted_and_written_tiles_are_copied_beside_the_operands(hopper, rng):
+    """What cannot be brought, because it is converted, comes from where the kernel writes or from
+    single elements of rows, is copied by threads; the operands are brought all the same."""
+
+    @tilejit
+    def kernel(
+        A: T.Tensor, B: T.Tensor, scale: T.Tensor, Y: T.Tensor, C: T.Tensor, D: T.Tensor
+    ):  # fmt: skip
+        with T.Kernel(2, threads=128) as by:
+            a = T.alloc_shared((64, 32), A.dtype)
+            b = T.alloc_shared((32, 64), B.dtype)
+            column = T.alloc_shared((64,), "float32")
+            y = T.alloc_shared((64, 32), "float32")
+            z = T.alloc_shared((64, 32), "float32")
+            part = T.alloc_fragment((64, 64), "float32")
+            acc = T.alloc_fragment((64, 64), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(A.shape[1] // 32, num_stages=3):
+                T.copy(A[by * 64, k * 32], a)
+                T.copy(B[k * 32, 0], b)
+                T.copy(scale[by * 64 : by * 64 + 64, k], column)
+                T.copy(Y[by * 64, k * 32], y)
+                T.gemm(a, b, part, clear_accum=True)
+                for i, j in T.Parallel(64, 64):
+                    acc[i, j] += part[i, j] * column[i]
+                for i, j in T.Parallel(64, 32):
+                    D[by * 64 + i, k * 32 + j] = y[i, j] * 2
+                T.copy(D[by * 64, k * 32], z)
+                for i, j in T.Parallel(64, 32):
+                    D[by * 64 + i, k * 32 + j] = z[i, (j + 1) % 32]
+            T.copy(acc, C[by * 64, 0])
+
+    a, b = operand(rng, (128, 128), BF16), operand(rng, (128, 64), BF16)
+    y = operand(rng, (128, 128), BF16)
+    scale = rng.choice([0.5, 1.0, 2.0], (128, 4)).astype(np.float32)
+    out = [((128, 64), "float32"), ((128, 128), "float32")]
+    c, d = hopper(kernel, a, b, scale, y, out=out)
+    scaled = a.astype(np.float32) * scale.repeat(32, axis=1)
+    assert_product(c, scaled, b)
+    wanted = np.roll(2 * y.astype(np.float32).reshape(128, 4, 32), -1, axis=2)
+    np.testing.assert_array_equal(d, wanted.reshape(128, 128))
+    text = explained(kernel, a, b, scale, y, c, d)
+    assert "wgmma" in text
+    assert "of a, b by TMA" in text
+    assert (
+        "copy scale -> column: by the block's threads, not TMA (a row of scale is one element)"
+        in text
+    )
+    assert "copy D -> z: by the block's threads, not TMA (the kernel writes D)" in text

@@ -106,7 +106,7 @@ class KernelEmitter(MatmulEmitter):
 
         def body() -> None:
             with self.scope():
-                self.emit_body(node.body, self.single())
+                self.emit_body(node.body, points)
 
         self.divergent += 1
         self.m.branch(is_first, body, None, self.changed(node.body))

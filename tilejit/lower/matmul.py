@@ -12,6 +12,7 @@ from typing import Any
 
 from tilejit.dtypes import DType, float32, int32, uint32
 from tilejit.errors import InternalError
+from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index
 from tilejit.ir.node import Node
@@ -276,6 +277,9 @@ class MatmulEmitter(TileEmitter):
         """Whether rows of 16 bytes lie where ldmatrix reads them. It gives a lane 32 bits of a row:
         no whole float64."""
         if dtype.bits > 32 or (not side.is_k_major and dtype.bits != 16):
+            return False
+        column = side.point.sub(side.region.starts[-1])
+        if divisor(column, self.kernel.multiples) * dtype.bytes % 16:
             return False
         return matrix_rows_aligned(self.shared_layout(side.region.buffer))
 

@@ -39,9 +39,13 @@ ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 
 MEMORY_CLOCKS = 1600  # more where it comes from memory
 STEP_CLOCKS = 330  # of an iteration at least: waiting, issuing, saying that a slot is free
 ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
-MMA_SHARE = 0.65  # of the peak, where warps load their own operands
+ROW_BYTES = 128  # of a box, which TMA brings at once
+ROW_CLOCKS = 1.85  # that it takes for one, long or short
+MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
+LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
 SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
+SCATTER_BYTES = 600  # of what an iteration brings, that cost memory time and are not there
 EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
 UNWRITTEN_BYTES = 27e6  # in the L2 cache from before, which make room as others are read
 MAX_SLOTS = 12
@@ -64,17 +68,20 @@ class Estimate:
 @dataclass
 class _Work:
     """Of one block. clocks: not overlapped; tensor: of the tensor cores, overlapped or not;
-    brought: bytes from global to shared memory; read: bytes of operands from there."""
+    brought, rows: bytes from global to shared memory, and rows of at most 128 bytes that they lie
+    in; read: bytes of operands from there."""
 
     clocks: float = 0.0
     tensor: float = 0.0
     brought: float = 0.0
+    rows: float = 0.0
     read: float = 0.0
 
     def add(self, other: _Work, times: float = 1.0) -> None:
         self.clocks += other.clocks * times
         self.tensor += other.tensor * times
         self.brought += other.brought * times
+        self.rows += other.rows * times
         self.read += other.read * times
 
 
@@ -83,7 +90,8 @@ class Plan:
     """What is known of a kernel whose atoms are chosen.
 
     loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
-    sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds.
+    sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds. scatter: how
+    much longer memory takes because it is read in small pieces.
     """
 
     target: Target
@@ -93,6 +101,7 @@ class Plan:
     memory_bytes: float
     sum_bytes: float
     at_once: int = 1
+    scatter: float = 1.0
 
     def estimate(self, parts: int = 1) -> Estimate:
         """The time with so many blocks a tile."""
@@ -106,7 +115,7 @@ class Plan:
         throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
         each = max(each, throughput)
         moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
-        memory = moved / (chip.memory_bytes * MEMORY_SHARE)
+        memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter
         waves, last = divmod(units, chip.multiprocessors * here)
         whole = 1 - last / units
         clocks = float(START_CLOCKS) + max(waves * each, memory * whole) + waves * sums
@@ -115,6 +124,8 @@ class Plan:
         clocks += EDGE_SHARE * each
         busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
         bound = "the tensor cores"
+        if 2 * (self.loop.tensor + self.rest.tensor) < each * parts:
+            bound = "work besides"
         if memory > math.ceil(units / chip.multiprocessors / here) * each:
             bound = "memory"
         elif self.loop.brought / chip.brought_bytes > self.loop.tensor:
@@ -138,6 +149,7 @@ class _Planner:
     loop: _Work = field(default_factory=_Work)
     slots: int = 1
     arrival: float = ARRIVAL_CLOCKS
+    least: float = 0.0
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -149,7 +161,8 @@ class _Planner:
             math.prod(b.extents) * b.dtype.bytes / 4 for b in self.kernel.scoped(Scope.FRAGMENT)
         )
         threads = self.kernel.num_threads
-        registers = words / threads + SPARE_REGISTERS
+        operands = [self.operand_words(n) for n in nodes if isinstance(n, Gemm)]
+        registers = words / threads + SPARE_REGISTERS + max(operands, default=0)
         most = consumer_registers(threads) if brought else launch_registers(threads)
         if registers > most:
             return f"about {registers:.0f} registers a thread are more than it can have"
@@ -185,6 +198,7 @@ class _Planner:
             memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
+            scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
 
     def shared_bytes(self) -> tuple[int, int]:
@@ -231,9 +245,14 @@ class _Planner:
         arrival = self.arrival / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
         issue = ISSUE_CLOCKS if groups < 2 else 0.0
-        shared = (inner.read + inner.brought) / SHARED_BYTES
+        self.least = min(self.least or inner.brought, inner.brought)
         step = max(
-            inner.tensor + issue, shared, inner.brought / chip.brought_bytes, arrival, STEP_CLOCKS
+            inner.tensor + issue,
+            (inner.read + inner.brought) / SHARED_BYTES,
+            inner.brought / chip.brought_bytes,
+            inner.rows * ROW_CLOCKS,
+            arrival,
+            STEP_CLOCKS,
         )
         self.loop.add(_Work(step + inner.clocks, inner.tensor, inner.brought), times)
 
@@ -243,7 +262,9 @@ class _Planner:
         if isinstance(node, Copy):
             size = math.prod(node.dst.extents) * node.src.buffer.dtype.bytes
             if _is_ahead(node):
-                return _Work(brought=size * existing(node.src))
+                row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
+                rows = size / row if node.is_tma else 0.0
+                return _Work(brought=size * existing(node.src), rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
                 return _Work(clocks=size / STORE_BYTES)
         if isinstance(node, Parallel):
@@ -252,28 +273,44 @@ class _Planner:
             return _Work(clocks=math.prod(node.extents) * size / STORE_BYTES)
         return _Work()
 
+    def operand_words(self, node: Gemm) -> float:
+        """Registers of a thread for the operands of mma.sync: of this step of K and the next."""
+        if node.atom is None or node.atom.mma is None:
+            return 0
+        rows = node.m / node.atom.warps_m + node.n / node.atom.warps_n
+        size = 2 if self.is_unpacked(node) else node.a.buffer.dtype.bytes
+        return 2 * rows * node.atom.mma.k * size / 4 / WARP
+
+    def is_unpacked(self, node: Gemm) -> bool:
+        operand = node.a.buffer.dtype
+        return operand.is_float and operand.bits == 8 and self.target.chip.unpacks_fp8
+
     def gemm(self, node: Gemm) -> _Work:
         chip, operand = self.target.chip, node.a.buffer.dtype
         if isinstance(node.atom, WgmmaAtom):
             return _Work(tensor=multiply_clocks(node), read=_operand_bytes(node, node.atom))
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
-        rate = chip.tensor_macs * _speed(operand)
+        rate = chip.tensor_macs * (1 if self.is_unpacked(node) else _speed(operand))
         down, across = node.atom.warps_m, node.atom.warps_n
         reads = node.m * across + node.n * down  # rows of operands that all warps load
         warps = self.kernel.num_threads // WARP
         repeated = warps / (down * across)
-        multiply = node.m * node.n * node.k / (rate * MMA_SHARE) * repeated
+        mma = node.atom.mma
+        products = node.m // down // mma.m * (node.n // across // mma.n)
+        loads = node.m / down / LOAD_ROWS + node.n / across / LOAD_ROWS  # issued between them
+        share = MMA_SHARE * products / (products + loads)
+        multiply = node.m * node.n * node.k / (rate * share) * repeated
         return _Work(tensor=multiply, read=reads * node.k * operand.bytes)
 
 
 def multiply_clocks(node: Gemm) -> float:
     """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
-    n columns and 32 bytes of K takes n / 2 clocks, or what it takes to read A."""
+    n columns and 32 bytes of K takes n / 2 clocks and one more, or what it takes to read A."""
     assert isinstance(node.atom, WgmmaAtom), "select did not run"
     n = node.atom.wgmma.n
     count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
-    return count * max(n / 2, ROWS * STEP_BYTES / SHARED_BYTES)
+    return count * (max(n / 2, ROWS * STEP_BYTES / SHARED_BYTES) + 1)
 
 
 def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:

@@ -25,10 +25,12 @@ from tilejit.target import Feature, Target
 
 @dataclass(frozen=True)
 class Brought:
-    """copies: those that producers make. gemms: the atoms of multiplies by warpgroups.
+    """copies: those that producers make; others: those beside them in loops, made by the block's
+    threads. gemms: the atoms of multiplies by warpgroups.
     reasons, gemm_reasons: why others are not among them, where that is worth a word."""
 
     copies: frozenset[Copy] = frozenset()
+    others: frozenset[Copy] = frozenset()
     gemms: dict[Gemm, WgmmaAtom] = field(default_factory=dict)
     reasons: dict[Copy, str] = field(default_factory=dict)
     gemm_reasons: dict[Gemm, list[str]] = field(default_factory=dict)
@@ -39,8 +41,8 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
 
     obstacle: what rules producers out, if that is known.
 
-    A kernel has producers when it has a multiply for warpgroups whose operands come through
-    T.Pipelined loops, and every plain copy in such loops can be brought: a loop is fed in one way.
+    A kernel has producers when it has a multiply for warpgroups and copies in T.Pipelined loops
+    that can be brought, those of all such multiplies' operands among them.
     """
     if not target.has(Feature.TMA, Feature.WGMMA, Feature.SETMAXNREG):
         return Brought()
@@ -56,7 +58,9 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
         return Brought(gemm_reasons=why)
     refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
     general = obstacle or _obstacle(kernel, nodes)
-    if general or refused or not pipelined_copies(kernel):
+    operands = {r.buffer for n in atoms for r in (n.a, n.b)}
+    is_fed = any(c not in refused for c in pipelined_copies(kernel))
+    if general or not is_fed or any(c.dst.buffer in operands for c in refused):
         reason = general or "its operands are not brought by TMA"
         own = dict(refused) if not general else dict.fromkeys(pipelined_copies(kernel), general)
         unrounded = _unrounded(kernel, ())
@@ -68,7 +72,8 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
         why |= {n: [f"wgmma ({reason})"] for n in atoms if n not in kept}
         return Brought(gemms=kept, reasons=own, gemm_reasons=why)
     copies = frozenset(c for c, r in reasons.items() if not r)
-    return Brought(copies, atoms, {c: r for c, r in reasons.items() if r}, why)
+    others = frozenset(refused)
+    return Brought(copies, others, atoms, {c: r for c, r in reasons.items() if r}, why)
 
 
 def _choose(

@@ -171,6 +171,12 @@ class _Selector:
             nodes, first = whole_copy(node, self.kernel, self.target)
             self.first += first
             return nodes
+        if node in self.brought.others:
+            self.notes.append(
+                f"copy {node.src.buffer.name} -> {node.dst.buffer.name}: by the block's threads, "
+                f"not TMA ({self.brought.reasons[node]})"
+            )
+            return [replace(node, atom=CopyAtom(CopyMethod.REGISTERS, 1))]
         chosen = replace(node, atom=self.copy_atom(node, is_pipelined))
         if node.eviction is not None and not (is_epilogue and self.brought.copies):
             name = f"{node.src.buffer.name} -> {node.dst.buffer.name}"

@@ -42,14 +42,19 @@ def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
     reason = reason or _operand_misfit(node.b, node.transpose_b, "b")
     if reason:
         return reason
-    found = _split(node, target, threads // GROUP)
-    if found is None:
-        words = node.m * node.n * acc.bytes // 4 // threads
-        most = consumer_registers(threads) - SPARE_REGISTERS
-        if words > most:
-            return f"its sums take {words} registers of each of {threads} threads, of {most} free"
-        return f"no instruction multiplies {a} and {b} into {acc} in a share of {node.m}x{node.n}"
-    return found
+    if find_wgmma(a, b, acc, 8, target) is None:
+        return f"no instruction multiplies {a} and {b} into {acc}"
+    return _split(node, target, threads // GROUP) or _no_split(node, threads)
+
+
+def _no_split(node: Gemm, threads: int) -> str:
+    """Why the warpgroups cannot share the tile."""
+    words = node.m * node.n * node.acc.buffer.dtype.bytes // 4 // threads
+    most = consumer_registers(threads) - SPARE_REGISTERS
+    if words > most:
+        return f"its sums take {words} registers of each of {threads} threads, of {most} free"
+    groups = f"{threads // GROUP} warpgroups" if threads > GROUP else "a warpgroup"
+    return f"{groups} cannot share {node.m}x{node.n} in parts of {ROWS}x8"
 
 
 def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
