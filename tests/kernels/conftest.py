@@ -13,6 +13,7 @@ import pytest
 from tilejit import options
 from tilejit.dtypes import as_dtype
 from tilejit.runtime import device
+from tilejit.runtime.device import use_executor
 from tilejit.target import Feature
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode alone does not find siblings
@@ -72,11 +73,23 @@ def hopper(executor: str) -> Iterator[Callable[..., Any]]:
     """The same for a chip with multiplies by warpgroups and the tensor memory accelerator; on a
     GPU where it is one."""
     if executor == "gpu":
-        chip = device.target_of(device.current_device())
-        if not chip.has(Feature.WGMMA):
-            pytest.skip(f"the GPU is {chip}")
+        skip_unless_hopper()
     with options(target=HOPPER):
         yield runner(executor)
+
+
+@pytest.fixture
+def hopper_gpu() -> Iterator[Callable[..., Any]]:
+    """The same on a GPU only, for tests with the `gpu` mark."""
+    skip_unless_hopper()
+    with use_executor("gpu"):
+        yield runner("gpu")
+
+
+def skip_unless_hopper() -> None:
+    chip = device.target_of(device.current_device())
+    if not chip.has(Feature.WGMMA):
+        pytest.skip(f"the GPU is {chip}")
 
 
 def runner(executor: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +42,36 @@ def matmul(
                 T.copy(B[k * BK, bx * BN], b)
             T.gemm(a, b, acc, transpose_A=tA, transpose_B=tB, policy=policy)
         T.copy(acc, C[by * BM, bx * BN])
+
+
+@functools.cache
+def matmul_of_any_size(a: str, b: str, out: str, tA: bool, tB: bool) -> Any:
+    """The same with M, N and K that are known only at the call."""
+    M, N, K = T.dynamic("M, N, K")
+
+    @tilejit
+    def matmul(
+        A: T.Tensor((K, M) if tA else (M, K), a), B: T.Tensor((N, K) if tB else (K, N), b),
+        C: T.Tensor((M, N), out), *, BM, BN, BK, threads, accum, tf32,
+    ):  # fmt: skip
+        with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads) as (bx, by):
+            left = T.alloc_shared((BK, BM) if tA else (BM, BK), "tfloat32" if tf32 else a)
+            right = T.alloc_shared((BN, BK) if tB else (BK, BN), "tfloat32" if tf32 else b)
+            acc = T.alloc_fragment((BM, BN), accum)
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, BK)):
+                if tA:
+                    T.copy(A[k * BK, by * BM], left)
+                else:
+                    T.copy(A[by * BM, k * BK], left)
+                if tB:
+                    T.copy(B[bx * BN, k * BK], right)
+                else:
+                    T.copy(B[k * BK, bx * BN], right)
+                T.gemm(left, right, acc, transpose_A=tA, transpose_B=tB)
+            T.copy(acc, C[by * BM, bx * BN])
+
+    return matmul
 
 
 def operand(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

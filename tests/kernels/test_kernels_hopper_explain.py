@@ -36,7 +36,7 @@ SQUARE = spec(256, 256), spec(256, 256), spec(256, 256, dtype="float32")
         ({"BK": 24}, "the tile is 64x64x24, no multiple of 64x8x16"),
         (
             {"BM": 128, "BN": 256},
-            "its sums take 256 registers of each of 128 threads, of 216 free",
+            r"its sums take 256 registers of each of 128 threads, of \d+ free",
         ),
         ({"BN": 24, "threads": 256}, "2 warpgroups cannot share 64x24 in parts of 64x8"),
     ],
@@ -45,7 +45,7 @@ SQUARE = spec(256, 256), spec(256, 256), spec(256, 256, dtype="float32")
 def test_reason_why_a_tile_is_not_for_warpgroups(constants, reason):
     gemm = line_of(explained(matmul, *SQUARE, **constants), "gemm a @ b -> acc:")
     assert "wgmma.m64" not in gemm
-    assert f"; not wgmma ({reason})" in gemm
+    assert re.search(rf"; not wgmma \({reason}\)", gemm), gemm
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, arith, binary, const, index
 from tilejit.ir.loops import loop_layout
 from tilejit.ir.node import Body, If, Node, Parallel, Store, all_reads, all_writes, walk
+from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
@@ -165,12 +166,19 @@ class TileEmitter(StatementEmitter):
         indexes = [self._matrix_row(node, points, place_of[r]) for r in firsts]
         if any(self.address(buffer, at).align < MATRIX * buffer.dtype.bytes for at in indexes):
             return False
+        self._meet_lanes(buffer)
         for group, at in zip(groups, indexes, strict=True):
             starts = [place_of[r] for r in group]
             words = [self.m.pack(values[n : n + PAIR], buffer.dtype) for n in starts]
             self.check(buffer, at)
             self.m.issue(stmatrix(4), [self.m.address(self.address(buffer, at)), *words])
+        self._meet_lanes(buffer)
         return True
+
+    def _meet_lanes(self, buffer: Buffer) -> None:
+        """Order what a lane has read and will read itself with another's store for it."""
+        if self.facts.aliases.of(buffer) in self.facts.read:
+            self.m.issue(isa_barrier.SYNC_WARP)
 
     def _matrix_row(self, node: Store, points: Points, number: int) -> tuple[Expr, ...]:
         """Where the row lies that the lane addresses, of four matrices that begin with a point's:
@@ -217,12 +225,14 @@ class TileEmitter(StatementEmitter):
         if not all(self._is_wide(node, at) for at in indexes):
             return False
         lane = self.value(thread_digit(self.thread, 1, LANES, self.threads))
+        self._meet_lanes(node.buffer)
         for row, at in zip(rows, indexes, strict=True):
             starts = [place_of[r] for r in row]
             words = [self.m.pack(values[n : n + PAIR], dtype) for n in starts]
             elements = [v for w in trade(self.m, words, lane) for v in self.m.unpack(w, dtype)]
             when = self.guard(node.buffer, at)
             self.m.store(self.address(node.buffer, at), elements, dtype, when)
+        self._meet_lanes(node.buffer)
         return True
 
     def _moved(self, points: Points, number: int) -> Point:
