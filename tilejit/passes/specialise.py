@@ -40,7 +40,7 @@ from tilejit.passes.tiles import choose_cluster, is_same_along, tile_walk
 from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
-FEWEST_SLOTS = 2  # one is filled while the other is used
+FEWEST_SLOTS = 2  # one is filled while the other is used; one alone where no two fit
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
 
@@ -170,7 +170,7 @@ class _Specialiser:
         left, each = self._free_bytes()
         if not each:
             return 1
-        return max(FEWEST_SLOTS, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
+        return max(1, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
 
     def _fed_loops(self, body: Body, loop: For | None) -> list[tuple[For | None, list[Copy]]]:
         mine = [n for n in body if isinstance(n, Copy) and n in self.brought]
