@@ -7,7 +7,6 @@ python examples/matmul.py --bench          time it (needs a GPU, torch); --bench
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,34 +18,23 @@ from tilejit import tilejit
 @tilejit
 def matmul(
     A: T.Tensor, B: T.Tensor, C: T.Tensor,
-    *, BM=128, BN=128, BK=32, threads=128, stages=None, transpose_B=False, tiles=None,
+    *,
+    BM=T.auto(128, 64, 256), BN=T.auto(128, 256, 64, 192, 320, 32), BK=T.auto(64, 32, 128),
+    transpose_B=False, tiles=None,
 ):  # fmt: skip
     """C = A @ B, or A @ B.T where B is stored N x K; `tiles` is another dtype for the tiles."""
     M, K = A.shape
     N = C.shape[1]
-    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads) as (bx, by):
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM)) as (bx, by):
         a = T.alloc_shared((BM, BK), tiles or A.dtype)
         b = T.alloc_shared((BN, BK) if transpose_B else (BK, BN), tiles or B.dtype)
         acc = T.alloc_fragment((BM, BN), "int32" if A.dtype == "int8" else "float32")
         T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=stages):
+        for k in T.Pipelined(T.ceildiv(K, BK)):
             T.copy(A[by * BM, k * BK], a)
             T.copy(B[(bx * BN, k * BK) if transpose_B else (k * BK, bx * BN)], b)
             T.gemm(a, b, acc, transpose_B=transpose_B)
         T.copy(acc, C[by * BM, bx * BN])
-
-
-BLOCKS = ((128, 256, 256), (256, 128, 256), (128, 192, 256), (128, 128, 256), (64, 256, 128))
-"""BM, BN and threads that the benchmark tries; the best first."""
-
-
-def tilings(dtype: str) -> list[dict[str, Any]]:
-    """Constants of `matmul` for operands of that dtype: rows of a tile are 128 bytes, the widest
-    that one swizzled copy brings; float32 is multiplied as tfloat32."""
-    BK = {"int8": 128, "float8_e4m3fn": 128, "tfloat32": 32}.get(dtype, 64)
-    found = [{"BM": BM, "BN": BN, "BK": BK, "threads": threads} for BM, BN, threads in BLOCKS]
-    found.append({"BM": 64, "BN": 128, "BK": BK, "threads": 128})  # few rows, or few blocks
-    return [{**t, "tiles": "tfloat32"} if dtype == "tfloat32" else t for t in found]
 
 
 def check() -> None:
@@ -59,7 +47,7 @@ def check() -> None:
     bound = np.abs(a.astype(np.float64)) @ np.abs(b.astype(np.float64))
     for transpose_B, stored in ((False, b), (True, np.ascontiguousarray(b.T))):
         c = np.full((M, N), np.nan, np.float32)
-        matmul(a, stored, c, BM=64, BN=64, transpose_B=transpose_B)
+        matmul(a, stored, c, transpose_B=transpose_B)
         wrong = ~(np.abs(c - exact) <= 2.0**-22 * K * bound)
         assert not wrong.any(), f"{wrong.sum()} of {wrong.size} elements are wrong"
     print(f"matmul {M}x{N}x{K}: right")

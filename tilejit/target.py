@@ -50,7 +50,8 @@ class Chip:
     multiprocessors, clock (GHz under load): of the whole chip. memory_bytes: a clock, of the whole
     chip from its memory. brought_bytes: a clock, from the L2 cache to a multiprocessor.
     tensor_macs: multiply-adds of 16-bit operands a clock in a multiprocessor's tensor cores, into
-    float32. unpacks_fp8: mma.sync turns fp8 operands into float16 first. Sources: NVIDIA's architecture whitepapers; for `brought_bytes` of sm_90a measured.
+    float32. unpacks_fp8: mma.sync turns fp8 operands into float16 first.
+    Sources: NVIDIA's architecture whitepapers; `brought_bytes` of sm_90a is measured.
     """
 
     multiprocessors: int

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import bench_clock
-import matmul
 import matmul_bench as bench
 import matmul_cases
 import ml_dtypes
@@ -60,14 +59,6 @@ def test_error_bound_explains_rounding_and_no_lost_tile():
 
 def test_error_bound_of_integers_is_less_than_one():
     assert matmul_cases.error_bound("int8", 1e6, 1e6) == 0.5
-
-
-@pytest.mark.parametrize("dtype", matmul_cases.PRECISIONS)
-def test_tiles_have_rows_of_128_bytes(dtype):
-    stored = matmul_cases.PRECISIONS[dtype].stored
-    for tiling in matmul.tilings(dtype):
-        assert tiling["BK"] * matmul_cases.width(stored) == 128
-        assert tiling.get("tiles", stored) == (dtype if dtype == "tfloat32" else stored)
 
 
 def test_times_are_summed_between_markers():
@@ -192,14 +183,13 @@ def test_peer_that_does_not_import_is_reported(monkeypatch):
     ]
 
 
-def test_candidates_of_tilejit_are_named_by_their_tilings():
+def test_tilejit_takes_part_with_one_candidate_that_nobody_tuned():
     class Nothing:
         case = Case(64, 64, 64, "bfloat16", "nt")
         a = b = c = None
 
     names = [name for name, _ in bench.tilejit_candidates(Nothing(), quick=False)]
-    assert names[0] == "128x256x64, 256 threads"
-    assert len(names) == len(matmul.tilings("bfloat16"))
+    assert names == ["T.auto"]
 
 
 def test_reason_is_one_line():

@@ -11,7 +11,7 @@ from tilejit.passes.allocate import allocate_memory
 from tilejit.passes.describe import describe_tensors
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
-from tilejit.passes.schedule import schedule
+from tilejit.passes.schedule import choose_schedule
 from tilejit.passes.select import select_atoms
 from tilejit.passes.specialise import specialise
 from tilejit.passes.sync import insert_sync
@@ -19,7 +19,7 @@ from tilejit.target import Target
 
 Pass = Callable[[Kernel], Kernel]
 
-# After schedule and select_atoms (which also take the target), in this order:
+# After choose_schedule and select_atoms (which also take the target), in this order:
 PASSES: tuple[Pass, ...] = (
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
@@ -34,8 +34,8 @@ def stages(kernel: Kernel, target: Target) -> list[tuple[str, Kernel]]:
     """The kernel after every pass, with the pass's name."""
     result = [("trace", kernel)]
     check = config.current().verify
-    kernel = schedule(kernel, target)
-    result.append(("schedule", kernel))
+    kernel = choose_schedule(kernel, target)
+    result.append(("choose_schedule", kernel))
     kernel = select_atoms(kernel, target)
     result.append(("select_atoms", kernel))
     for apply in PASSES:

@@ -124,6 +124,8 @@ class Plan:
         clocks += EDGE_SHARE * each
         busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
         bound = "the tensor cores"
+        if 2 * (self.loop.tensor + self.rest.tensor) < each * parts:
+            bound = "work besides"
         if memory > math.ceil(units / chip.multiprocessors / here) * each:
             bound = "memory"
         elif self.loop.brought / chip.brought_bytes > self.loop.tensor:

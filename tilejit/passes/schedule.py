@@ -33,7 +33,7 @@ class Schedule:
     estimate: Estimate
 
 
-def schedule(kernel: Kernel, target: Target) -> Kernel:
+def choose_schedule(kernel: Kernel, target: Target) -> Kernel:
     """The kernel with its threads and parts decided.
 
     Raises:
