@@ -125,7 +125,7 @@ def _to_device(x: Any) -> Any:
     shift = x.ctypes.data % 16
     memory = torch.empty(shift + span * x.itemsize, dtype=torch.uint8, device="cuda")
     inner = memory[shift:]
-    inner.copy_(torch.from_numpy(np.ascontiguousarray(flat).view(np.uint8)))
+    inner.copy_(torch.from_numpy(flat.copy().view(np.uint8)))
     return inner.view(dtype).as_strided(x.shape, strides, shift // x.itemsize)
 
 
