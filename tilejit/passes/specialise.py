@@ -26,6 +26,7 @@ from tilejit.ir.node import (
     Role,
     Roles,
     Store,
+    all_writes,
     walk,
 )
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
@@ -220,8 +221,9 @@ class _Specialiser:
             self.channels[copy] = channel
 
     def _defer(self, body: Body) -> None:
-        """In a loop whose accumulators only its multiplies touch, the next multiply starts before
-        the last one's slot is left; unless other warpgroups have enough to multiply meanwhile."""
+        """In a loop whose accumulators only its multiplies touch, and whose operands threads do not
+        write, the next multiply starts before the last one's slot is left; unless other warpgroups
+        have enough to multiply meanwhile."""
         channels = self._channels_in(body)
         gemms = [n for n in body if isinstance(n, Gemm) and n.is_async]
         groups = self.kernel.num_threads // GROUP
@@ -231,6 +233,10 @@ class _Specialiser:
         held = _registers_of(gemms)
         others = [n for n in body if not isinstance(n, Gemm | GemmWait)]
         if not channels or not gemms or any(touches(n, held) for n in others):
+            return
+        operands = {r.buffer.root for g in gemms for r in (g.a, g.b)}
+        made = [n for n in others if n not in self.channels]
+        if any(b.root in operands for n in made for b in all_writes(n)):
             return
         if all(c.by_group and c.slots > 1 for c in channels):
             for channel in channels:
