@@ -36,6 +36,7 @@ class Copy(Node):
     cluster_axis: the grid's axis along which the blocks of a cluster share what is brought: each
         brings its part and hands it to all; None where each brings all.
     tensor_map: the parameter that describes the global tensor, decided by `describe`.
+    whole: the copy that it is one of several parts of.
     """
 
     src: Region
@@ -48,6 +49,7 @@ class Copy(Node):
     barrier: BarrierSlot | None = None
     cluster_axis: int | None = None
     tensor_map: Var | None = None
+    whole: Copy | None = None
 
     def __post_init__(self) -> None:
         assert self.src.shape == self.dst.shape, f"{self.src} to {self.dst}"
