@@ -18,6 +18,7 @@ from tilejit.dtypes import DType, as_dtype, float32, int32
 
 THREADS = (32, 64, 96, 128, 128, 48, 256)
 WORDS = 64  # of a fragment, a thread
+MAX_SHARED = 192 * 1024  # bytes of a pipeline's slots
 
 
 class Assembly:
@@ -364,6 +365,9 @@ def matmul(seed: int, for_groups: bool = False) -> Program:
         BM, BN, BK = w.pick(64, 64, 128, 192), w.pick(8, 24, 32, 64, 80, 128), w.pick(32, 64, 96)
     elif w.chance(0.2):
         BM, BN, BK = (w.pick(1, 3, 4, 8, 10, 20) for _ in range(3))
+    stages = w.pick(None, *range(5))
+    if (BM + BN) * BK * as_dtype(a).bytes * (stages or 1) > MAX_SHARED:
+        BK = 32
     M, N, K = (w.rng.randrange(1, 2 * n + 2) for n in (BM, BN, BK))
     if w.chance(0.5):
         M, N, K = BM * w.pick(1, 2), BN * w.pick(1, 2), BK * w.pick(1, 2, 5)
@@ -389,7 +393,7 @@ def matmul(seed: int, for_groups: bool = False) -> Program:
         a_shape=(BK, BM) if t_a else (BM, BK), b_shape=(BN, BK) if t_b else (BK, BN),
         a_at=f"k * {BK}, by * {BM}" if t_a else f"by * {BM}, k * {BK}",
         b_at=f"bx * {BN}, k * {BK}" if t_b else f"k * {BK}, bx * {BN}",
-        stages=w.pick("", *(f", num_stages={n}" for n in range(5))),
+        stages="" if stages is None else f", num_stages={stages}",
         policy=w.pick("Square", "FullRow", "FullCol"),
         a_scope="fragment" if w.chance(fragments) and 16 * threads >= BM * BK else "shared",
         b_scope="fragment" if w.chance(fragments) and 16 * threads >= BK * BN else "shared",

@@ -4,6 +4,7 @@ and for accesses out of bounds."""
 
 from functools import partial
 
+import pipelines
 import programs
 import pytest
 from checking import check_some
@@ -35,3 +36,8 @@ def test_random_tile_program_for_warpgroups_means_the_same_everywhere(seed):
 @pytest.mark.fuzz(30)
 def test_random_matmul_for_warpgroups_is_as_near_to_the_exact_product(seed):
     check_some(partial(programs.matmul, for_groups=True), seed, "sm_90a")
+
+
+@pytest.mark.fuzz(40)
+def test_random_main_loop_for_warpgroups_means_the_same_everywhere(seed):
+    check_some(pipelines.pipeline, seed, "sm_90a")

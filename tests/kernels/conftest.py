@@ -109,21 +109,24 @@ def runner(executor: str) -> Callable[..., Any]:
 
 
 def _to_device(x: Any) -> Any:
+    """A tensor on the GPU with the array's values and strides, as far from a multiple of 16 bytes
+    as the array is."""
     if not isinstance(x, np.ndarray):
         return x
     import torch
 
-    name = as_dtype(x.dtype).name
-    strides = tuple(s // x.itemsize for s in x.strides)
+    dtype = getattr(torch, as_dtype(x.dtype).name)
     if x.size == 0:
-        return torch.empty(x.shape, dtype=getattr(torch, name), device="cuda")
-    if x.flags.c_contiguous:
-        raw = torch.from_numpy(np.ascontiguousarray(x).view(np.uint8).reshape(-1).copy()).cuda()
-        return raw.view(getattr(torch, name)).view(x.shape)
+        return torch.empty(x.shape, dtype=dtype, device="cuda")
+    strides = tuple(s // x.itemsize for s in x.strides)
     span = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
-    flat = np.lib.stride_tricks.as_strided(x, (span,), (x.itemsize,))
-    raw = torch.from_numpy(np.ascontiguousarray(flat).view(np.uint8).copy()).cuda()
-    return raw.view(getattr(torch, name)).as_strided(x.shape, strides)
+    plain = x.view(f"u{x.itemsize}")  # NumPy has no strides of dtypes that are not its own
+    flat = np.lib.stride_tricks.as_strided(plain, (span,), (x.itemsize,))
+    shift = x.ctypes.data % 16
+    memory = torch.empty(shift + span * x.itemsize, dtype=torch.uint8, device="cuda")
+    inner = memory[shift:]
+    inner.copy_(torch.from_numpy(flat.copy().view(np.uint8)))
+    return inner.view(dtype).as_strided(x.shape, strides, shift // x.itemsize)
 
 
 @pytest.fixture

@@ -208,3 +208,11 @@ def test_tf32_operands_of_a_kernel_without_loops_are_rounded(hopper, rng):
     a, b = untied(rng, (64, 32)), untied(rng, (64, 32))
     c = hopper(kernel, a, b, out=[((64, 64), "float32")])
     assert_product(c, round_to_tf32(a), round_to_tf32(b).T)
+
+
+@pytest.mark.parametrize("tile, threads", [((448, 16), 896), ((512, 16), 1024), ((320, 24), 640)])
+def test_block_of_many_warpgroups_is_right(hopper, rng, tile, threads):
+    """Seven are the most that leave room for a producer."""
+    text = check(hopper, rng, (530, 40, 72), BF16, BF16, "float32", "float32", "nt", BM=tile[0],
+                 BN=tile[1], BK=32, threads=threads)  # fmt: skip
+    assert ("of a, b by TMA" in text) == (threads < 1024)

@@ -338,3 +338,76 @@ def test_rows_of_the_accumulator_are_summed_up(hopper, rng):
     assert_near(c, exact, error)
     np.testing.assert_allclose(sums, c.astype(np.float64).sum(1), rtol=1e-4, atol=1e-4)
     assert "wgmma" in explained(kernel, a, b, c, sums)
+
+
+@pytest.mark.parametrize("threads, BM", [(128, 64), (256, 128)])
+def test_output_that_was_sent_is_read_again(hopper, rng, threads, BM):
+    """Threads read what TMA has stored: they wait until it is there, and meet."""
+
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, C: T.Tensor, D: T.Tensor):
+        M, K = A.shape
+        N = C.shape[1]
+        with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, BM), threads=threads) as (bx, by):
+            a = T.alloc_shared((BM, 32), A.dtype)
+            b = T.alloc_shared((32, 64), B.dtype)
+            acc = T.alloc_fragment((BM, 64), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 32)):
+                T.copy(A[by * BM, k * 32], a)
+                T.copy(B[k * 32, bx * 64], b)
+                T.gemm(a, b, acc)
+            T.copy(acc, C[by * BM, bx * 64])
+            for i, j in T.Parallel(64, BM):
+                D[bx * 64 + i, by * BM + j] = C[by * BM + j, bx * 64 + i]
+
+    a, b = operand(rng, (144, 48), BF16), operand(rng, (48, 136), BF16)
+    c, d = hopper(kernel, a, b, out=[((144, 136), "float32"), ((136, 144), "float32")])
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    error = 48 * FLOAT32_STEP * (np.abs(a).astype(float) @ np.abs(b).astype(float))
+    assert_near(c, exact, error)
+    np.testing.assert_array_equal(d, c.T)
+    assert "acc -> C: by TMA" in explained(kernel, a, b, c, d)
+
+
+@tilejit
+def stored_again(A: T.Tensor, B: T.Tensor, C: T.Tensor, counts: T.Tensor, *, kind):
+    M, K = A.shape
+    N = C.shape[1]
+    with T.Kernel(T.ceildiv(M, 64), threads=128) as by:
+        a = T.alloc_shared((64, 32), A.dtype)
+        b = T.alloc_shared((32, 64), B.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        for bx in T.serial(T.ceildiv(N, 64)):
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 32)):
+                T.copy(A[by * 64, k * 32], a)
+                T.copy(B[k * 32, bx * 64], b)
+                T.gemm(a, b, acc)
+            T.copy(acc, C[by * 64, bx * 64])
+            if kind == "twice":
+                for i, j in T.Parallel(64, 64):
+                    acc[i, j] *= 2
+                T.copy(acc, C[by * 64, bx * 64])
+            elif kind == "loop":
+                for _ in T.serial(2):
+                    for i, j in T.Parallel(64, 64):
+                        acc[i, j] *= 2
+                    T.copy(acc, C[by * 64, bx * 64])
+            elif kind == "counted":
+                T.atomic_add(counts[bx], 1)
+
+
+@pytest.mark.parametrize("kind, times", [("once", 1), ("twice", 2), ("loop", 4), ("counted", 1)])
+def test_output_is_sent_where_another_may_be_on_its_way_only_after_it(hopper, rng, kind, times):
+    """Bulk stores are not ordered. Those of different tiles need no order."""
+    a, b = operand(rng, (144, 48), BF16), operand(rng, (48, 136), BF16)
+    out = [((144, 136), "float32"), ((3,), "int32")]
+    c, counts = hopper(stored_again, a, b, out=out, kind=kind)
+    exact = times * (a.astype(np.float64) @ b.astype(np.float64))
+    error = 200 * FLOAT32_STEP * (np.abs(a).astype(float) @ np.abs(b).astype(float))
+    assert_near(c, exact, error)
+    kernel = stored_again.compile(a, b, c, counts, kind=kind, target="sm_90a")
+    assert "acc -> C: by TMA" in kernel.explain()
+    waits = str(kernel.kernels[0].planned).count("T.tma_store_wait()")
+    assert waits == {"once": 0, "twice": 2, "loop": 2, "counted": 1}[kind]

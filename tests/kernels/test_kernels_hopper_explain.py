@@ -38,6 +38,10 @@ SQUARE = spec(256, 256), spec(256, 256), spec(256, 256, dtype="float32")
             {"BM": 128, "BN": 256},
             r"its sums take 256 registers of each of 128 threads, of \d+ free",
         ),
+        (
+            {"BM": 512, "BN": 16, "threads": 1024},
+            "a block has no room for producers beside 1024 threads",
+        ),
         ({"BN": 24, "threads": 256}, "2 warpgroups cannot share 64x24 in parts of 64x8"),
     ],
     ids=str,

@@ -623,3 +623,35 @@ def test_converted_and_written_tiles_are_copied_beside_the_operands(hopper, rng)
         in text
     )
     assert "copy D -> z: by the block's threads, not TMA (the kernel writes D)" in text
+
+
+@pytest.mark.parametrize("threads, rows", [(128, 64), (256, 128)])
+def test_operand_that_threads_make_of_global_memory_waits_for_the_multiply(
+    hopper, rng, threads, rows
+):
+    """The other operand is brought, so that the loop could leave the multiply to itself."""
+
+    @tilejit
+    def kernel(A: T.Tensor, Q: T.Tensor, C: T.Tensor, *, threads, rows):
+        M, K = A.shape
+        N = C.shape[1]
+        with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, rows), threads=threads) as (bx, by):
+            a = T.alloc_shared((rows, 32), A.dtype)
+            b = T.alloc_shared((32, 64), A.dtype)
+            acc = T.alloc_fragment((rows, 64), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 32), num_stages=3):
+                T.copy(A[by * rows, k * 32], a)
+                for i, j in T.Parallel(32, 64):
+                    b[i, j] = Q[k * 32 + i, bx * 64 + j] * 2
+                T.gemm(a, b, acc)
+            T.copy(acc, C[by * rows, bx * 64])
+
+    a, q = operand(rng, (136, 200), BF16), operand(rng, (200, 80), np.int8)
+    q //= 2
+    constants = {"threads": threads, "rows": rows}
+    c = hopper(kernel, a, q, out=[((136, 80), "float32")], **constants)
+    assert_product(c, a, (q.astype(np.int32) * 2).astype(BF16))
+    text = explained(kernel, a, q, c, **constants)
+    assert "wgmma" in text
+    assert "of a by TMA" in text

@@ -41,6 +41,7 @@ class Copy(Node):
         bring all for themselves.
     tensor_map, share: decided by `describe`: the parameter that describes the global tensor; the
         block's number among those that share.
+    whole: the copy that it is one of several parts of.
     """
 
     src: Region
@@ -56,6 +57,7 @@ class Copy(Node):
     cluster_mask: int | None = None
     tensor_map: Var | None = None
     share: Expr | None = None
+    whole: Copy | None = None
 
     def __post_init__(self) -> None:
         assert self.src.shape == self.dst.shape, f"{self.src} to {self.dst}"

@@ -233,5 +233,6 @@ class _Stager:
             dst=outer,
             atom=CopyAtom(CopyMethod.TMA, 0),
             eviction=node.eviction,
+            whole=node,
             span=node.span,
         )

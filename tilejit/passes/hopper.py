@@ -18,6 +18,7 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bring import Reach, is_inward
+from tilejit.passes.registers import GROUP, MAX_THREADS
 from tilejit.passes.tma import misfit, same_bits
 from tilejit.passes.wgmma import choose_wgmma
 from tilejit.target import Feature, Target
@@ -144,6 +145,8 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
         return "the kernel orders asynchronous work itself"
     if kernel.threads[1:] != (1, 1):
         return "the block's threads have more than one dimension"
+    if kernel.num_threads + GROUP > MAX_THREADS:
+        return f"a block has no room for producers beside {kernel.num_threads} threads"
     return ""
 
 

@@ -6,6 +6,7 @@ Knows the register file and setmaxnreg's steps. Does not know what registers hol
 from __future__ import annotations
 
 GROUP = 128  # threads of a warpgroup
+MAX_THREADS = 1024  # of a block, producers included (CUDA Programming Guide)
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor (CUDA Programming Guide)
 MOST_REGISTERS = 255  # of a thread
 REGISTER_STEP = 8  # setmaxnreg counts in eights (PTX ISA, "setmaxnreg")

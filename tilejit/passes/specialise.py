@@ -26,6 +26,7 @@ from tilejit.ir.node import (
     Role,
     Roles,
     Store,
+    all_writes,
     walk,
 )
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
@@ -41,7 +42,7 @@ from tilejit.passes.tiles import is_same_along, tile_walk
 from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
-FEWEST_SLOTS = 2  # one is filled while the other is used
+FEWEST_SLOTS = 2  # one is filled while the other is used; one alone where no two fit
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
 
@@ -171,7 +172,7 @@ class _Specialiser:
         left, each = self._free_bytes()
         if not each:
             return 1
-        return max(FEWEST_SLOTS, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
+        return max(1, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
 
     def _fed_loops(self, body: Body, loop: For | None) -> list[tuple[For | None, list[Copy]]]:
         mine = [n for n in body if isinstance(n, Copy) and n in self.brought]
@@ -221,8 +222,9 @@ class _Specialiser:
             self.channels[copy] = channel
 
     def _defer(self, body: Body) -> None:
-        """In a loop whose accumulators only its multiplies touch, the next multiply starts before
-        the last one's slot is left; unless other warpgroups have enough to multiply meanwhile."""
+        """In a loop whose accumulators only its multiplies touch, and whose operands threads do not
+        write, the next multiply starts before the last one's slot is left; unless other warpgroups
+        have enough to multiply meanwhile."""
         channels = self._channels_in(body)
         gemms = [n for n in body if isinstance(n, Gemm) and n.is_async]
         groups = self.kernel.num_threads // GROUP
@@ -232,6 +234,10 @@ class _Specialiser:
         held = _registers_of(gemms)
         others = [n for n in body if not isinstance(n, Gemm | GemmWait)]
         if not channels or not gemms or any(touches(n, held) for n in others):
+            return
+        operands = {r.buffer.root for g in gemms for r in (g.a, g.b)}
+        made = [n for n in others if n not in self.channels]
+        if any(b.root in operands for n in made for b in all_writes(n)):
             return
         if all(c.by_group and c.slots > 1 for c in channels):
             for channel in channels:

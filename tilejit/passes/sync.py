@@ -41,6 +41,7 @@ from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.sent import Sent, after_round, may_meet, signals
 
 
 def insert_sync(kernel: Kernel) -> Kernel:
@@ -74,13 +75,13 @@ class _Pending:
     """Buffers touched since the threads last met.
 
     unfenced: shared buffers that ordinary stores have written, unseen by asynchronous reads.
-    sent: tensors that bulk stores are on their way to, perhaps not there yet.
+    sent: bulk stores to tensors that are perhaps not there yet.
     """
 
     reads: Touched = field(default_factory=dict)
     writes: Touched = field(default_factory=dict)
     unfenced: frozenset[Buffer] = frozenset()
-    sent: frozenset[Buffer] = frozenset()
+    sent: Sent = frozenset()
 
     def conflicts(self, reads: Touched, writes: Touched) -> bool:
         pairs = ((writes, self.reads), (writes, self.writes), (reads, self.writes))
@@ -96,7 +97,7 @@ class _Pending:
         reads: Touched,
         writes: Touched,
         unfenced: Iterable[Buffer] = (),
-        sent: Iterable[Buffer] = (),
+        sent: Iterable[tuple[Buffer, Copy | None]] = (),
     ) -> _Pending:
         return _Pending(
             _merge(self.reads, reads),
@@ -169,9 +170,10 @@ class _Synchroniser:
         if isinstance(node, SyncThreads):
             return [], node, pending if node.number is not None else pending.met()
         if isinstance(node, Control):
+            before, pending = self.meet(node, pending, {}, {})
             if node.op is ControlOp.FENCE_ASYNC:
                 pending = replace(pending, unfenced=frozenset())
-            return [], node, pending
+            return before, node, pending
         if isinstance(node, Roles):
             return self.roles(node, pending)
         if self.is_entered(node):
@@ -219,8 +221,11 @@ class _Synchroniser:
         """A barrier if the accesses need one, and what is pending after the node."""
         meeting = SyncThreads(inserted=True, span=node.span)
         before: list[Node] = []
-        sent = self.sent(node)
-        if any(b in pending.sent for b in (*reads, *writes)):
+        is_entered = self.is_entered(node)
+        sent = set() if is_entered else self.sent(node)
+        on_their_way = {tensor for tensor, _ in pending.sent}
+        is_met = on_their_way & {*reads, *writes} or may_meet(sent, pending.sent)
+        if is_met or (on_their_way and not is_entered and signals(node)):
             before.append(Control(op=ControlOp.STORE_WAIT, span=node.span))
             pending = replace(pending, sent=frozenset())
         is_async = is_async_access(node)
@@ -250,11 +255,10 @@ class _Synchroniser:
                     touched[buffer] = next(iter(found))
         return reads, writes
 
-    def sent(self, node: Node) -> set[Buffer]:
-        """Tensors that the node's bulk stores go to. Those of one thread are in order, and no two
-        threads send to one place, so nothing need be between two of them."""
-        stores = (n for n in walk((node,)) if is_bulk_store(n))
-        return {self.standing_for(b) for n in stores for b in n.writes}
+    def sent(self, node: Node) -> set[tuple[Buffer, Copy]]:
+        """The node's bulk stores: the tensors that they go to, and the copies they belong to."""
+        stores = (n for n in walk((node,)) if isinstance(n, Copy) and is_bulk_store(n))
+        return {(self.standing_for(n.dst.buffer), n.whole or n) for n in stores}
 
     def owners(self, node: Node) -> Iterator[tuple[Buffer, Owner | None]]:
         """Every access in the node with its owner."""
@@ -333,6 +337,7 @@ class _Synchroniser:
         entry = pending
         while True:
             fresh_loop, back, left = self.round(node, entry)
+            back = replace(back, sent=after_round(back.sent, self.sent(node), node))
             grown = entry.joined(back)
             if grown == entry:
                 return fresh_loop, left
