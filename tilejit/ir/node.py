@@ -205,6 +205,8 @@ class Role:
     first, threads: the executing threads, `first` being the linear index of the first in the block.
     meeting: the hardware barrier, 1 to 15, at which they come together; 0 where roles of one
         `Roles` have those from 1 on, in order.
+    teams: so many equal teams do the body, each for itself, with threads that count from 0 on
+        and a meeting of its own. team: the variable that holds the team's number.
     """
 
     name: str
@@ -212,6 +214,13 @@ class Role:
     threads: int
     body: Body = ()
     meeting: int = 0
+    teams: int = 1
+    team: Var | None = None
+
+    @property
+    def size(self) -> int:
+        """Threads that do the body together."""
+        return self.threads // self.teams
 
     @property
     def home(self) -> tuple[int, int]:

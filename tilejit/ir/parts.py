@@ -22,9 +22,9 @@ def roles_of(body: Body) -> list[Role]:
 
 def part_kernel(kernel: Kernel, role: Role) -> Kernel:
     """The kernel as its role sees it: the block's threads are the role's."""
-    if role.home == (0, kernel.num_threads):
+    if (role.first, role.size) == (0, kernel.num_threads):
         return kernel
-    return replace(kernel, threads=(role.threads, 1, 1))
+    return replace(kernel, threads=(role.size, 1, 1))
 
 
 def each_part(kernel: Kernel, change: Callable[[Kernel], Kernel]) -> Kernel:

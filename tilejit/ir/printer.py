@@ -221,7 +221,8 @@ class _Printer:
                 groups = range(role.first // GROUP, (last + 1) // GROUP)
                 name = "" if role.name.startswith("ws") else f"{role.name}, "
                 text = f"{indent}with T.ws({', '.join(map(str, groups))}):"
-                yield f"{text}  # {name}threads {role.first} to {last}"
+                teams = f", {role.teams} teams" if role.teams > 1 else ""
+                yield f"{text}  # {name}threads {role.first} to {last}{teams}"
                 yield from self.block(role.body, indent)
         elif isinstance(node, OneThread):
             each = f"each={node.each}" if node.each else ""

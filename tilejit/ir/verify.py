@@ -272,8 +272,9 @@ class _Verifier:
         for role in sorted(node.roles, key=lambda role: role.first):
             self.require(role.first >= end and role.threads > 0, f"`{role.name}` shares threads")
             end = role.first + role.threads
-            self.thread_counts.add(role.threads)
-            self.nested(role.body)
+            self.require(role.threads % role.teams == 0, f"{role.teams} teams are not equal")
+            self.thread_counts.add(role.size)
+            self.nested(role.body, defines=() if role.team is None else (role.team,))
         total = self.kernel.num_threads + self.kernel.extra_threads
         self.require(end <= total, f"roles of {end} threads in a block of {total}")
 

@@ -31,6 +31,7 @@ from tilejit.ir.expr import (
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Role
 from tilejit.isa.machine import Address, Machine, Value
+from tilejit.isa.special import UNIFORM
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.facts import Facts
 from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
@@ -144,16 +145,18 @@ class EmitterBase:
         meeting: the hardware barrier at which the role's threads come together.
         """
         self._thread_var = thread_var
-        self.threads = role.threads
-        self.meeting = meeting
+        self.threads = role.size
+        self.meeting, self.team = meeting, role.team
         absolute = self.m.thread_index()
+        if role.team is not None:
+            absolute = self._in_team(role, absolute)
         self.bind(thread_var, absolute)
         if role.first:
             first = self.m.const(role.first, int32)
             self.bind(thread_var, self.m.binary("sub", absolute, first, int32))
         x, y, _ = self.kernel.threads
         total = self.kernel.num_threads
-        if role.first or role.threads < total:
+        if role.first or role.size < total or role.team is not None:
             assert x == total, "roles are of blocks with threads along x"
             for var, at in zip(self.kernel.thread_vars, (absolute, None, None), strict=False):
                 self.bind(var, self.m.const(0, int32) if at is None else at)
@@ -165,6 +168,15 @@ class EmitterBase:
         )
         for var, part in zip(self.kernel.thread_vars, parts, strict=False):
             self.bind(var, self.index_value(part, 32)[0])
+
+    def _in_team(self, role: Role, absolute: Value) -> Value:
+        """The number of a thread in its team, whose own number becomes known."""
+        assert role.team is not None and not role.first, "teams are of a block's first threads"
+        m, size = self.m, self.m.const(role.size, int32)
+        number = m.bitcast(m.binary("floordiv", absolute, size, int32), int32, uint32)
+        (number,) = m.issue(UNIFORM, [number])
+        self.bind(role.team, m.bitcast(number, uint32, int32))
+        return m.binary("floormod", absolute, size, int32)
 
     def value(self, e: Expr) -> Value:
         """The value of an expression, in its dtype."""

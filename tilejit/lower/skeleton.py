@@ -522,7 +522,7 @@ class _Part:
     def __init__(self, kernel: Kernel, role: Role) -> None:
         self.role = role
         self.kernel = part_kernel(kernel, role)
-        self.thread = Var("thread", int32, VarKind.THREAD, index(0), index(role.threads - 1))
+        self.thread = Var("thread", int32, VarKind.THREAD, index(0), index(role.size - 1))
 
 
 def _is_by_warpgroup(node: Node) -> bool:

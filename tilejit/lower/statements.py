@@ -100,7 +100,12 @@ class StatementEmitter(EmitterBase):
 
     def meet(self) -> None:
         """All threads of the executing role come together."""
-        self.m.issue(isa_barrier.bar_sync(self.meeting, self.threads))
+        m = self.m
+        if self.team is None:
+            m.issue(isa_barrier.bar_sync(self.meeting, self.threads))
+            return
+        number = m.binary("add", self.value(self.team), m.const(self.meeting, int32), int32)
+        m.issue(isa_barrier.bar_sync_at(self.threads), [m.cast([number], int32, uint32)[0]])
 
     def barrier_address(self, barrier: Buffer, slot: Expr, point: Point) -> Value:
         self.check(barrier, [point.sub(slot)], point.condition)

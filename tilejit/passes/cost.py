@@ -22,10 +22,11 @@ from tilejit.ops.gemm import Gemm
 from tilejit.passes.registers import (
     GROUP,
     REGISTER_FILE,
+    SPARE_REGISTERS,
     consumer_registers,
     launch_registers,
 )
-from tilejit.passes.wgmma import ROWS, SPARE_REGISTERS, STEP_BYTES
+from tilejit.passes.wgmma import ROWS, STEP_BYTES
 from tilejit.target import Target
 
 NOMINAL = 4096  # taken for an extent that only the call knows

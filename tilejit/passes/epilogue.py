@@ -41,13 +41,14 @@ class Staging:
     notes: list[str] = field(default_factory=list)
 
 
-def stage_stores(kernel: Kernel, free: int) -> Staging:
+def stage_stores(kernel: Kernel, free: int, teams: int = 1, team: Var | None = None) -> Staging:
     """Replace copies of accumulators to tensors that the accelerator can write.
 
-    free: bytes of shared memory that the strips may take.
+    free: bytes of shared memory that the strips may take. teams, team: of the consumers (`Role`),
+    each with strips of its own.
     """
     staging = Staging(kernel)
-    stager = _Stager(kernel, staging, free)
+    stager = _Stager(kernel, staging, free, teams, index(0) if team is None else team)
     body = rewrite(kernel.body, stager.visit)
     staging.kernel = replace(
         kernel,
@@ -59,9 +60,11 @@ def stage_stores(kernel: Kernel, free: int) -> Staging:
 
 
 class _Stager:
-    def __init__(self, kernel: Kernel, staging: Staging, free: int) -> None:
+    def __init__(self, kernel: Kernel, staging: Staging, free: int, teams: int, team: Expr) -> None:
         self.kernel = kernel
         self.free = free
+        self.teams = teams
+        self.team = team
         self.staging = staging
         self.shared: dict[Buffer, SharedLayout] = dict(kernel.shared)
         self.thread = kernel.thread_vars[0]
@@ -120,10 +123,10 @@ class _Stager:
     ) -> Buffer:
         """Two strips a warpgroup, so that one is written while the other is sent; one where space
         is short."""
-        groups = atom.groups_m * atom.groups_n
+        groups = self.teams * atom.groups_m * atom.groups_n
         each = groups * ROWS * width * target.dtype.bytes
         slots = max(1, min(MOST_STRIPS, strips, self.free // each))
-        shape = (slots, atom.groups_m, atom.groups_n, ROWS, width)
+        shape = (slots, self.teams * atom.groups_m, atom.groups_n, ROWS, width)
         found = self.strips.get((shape, target.dtype))
         if found is None:
             found = self.strips[shape, target.dtype] = Buffer(
@@ -149,7 +152,7 @@ class _Stager:
         slots, span = buffer.extents[0], node.span
         meeting = SyncThreads(
             inserted=True,
-            number=arith("add", arith("floordiv", self.thread, GROUP), FIRST_BARRIER),
+            number=self._barrier(atom),
             threads=GROUP,
             span=span,
         )
@@ -166,6 +169,16 @@ class _Stager:
         filled = [written, fence, read_before, meeting, *sent]
         follows_itself = slots == 1 or (number == 0 and strips % slots != 0)
         return [read, meeting, *filled] if follows_itself else filled
+
+    def _barrier(self, atom: WgmmaAtom) -> Expr:
+        """The hardware barrier of the thread's warpgroup."""
+        group = arith("floordiv", self.thread, GROUP)
+        first = arith("mul", self.team, atom.groups_m * atom.groups_n)
+        return arith("add", arith("add", first, group), FIRST_BARRIER)
+
+    def _of_team(self, number: Expr, atom: WgmmaAtom) -> Expr:
+        """A number along the first of the warpgroups' dimensions, among those of all teams."""
+        return arith("add", arith("mul", self.team, atom.groups_m), number)
 
     def _written(
         self,
@@ -191,7 +204,8 @@ class _Stager:
         loaded = Var(source.name, source.dtype, VarKind.VALUE)
         load = Load(out=loaded, buffer=source, index=at, span=node.span)
         value = cast(loaded, target.dtype)
-        store = Store(buffer=buffer, index=(index(slot), *variables), value=value, span=node.span)
+        home = (index(slot), self._of_team(d, atom), g, i, j)
+        store = Store(buffer=buffer, index=home, value=value, span=node.span)
         # (groups_m, rows, ROWS, groups_n, strips, width)
         held = self.kernel.fragments[source].split(0, ROWS).split(0, atom.rows)
         held = held.split(3, columns).split(4, width)
@@ -220,7 +234,7 @@ class _Stager:
         across = arith("floormod", group, atom.groups_n)
         row = arith("add", arith("mul", down, atom.rows * ROWS), place[0] * ROWS)
         column = arith("add", arith("mul", across, columns), place[1] * width)
-        corner = (index(slot), down, across, index(0), index(0))
+        corner = (index(slot), self._of_team(down, atom), across, index(0), index(0))
         inner = Region(buffer, corner, (1, 1, 1, ROWS, width), frozenset({0, 1, 2}))
         starts: list[Expr] = list(node.dst.starts)
         extents = list(node.dst.extents)

@@ -51,13 +51,14 @@ def cluster_of(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None
     return given[axis], axis
 
 
-def registers_of(kernel: Kernel) -> tuple[int, int]:
-    """Registers of a consumer and of a producer thread; (0, 0) where none are moved.
+def registers_of(kernel: Kernel, teams: int = 1) -> tuple[int, int]:
+    """Registers of a consumer and of a producer thread; (0, 0) where none are moved. teams: of
+    consumers, each with the kernel's threads.
 
     Raises:
         ResourceError: together they are more than a multiprocessor has.
     """
-    given, threads = kernel.given, kernel.num_threads
+    given, threads = kernel.given, kernel.num_threads * teams
     if given.keeps_registers:
         return 0, 0
     up, down = register_split(threads)

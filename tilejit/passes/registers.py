@@ -11,6 +11,7 @@ REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor (CUDA Programming 
 MOST_REGISTERS = 255  # of a thread
 REGISTER_STEP = 8  # setmaxnreg counts in eights (PTX ISA, "setmaxnreg")
 PRODUCER_REGISTERS = 40
+SPARE_REGISTERS = 40  # of a thread, besides its fragments: addresses, the epilogue
 ENOUGH_REGISTERS = 232  # a thread that has as many at launch needs no more
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tilejit.dtypes import int32
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index, variables
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
     Body,
@@ -38,10 +38,12 @@ from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.registers import GROUP
+from tilejit.passes.teams import team_count, times
 from tilejit.passes.tiles import is_same_along, tile_walk
 from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
+TEAM_BARRIER = 14  # the hardware barrier of the first team
 FEWEST_SLOTS = 2  # one is filled while the other is used; one alone where no two fit
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
@@ -87,7 +89,12 @@ class _Specialiser:
         self.brought = brought
         self.kernel = kernel
         self.shared = dict(kernel.shared)
-        self.staging: Staging = stage_stores(kernel, self._free_bytes()[0])
+        self.teams = team_count(kernel, brought)
+        self.turn = _counter("turn")
+        self.team = Var("team", int32, VarKind.THREAD, index(0), index(self.teams - 1))
+        self.staging: Staging = stage_stores(
+            kernel, self._free_bytes()[0], self.teams, self.team if self.teams > 1 else None
+        )
         self.kernel = self.staging.kernel
         self.shared = dict(self.kernel.shared)
         self.slots = dict(self.kernel.slots)
@@ -103,8 +110,8 @@ class _Specialiser:
         consumed = self.consume(kernel.body, None)
         walked = tile_walk(kernel, self.cluster, self.axis)
         self.notes += walked.notes
-        threads = kernel.num_threads
-        up, down = registers_of(kernel)
+        threads = kernel.num_threads * self.teams
+        up, down = registers_of(kernel, self.teams)
         producer: list[Node] = []
         consumer: list[Node] = []
         if up:
@@ -114,12 +121,17 @@ class _Specialiser:
         producer.append(
             OneThread(body=(*_zeros(c.fed for c in channels), *walked.around(produced)))
         )
-        consumer += [*_zeros(c.used for c in channels), *walked.around(consumed)]
+        role = Role("consumer", 0, threads)
+        if self.teams > 1:
+            role = replace(role, teams=self.teams, team=self.team, meeting=TEAM_BARRIER)
+            consumed = self._in_turn(consumed, channels)
+            self.notes.append(f"{self.teams} teams of {kernel.num_threads} threads take turns")
+        consumer += [*self._starts(channels), *walked.around(consumed, role)]
         if self.staging.buffers:
             consumer.append(Control(op=ControlOp.STORE_WAIT_READ))
         roles = Roles(
             roles=(
-                Role("consumer", 0, threads, tuple(consumer)),
+                replace(role, body=tuple(consumer)),
                 Role("producer", threads, GROUP, tuple(producer)),
             )
         )
@@ -133,10 +145,66 @@ class _Specialiser:
                 body=tuple(body),
                 shared=self.shared,
                 slots=self.slots,
-                extra_threads=GROUP,
+                extra_threads=threads - kernel.num_threads + GROUP,
                 notes=(*kernel.notes, *self.notes),
             )
         )
+
+    # ---- teams ------------------------------------------------------------------------------
+
+    def _starts(self, channels: Sequence[_Channel]) -> list[Node]:
+        """Where each team begins in the ring: after the tiles of the teams before it."""
+        if self.teams == 1:
+            return _zeros(c.used for c in channels)
+        result = _zeros([self.turn])
+        for channel in channels:
+            value = cast(arith("mul", self.trips(channel), self.team), int32)
+            result.append(Store(buffer=channel.used, index=(index(0),), value=value))
+        return result
+
+    def trips(self, channel: _Channel) -> Expr:
+        """How often the channel is filled for a tile."""
+        found = times(self.kernel.body, channel.feed.copies[0])
+        assert found is not None, "teams have equal tiles"
+        return found
+
+    def _in_turn(self, body: Body, channels: Sequence[_Channel]) -> Body:
+        """A tile's work, whose multiplies wait until those of the team before are over; after them
+        the ring has the other teams' tiles."""
+        full = {c.full for c in channels}
+        waits = [
+            n
+            for n, node in enumerate(body)
+            if any(isinstance(x, BarrierWait) and x.barrier in full for x in walk((node,)))
+        ]
+        # one barrier a team, completed by the team before it; the first begins unasked
+        turns, count = _barriers("turns", self.teams, 1), self.turn
+        now = Var("turn_now", int32, VarKind.VALUE, index(0))
+        is_first = binary("eq", self.team, const(0, int32))
+        parity = binary("xor", binary("and", now, const(1, int32)), cast(is_first, int32))
+        after = arith("floormod", arith("add", self.team, 1), self.teams)
+        opened: list[Node] = [
+            Load(out=now, buffer=count, index=(index(0),)),
+            BarrierWait(barrier=turns, slot=self.team, parity=parity),
+        ]
+        lane = arith("floormod", self.thread, self.kernel.num_threads)
+        closed: list[Node] = [
+            If(
+                condition=arith("eq", lane, 0),
+                then=(BarrierArrive(barrier=turns, slot=after),),
+            ),
+        ]
+        ended: list[Node] = [Store(buffer=count, index=(index(0),), value=arith("add", now, 1))]
+        for channel in channels:
+            used = Var(f"{channel.used.name}_end", int32, VarKind.VALUE, index(0))
+            skipped = arith("mul", self.trips(channel), self.teams - 1)
+            value = cast(arith("add", used, skipped), int32)
+            ended += [
+                Load(out=used, buffer=channel.used, index=(index(0),)),
+                Store(buffer=channel.used, index=(index(0),), value=value),
+            ]
+        first, last = waits[0], waits[-1] + 1
+        return (*body[:first], *opened, *body[first:last], *closed, *body[last:], *ended)
 
     def _say(self, channels: Sequence[_Channel], up: int, down: int) -> None:
         for channel in channels:

@@ -14,7 +14,7 @@ from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index, int_value, variables
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, walk
+from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, Role, walk
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
@@ -45,8 +45,9 @@ class Walk:
         self.block = Var("block", int32, VarKind.BLOCK, index(0), index(MAX_BLOCKS - 1))
         self.blocks = Var("blocks", int32, VarKind.SCALAR, index(1), index(MAX_BLOCKS))
 
-    def around(self, body: Body) -> Body:
-        """The loop over a block's tiles around the work for one."""
+    def around(self, body: Body, role: Role | None = None) -> Body:
+        """The loop over a block's tiles around the work for one; of a role with teams, each takes
+        its turn."""
         if not body:
             return body
         units = self.units()
@@ -57,12 +58,20 @@ class Walk:
         step = arith("floordiv", self.blocks, self.cluster)
         left = arith("sub", arith("add", total, arith("sub", step, 1)), first)
         visits = arith("floordiv", left, step)
-        visit = Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+        visit = turn = Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+        opened: list[Node] = []
+        if role is not None and role.team is not None:
+            turn = Var("turn", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+            mine = arith("add", arith("mul", turn, role.teams), role.team)
+            visit = Var("visit", int32, VarKind.VALUE, index(0), index(MAX_BLOCKS - 1))
+            opened.append(Let(var=visit, value=mine))
+            left = arith("sub", arith("add", visits, role.teams - 1), role.team)
+            visits = arith("floordiv", left, role.teams)
         unit = Var("unit", int32, VarKind.VALUE, index(0), arith("sub", total, 1))
-        opened: list[Node] = [Let(var=unit, value=arith("add", first, arith("mul", visit, step)))]
+        opened += [Let(var=unit, value=arith("add", first, arith("mul", visit, step)))]
         opened += self.decode(unit, units)
         loop = For(
-            var=visit,
+            var=turn,
             start=index(0),
             stop=visits,
             kind=LoopKind.TILES,

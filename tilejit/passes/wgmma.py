@@ -15,13 +15,17 @@ from tilejit.isa.wgmma import find_wgmma
 from tilejit.layout.boxes import BOX_ALIGN, CHUNK, operand_layout
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
-from tilejit.passes.registers import GROUP, consumer_registers, launch_registers
+from tilejit.passes.registers import (
+    GROUP,
+    SPARE_REGISTERS,
+    consumer_registers,
+    launch_registers,
+)
 from tilejit.target import Feature, Target
 
 ROWS = 64  # of one instruction
 STEP_BYTES = 32  # of K that one instruction multiplies
 MAX_COLUMNS = 256
-SPARE_REGISTERS = 40  # of a thread, besides accumulators: addresses, the epilogue
 # Registers that a thread has at launch besides those of one instruction: the assembler takes no
 # account of what producers give away when it looks at one (ptxas, C7602).
 LAUNCH_SPARE = 26
