@@ -46,7 +46,7 @@ MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have tim
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
 SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
-SCATTER_BYTES = 600  # of what an iteration brings, that cost memory time and are not there
+SCATTER_BYTES = 900  # of what an iteration brings, that cost memory time and are not there
 EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
 UNWRITTEN_BYTES = 27e6  # in the L2 cache from before, which make room as others are read
 MAX_SLOTS = 12
@@ -92,7 +92,8 @@ class Plan:
 
     loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
     sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds. scatter: how
-    much longer memory takes because it is read in small pieces.
+    much longer memory takes because it is read in small pieces. has_turns: two teams of consumers
+    take turns, if a block has several tiles.
     """
 
     target: Target
@@ -103,6 +104,7 @@ class Plan:
     sum_bytes: float
     at_once: int = 1
     scatter: float = 1.0
+    has_turns: bool = False
 
     def estimate(self, parts: int = 1) -> Estimate:
         """The time with so many blocks a tile."""
@@ -115,6 +117,8 @@ class Plan:
         here = min(self.at_once, math.ceil(units / chip.multiprocessors))
         throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
         each = max(each, throughput)
+        if self.has_turns and parts == 1 and units >= 2 * chip.multiprocessors:
+            each = max(self.loop.clocks, each / 2)
         moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
         memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter
         waves, last = divmod(units, chip.multiprocessors * here)
@@ -199,6 +203,7 @@ class _Planner:
             memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
+            has_turns=bool(brought) and threads == GROUP,
             scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
 
@@ -243,14 +248,15 @@ class _Planner:
             work.add(inner, times)
             return
         chip = self.target.chip
-        arrival = self.arrival / max(1, self.slots - 1)
+        transfer = inner.brought / chip.brought_bytes
+        arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
         issue = ISSUE_CLOCKS if groups < 2 else 0.0
         self.least = min(self.least or inner.brought, inner.brought)
         step = max(
             inner.tensor + issue,
             (inner.read + inner.brought) / SHARED_BYTES,
-            inner.brought / chip.brought_bytes,
+            transfer,
             inner.rows * ROW_CLOCKS,
             arrival,
             STEP_CLOCKS,
