@@ -146,14 +146,19 @@ class _Synchroniser:
         """The first node, and the branches after it that other threads of the block must be able
         to reach while its threads wait: those that arrive at barriers that it waits for."""
         awaited: set[Buffer] = set()
+        is_met = False  # at a named barrier, any of which may be the other's
         count = 1
         for k, node in enumerate(nodes):
             if not (isinstance(node, If) and self.divergence.of(node.exprs)):
                 break
             inner = list(walk((node,)))
+            named = [n for n in inner if isinstance(n, SyncThreads) and n.number is not None]
             if any(isinstance(n, BarrierArrive) and n.barrier.root in awaited for n in inner):
                 count = k + 1
+            if is_met and named:
+                count = k + 1
             awaited |= {n.barrier.root for n in inner if isinstance(n, BarrierWait)}
+            is_met |= any(not n.is_arrival for n in named)
         return nodes[:count]
 
     def before_all(self, nodes: list[Node], pending: _Pending) -> tuple[list[Node], _Pending]:
