@@ -330,6 +330,48 @@ def test_warps_hand_over_at_a_named_barrier(run, rng):
     assert (run(kernel, a, out=[((32,), np.float32)]) == a[::-1]).all()
 
 
+@pytest.mark.parametrize("arms", [1, 2])
+def test_warps_wait_at_a_named_barrier_for_the_branch_after(run, rng, arms):
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor, *, arms):
+        with T.Kernel(1, threads=64):
+            s = T.alloc_shared((32,), "float32")
+            tx = T.get_thread_binding()
+            if arms == 2:
+                if tx < 32:
+                    T.sync_threads(2, 64)
+                    C[tx] = s[31 - tx]
+                else:
+                    s[tx - 32] = A[tx - 32]
+                    T.sync_threads(2, 64)
+            else:
+                if tx < 32:
+                    T.sync_threads(2, 64)
+                    C[tx] = s[31 - tx]
+                if tx >= 32:
+                    s[tx - 32] = A[tx - 32]
+                    T.named_barrier_arrive(2, 64)
+
+    a = floats(rng, 32)
+    assert (run(kernel, a, out=[((32,), np.float32)], arms=arms) == a[::-1]).all()
+
+
+def test_elected_threads_wait_for_each_other(run):
+    @tilejit
+    def kernel(C: T.Tensor):
+        with T.Kernel(1, threads=64):
+            b = T.alloc_barrier(1)
+            tx = T.get_thread_binding()
+            if tx == 0:
+                T.mbarrier_wait_parity(b, 0)
+                C[0] = 1
+            if T.shuffle_elect(32) and tx >= 32:
+                C[1] = 2
+                T.mbarrier_arrive(b)
+
+    assert run(kernel, out=[((2,), np.int32)]).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "extent, expected",
     [(0, [0]), (256, [0]), (128, [0, 128]), (64, [0, 64, 128, 192]), (32, range(0, 256, 32))],

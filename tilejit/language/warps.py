@@ -20,7 +20,19 @@ from tilejit.errors import (
 )
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Var, VarKind
-from tilejit.ir.node import Body, Let, Load, Node, Role, Roles, Store, all_reads, all_writes, walk
+from tilejit.ir.node import (
+    Body,
+    If,
+    Let,
+    Load,
+    Node,
+    Role,
+    Roles,
+    Store,
+    all_reads,
+    all_writes,
+    walk,
+)
 from tilejit.ir.sync import Control, ControlOp, Elect
 from tilejit.language.context import Context, require_read_source
 from tilejit.language.extents import is_integer
@@ -255,6 +267,12 @@ def shuffle_elect(thread_extent: int) -> Value:
     trace.is_free = False
     out = Var(trace.unique_name("elected"), bool_, VarKind.VALUE)
     trace.add(Elect(out=out, each=extent, span=caller_span()))
+    # before the branches that stand right before it, which may wait for the one that follows
+    nodes = trace.frame.nodes
+    place = len(nodes) - 1
+    while place and isinstance(nodes[place - 1], If):
+        place -= 1
+    nodes.insert(place, nodes.pop())
     return Value(out)
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from tilejit.errors import ArgumentError, ArgumentTypeError, TraceError, caller_span
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import VarKind, variables
 from tilejit.ir.node import Body, For, If, Node, Roles, While
 from tilejit.language.extents import is_integer
 from tilejit.language.gemm import GemmWarpPolicy, check_policy, multiply, refuse
@@ -205,7 +206,11 @@ def _may_follow(node: Gemm, before: Gemm, buffer: Buffer) -> bool:
     return is_alike and node.policy is before.policy
 
 
-def _is_same(a: Any, b: Any) -> bool:
+def _is_same(a: Region, b: Region) -> bool:
+    """Whether two regions are surely the same, whenever they are asked for."""
+    moving = {v for e in a.starts for v in variables(e)}
+    if any(v.kind in (VarKind.LOOP, VarKind.VALUE) for v in moving):
+        return False
     return a.buffer is b.buffer and a.starts == b.starts and a.extents == b.extents
 
 

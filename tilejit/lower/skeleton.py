@@ -35,7 +35,7 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.ir.parts import part_kernel
-from tilejit.ir.sync import BarrierWait
+from tilejit.ir.sync import BarrierWait, SyncThreads
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import launch as isa_launch
@@ -176,7 +176,7 @@ class _Skeleton:
             return GROUP
         for node in walk(self.kernel.body):
             if isinstance(node, If | While) and self.facts.divergence.of(node.exprs):
-                if any(isinstance(n, BarrierWait) for n in walk((node,))):
+                if any(_waits(n) for n in walk((node,))):
                     return WARP
         return threads
 
@@ -523,6 +523,13 @@ class _Part:
         self.role = role
         self.kernel = part_kernel(kernel, role)
         self.thread = Var("thread", int32, VarKind.THREAD, index(0), index(role.size - 1))
+
+
+def _waits(node: Node) -> bool:
+    """True for what a thread does not get past before others have come."""
+    if isinstance(node, SyncThreads):
+        return node.number is not None and not node.is_arrival
+    return isinstance(node, BarrierWait)
 
 
 def _is_by_warpgroup(node: Node) -> bool:

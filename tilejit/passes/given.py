@@ -90,6 +90,9 @@ def order_tiles(kernel: Kernel) -> Kernel:
 
     Needs: clusters. Decides: the block variables of kernels whose blocks compute one tile each.
     """
+    if kernel.given.register_span is not None and not kernel.extra_threads:
+        note = "registers stay as they are: the block has no producers"
+        kernel = replace(kernel, notes=(*kernel.notes, note))
     if not kernel.given.panel or kernel.is_persistent:
         return kernel
     raw = tuple(

@@ -147,14 +147,19 @@ class _Synchroniser:
         """The first node, and the branches after it that other threads of the block must be able
         to reach while its threads wait: those that arrive at barriers that it waits for."""
         awaited: set[Buffer] = set()
+        is_met = False  # at a named barrier, any of which may be the other's
         count = 1
         for k, node in enumerate(nodes):
             if not (isinstance(node, If) and self.divergence.of(node.exprs)):
                 break
             inner = list(walk((node,)))
+            named = [n for n in inner if isinstance(n, SyncThreads) and n.number is not None]
             if any(isinstance(n, BarrierArrive) and n.barrier.root in awaited for n in inner):
                 count = k + 1
+            if is_met and named:
+                count = k + 1
             awaited |= {n.barrier.root for n in inner if isinstance(n, BarrierWait)}
+            is_met |= any(not n.is_arrival for n in named)
         return nodes[:count]
 
     def before_all(self, nodes: list[Node], pending: _Pending) -> tuple[list[Node], _Pending]:
@@ -256,8 +261,10 @@ class _Synchroniser:
         return reads, writes
 
     def sent(self, node: Node) -> set[tuple[Buffer, Copy]]:
-        """The node's bulk stores: the tensors that they go to, and the copies they belong to."""
-        stores = (n for n in walk((node,)) if isinstance(n, Copy) and is_bulk_store(n))
+        """The node's bulk stores, those aside that the user waits for: the tensors that they go
+        to, and the copies they belong to."""
+        nodes = (n for n in walk((node,)) if isinstance(n, Copy) and not n.is_async)
+        stores = (n for n in nodes if is_bulk_store(n))
         return {(self.standing_for(n.dst.buffer), n.whole or n) for n in stores}
 
     def owners(self, node: Node) -> Iterator[tuple[Buffer, Owner | None]]:
