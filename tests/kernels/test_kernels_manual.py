@@ -11,7 +11,7 @@ import pytest
 from products import assert_near, assert_product, operand
 
 import tilejit.language as T
-from tilejit import tilejit
+from tilejit import UnsupportedError, tilejit
 
 BF16, F16, E4M3 = ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn
 GROUP = 128  # threads of a warpgroup
@@ -103,6 +103,39 @@ def test_ring_of_two_warpgroups_multiplies_fp8(hopper, rng):
     stored = np.ascontiguousarray(b.T)
     c = hopper(ring, a, stored, out=[((256, 96), "float32")], BM=128, BN=96, threads=256, tB=True)
     assert_product(c, a, b)
+
+
+@tilejit
+def single_precision(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, read=False, by_threads=False):
+    with T.Kernel(1, threads=GROUP):
+        a = T.alloc_shared((64, 64), "tfloat32")
+        b = T.alloc_shared((32, 64), "tfloat32")
+        acc = T.alloc_fragment((64, 32), "float32")
+        there = T.alloc_barrier(1)
+        T.tma_copy(B, b, barrier=there)
+        if by_threads:
+            T.copy(A, a)
+        else:
+            T.tma_copy(A, a, barrier=there)
+        if T.shuffle_elect(0):
+            T.mbarrier_arrive(there)
+        T.mbarrier_wait_parity(there, 0)
+        T.wgmma_gemm(a, b, acc, transpose_B=True, clear_accum=True)
+        T.wait_wgmma(0)
+        if read:
+            acc[0, 0] = a[0, 0]
+        T.copy(acc, C)
+
+
+def test_tf32_tiles_are_rounded_on_their_way(hopper, rng):
+    a = rng.standard_normal((64, 64)).astype(np.float32)
+    b = rng.standard_normal((64, 32)).astype(np.float32)
+    stored = np.ascontiguousarray(b.T)
+    c = hopper(single_precision, a, stored, out=[((64, 32), "float32")])
+    assert_product(c, a, b, tf32=True)
+    for constants in ({"read": True}, {"by_threads": True}):
+        with pytest.raises(UnsupportedError, match="a is not rounded to tf32 on its way"):
+            single_precision.compile(a, stored, c, target="sm_90a", **constants)
 
 
 @tilejit

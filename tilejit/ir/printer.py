@@ -91,7 +91,8 @@ class _Printer:
         block = ", ".join(map(names.of, kernel.block_vars)) or "_"
         if len(kernel.block_vars) > 1:
             block = f"({block})"
-        yield f"{_INDENT}with T.Kernel({grid}, threads={threads}) as {block}:"
+        cluster = f", cluster={kernel.cluster}" if kernel.cluster_size > 1 else ""
+        yield f"{_INDENT}with T.Kernel({grid}, threads={threads}{cluster}) as {block}:"
         for var, axis in zip(kernel.thread_vars, "xyz", strict=False):
             if any(var in _vars_of(node) for node in walk(kernel.body)):
                 yield f"{_INDENT * 2}{names.of(var)} = T.get_thread_binding()  # threadIdx.{axis}"

@@ -49,7 +49,7 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
         return Brought()
     nodes = list(walk(kernel.body))
     reasons = _reasons(kernel)
-    unrounded = _unrounded(kernel, {c for c, r in reasons.items() if not r})
+    unrounded = unrounded_tiles(kernel, {c for c, r in reasons.items() if not r})
     viewed = {b.root for b in kernel.buffers if b.is_view}
     gemms = [n for n in nodes if isinstance(n, Gemm)]
     fits = {n: _choose(n, kernel, target, viewed, unrounded) for n in gemms}
@@ -64,7 +64,7 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
     if general or not is_fed or any(c.dst.buffer in operands for c in refused):
         reason = general or "its operands are not brought by TMA"
         own = dict(refused) if not general else dict.fromkeys(pipelined_copies(kernel), general)
-        unrounded = _unrounded(kernel, ())
+        unrounded = unrounded_tiles(kernel, ())
         kept = {
             n: a
             for n, a in atoms.items()
@@ -92,7 +92,7 @@ def _choose(
     return chosen
 
 
-def _unrounded(kernel: Kernel, brought: Collection[Copy]) -> set[Buffer]:
+def unrounded_tiles(kernel: Kernel, brought: Collection[Copy]) -> set[Buffer]:
     """The tf32 tiles in shared memory whose elements TMA does not round: warpgroups would cut them
     off, twice the error. It rounds what it alone brings and multiplies alone read."""
     found: set[Buffer] = set()

@@ -30,7 +30,7 @@ from tilejit.isa.barrier import NUM_BARRIERS
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.hopper import pipelined_copies
+from tilejit.passes.hopper import pipelined_copies, unrounded_tiles
 from tilejit.passes.sameness import Path, Sameness
 from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import choose_wgmma
@@ -365,7 +365,11 @@ def started_multiply(node: Gemm, kernel: Kernel, target: Target, threads: int) -
     """
     found: WgmmaAtom | str = choose_wgmma(node, target, threads)
     viewed = {b.root for b in kernel.buffers if b.is_view}
+    started = [n for n in walk_nodes(kernel.body) if isinstance(n, Copy) and n.is_async]
+    unrounded = unrounded_tiles(kernel, started)
     for region in (node.a, node.b):
+        if region.buffer.root in unrounded:
+            found = f"{region.buffer.name} is not rounded to tf32 on its way into shared memory"
         if region.buffer.scope is Scope.SHARED and region.buffer in viewed:
             found = f"{region.buffer.name} has views, so it lies in plain rows"
         if region.buffer.root in {c.dst.buffer.root for c in pipelined_copies(kernel)}:
