@@ -38,7 +38,7 @@ SUM_BYTES = 44  # a clock, that the last of those blocks adds up
 SUM_CLOCKS = 4500  # until it knows that it is the last
 ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
 MEMORY_CLOCKS = 1600  # more where it comes from memory
-STEP_CLOCKS = 330  # of an iteration at least: waiting, issuing, saying that a slot is free
+STEP_CLOCKS = 430  # of an iteration at least, for each 128 bytes of K
 ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
 ROW_BYTES = 128  # of a box, which TMA brings at once
 ROW_CLOCKS = 1.85  # that it takes for one, long or short
@@ -47,8 +47,9 @@ LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
 SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
 SCATTER_BYTES = 900  # of what an iteration brings, that cost memory time and are not there
+IDLE_SHARE = 0.08  # slower, where few multiprocessors work: they do not draw all of the memory
 EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
-UNWRITTEN_BYTES = 27e6  # in the L2 cache from before, which make room as others are read
+UNWRITTEN_BYTES = 20e6  # in the L2 cache from before, which make room as others are read
 MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
@@ -127,6 +128,7 @@ class Plan:
         if last:
             clocks += max(each, memory * (1 - whole)) + sums
         clocks += EDGE_SHARE * each
+        clocks *= 1 + IDLE_SHARE * max(0.0, 1 - units / chip.multiprocessors)
         busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
         bound = "the tensor cores"
         if 2 * (self.loop.tensor + self.rest.tensor) < each * parts:
@@ -251,15 +253,19 @@ class _Planner:
         transfer = inner.brought / chip.brought_bytes
         arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
-        issue = ISSUE_CLOCKS if groups < 2 else 0.0
-        self.least = min(self.least or inner.brought, inner.brought)
+        has_turns = groups == 1 and any(isinstance(n, Copy) and n.is_tma for n in node.body)
+        issue = ISSUE_CLOCKS if groups < 2 and not has_turns else 0.0
+        slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
+        slab = max(1.0, *slabs, 1.0)  # of K, in lines of memory
+        piece = inner.brought / slab
+        self.least = min(self.least or piece, piece)
         step = max(
             inner.tensor + issue,
             (inner.read + inner.brought) / SHARED_BYTES,
             transfer,
             inner.rows * ROW_CLOCKS,
             arrival,
-            STEP_CLOCKS,
+            STEP_CLOCKS * slab,
         )
         self.loop.add(_Work(step + inner.clocks, inner.tensor, inner.brought), times)
 
