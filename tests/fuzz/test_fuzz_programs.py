@@ -8,6 +8,7 @@ import pipelines
 import programs
 import pytest
 from checking import check_some
+from roles import in_a_role
 
 # each has instructions that others have not
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_120a")
@@ -31,6 +32,17 @@ def test_random_matmul_is_as_near_to_the_exact_product_as_its_dtypes_allow(seed)
 @pytest.mark.fuzz(30)
 def test_random_tile_program_for_warpgroups_means_the_same_everywhere(seed):
     check_some(partial(programs.tiles, for_groups=True), seed, "sm_90a")
+
+
+@pytest.mark.fuzz(40)
+def test_random_program_means_the_same_to_some_warpgroups_of_a_block(seed):
+    make = programs.elementwise if seed % 2 else partial(programs.tiles, for_groups=seed % 4 == 0)
+
+    def make_role(number):
+        tries = (in_a_role(make(number + k * 7919), number) for k in range(50))
+        return next(found for found in tries if found is not None)
+
+    check_some(make_role, seed, TARGETS[seed % 4] if seed % 4 else "sm_90a")
 
 
 @pytest.mark.fuzz(30)

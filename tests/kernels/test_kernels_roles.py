@@ -263,6 +263,26 @@ def test_old_value_of_an_atomic_reaches_all_threads_of_a_role(where):
     assert counts[0] == 4 and (c == np.arange(4)[:, None]).all()
 
 
+def test_reads_before_a_barrier_of_a_role_are_over_after_it(run):
+    @tilejit
+    def kernel(Q: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=2 * GROUP):
+            s = T.alloc_shared((1,), "int32")
+            tx = T.get_thread_binding()
+            with T.ws(1):
+                if tx == GROUP:
+                    s[0] = Q[0]
+                T.sync_threads()
+                C[tx - GROUP] = s[0]
+                T.sync_threads()
+                if tx == GROUP:
+                    s[0] = s[0] + 1
+                    C[GROUP] = s[0]
+
+    c = run(kernel, np.array([7], np.int32), out=[((GROUP + 1,), np.int32)])
+    assert c.tolist() == [7] * GROUP + [8]
+
+
 @pytest.mark.parametrize("where", ["reference", "simulator"])
 def test_role_that_waits_for_ever_is_found(where):
     @tilejit

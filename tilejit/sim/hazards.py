@@ -101,9 +101,21 @@ class History:
         stale = self._read[flat] <= self._order.synced
         if stale.any():
             self._readers[flat[stale]] = 0
+        others = (self._readers[flat] & ~self._order.bit[threads]) != 0
+        if others.any():
+            self._forget_reads(threads[others], flat[others])
         np.bitwise_or.at(self._readers, flat, self._order.bit[threads])
         self._read[flat] = time
         self._last_read[places] = time
+
+    def _forget_reads(self, threads: Array, flat: Array) -> None:
+        """Reads of a warp that a thread which now reads comes after: who comes after the new read
+        comes after them."""
+        lanes = np.arange(32)
+        reader = (flat % self._warps)[:, None] * 32 + lanes
+        is_before = self._order.known[threads[:, None], reader] >= self._read[flat][:, None]
+        before = (is_before.astype(np.uint32) << lanes.astype(np.uint32)).sum(1, dtype=np.uint32)
+        np.bitwise_and.at(self._readers, flat, ~before)
 
     def write(
         self,
