@@ -136,7 +136,8 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class Box:
-    """The box of a tensor that begins at `start`, which may lie outside the tensor."""
+    """The box of a tensor that begins at `start`, which may lie outside the tensor, but in a row at a
+    multiple of 16 bytes."""
 
     tensor: TensorMap
     start: tuple[int, ...]
@@ -182,7 +183,12 @@ def _boxes(
         assert tensor.is_empty or not tensor.problem(), tensor.problem()
         place = int(shared[lane])
         assert place % SHARED_ALIGN == 0, f"a box at {place} is not aligned to {SHARED_ALIGN}"
-        result.append((lane, Box(tensor, tuple(int(x[lane]) for x in inputs[1 : 1 + rank])), place))
+        start = tuple(int(x[lane]) for x in inputs[1 : 1 + rank])
+        # not in the PTX ISA: measured on an H100, which raises an illegal instruction
+        assert start[-1] * tensor.itemsize % CHUNK == 0, (
+            f"a box begins at element {start[-1]} of a row, which is no multiple of {CHUNK} bytes"
+        )
+        result.append((lane, Box(tensor, start), place))
     return result
 
 

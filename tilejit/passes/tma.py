@@ -67,6 +67,9 @@ def _global_misfit(region: Region, kernel: Kernel) -> str:
         return f"{name} does not provably begin at a multiple of {UNIT} bytes"
     if region.extents[-1] * size % UNIT:
         return f"a row of {region.extents[-1]} {buffer.dtype} is no multiple of {UNIT} bytes"
+    if divisor(region.starts[-1], known) * size % UNIT:
+        # the tile's first column: the hardware traps, although no manual says so
+        return f"the part of {name} does not provably begin at a multiple of {UNIT} bytes in a row"
     return ""
 
 

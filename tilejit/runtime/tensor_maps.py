@@ -138,7 +138,8 @@ def _driver_map(tensor: TensorMap) -> bytes:
             rank,
             tensor.address,
             [api.cuuint64_t(n) for n in reversed(tensor.shape)],
-            [api.cuuint64_t(n) for n in reversed(tensor.strides[:-1])],
+            # a tensor of one dimension has none, but the driver refuses a null pointer
+            [api.cuuint64_t(n) for n in reversed(tensor.strides[:-1] or (UNIT,))],
             [api.cuuint32_t(n) for n in reversed(tensor.box)],
             [api.cuuint32_t(1)] * rank,
             api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
