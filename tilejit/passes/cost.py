@@ -10,15 +10,15 @@ import math
 from dataclasses import dataclass, field
 
 from tilejit.dtypes import DType
-from tilejit.ir.analysis import interval
-from tilejit.ir.buffer import Region, Scope
-from tilejit.ir.expr import Expr, VarKind, const, int_value, substitute, variables
+from tilejit.ir.buffer import Scope
 from tilejit.ir.kernel import Kernel, ParamKind
 from tilejit.ir.node import Body, For, Load, LoopKind, Node, Parallel, Store, walk
 from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.late import can_wait
+from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.registers import (
     GROUP,
     REGISTER_FILE,
@@ -26,12 +26,12 @@ from tilejit.passes.registers import (
     consumer_registers,
     launch_registers,
 )
-from tilejit.passes.wgmma import ROWS, STEP_BYTES
+from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
 from tilejit.target import Target
 
-NOMINAL = 4096  # taken for an extent that only the call knows
 START_CLOCKS = 8000  # launch, the first tiles from memory, the last stores
 TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
+KEPT_CLOCKS = 600  # of a block's tile whose results leave later
 STORE_BYTES = 32  # a clock, that a block writes from registers
 KEEP_BYTES = 16  # a clock, that a block writes of the sums of a loop that blocks share
 SUM_BYTES = 44  # a clock, that the last of those blocks adds up
@@ -44,7 +44,6 @@ ROW_BYTES = 128  # of a box, which TMA brings at once
 ROW_CLOCKS = 1.85  # that it takes for one, long or short
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
-SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 MEMORY_SHARE = 0.9  # of the peak bandwidth
 SCATTER_BYTES = 900  # of what an iteration brings, that cost memory time and are not there
 IDLE_SHARE = 0.08  # slower, where few multiprocessors work: they do not draw all of the memory
@@ -53,6 +52,7 @@ UNWRITTEN_BYTES = 20e6  # in the L2 cache from before, which make room as others
 MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
+STRIP_ROW_BYTES = 128  # of a row of results, that leave at once
 FMA_A_CLOCK = 64  # without tensor cores
 MAX_WARPS = 48  # of a multiprocessor; some chips have more
 
@@ -94,7 +94,8 @@ class Plan:
     loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
     sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds. scatter: how
     much longer memory takes because it is read in small pieces. has_turns: two teams of consumers
-    take turns, if a block has several tiles.
+    take turns, if a block has several tiles. is_late: a tile's results leave during the next one's
+    multiplies.
     """
 
     target: Target
@@ -106,6 +107,7 @@ class Plan:
     at_once: int = 1
     scatter: float = 1.0
     has_turns: bool = False
+    is_late: bool = False
 
     def estimate(self, parts: int = 1) -> Estimate:
         """The time with so many blocks a tile."""
@@ -120,6 +122,8 @@ class Plan:
         each = max(each, throughput)
         if self.has_turns and parts == 1 and units >= 2 * chip.multiprocessors:
             each = max(self.loop.clocks, each / 2)
+        if self.is_late and parts == 1:
+            each = self.loop.clocks + KEPT_CLOCKS
         moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
         memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter
         waves, last = divmod(units, chip.multiprocessors * here)
@@ -206,8 +210,19 @@ class _Planner:
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
             has_turns=bool(brought) and threads == GROUP,
+            is_late=bool(brought) and self.is_late(),
             scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
+
+    def is_late(self) -> bool:
+        """Whether the tile's results can leave during the next one's multiplies."""
+        copy = self.kernel.body[-1]
+        if self.kernel.num_threads == GROUP or not isinstance(copy, Copy):
+            return False
+        scopes = copy.src.buffer.scope, copy.dst.buffer.scope
+        row = copy.src.extents[-1] * copy.dst.buffer.dtype.bytes
+        strips = math.ceil(row / STRIP_ROW_BYTES)
+        return scopes == (Scope.FRAGMENT, Scope.GLOBAL) and can_wait(self.kernel, copy, strips)
 
     def shared_bytes(self) -> tuple[int, int]:
         """Of a block with one slot of each tile, and of one slot more where stages are open."""
@@ -317,15 +332,6 @@ class _Planner:
         return _Work(tensor=multiply, read=reads * node.k * operand.bytes)
 
 
-def multiply_clocks(node: Gemm) -> float:
-    """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
-    n columns and 32 bytes of K takes n / 2 clocks and one more, or what it takes to read A."""
-    assert isinstance(node.atom, WgmmaAtom), "select did not run"
-    n = node.atom.wgmma.n
-    count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
-    return count * (max(n / 2, ROWS * STEP_BYTES / SHARED_BYTES) + 1)
-
-
 def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:
     """What a multiply by warpgroups reads of shared memory: B once for instructions in a row that
     differ in A only."""
@@ -347,30 +353,3 @@ def _is_ahead(node: Node) -> bool:
         and node.atom.method in (CopyMethod.TMA, CopyMethod.CP_ASYNC)
         and node.dst.buffer.scope is Scope.SHARED
     )
-
-
-def existing(region: Region) -> float:
-    """The share of a region's elements that lies inside the tensor, over all its places."""
-    share = 1.0
-    for d in region.kept:
-        whole, tile = nominal(region.buffer.shape[d]), region.extents[d]
-        if whole > 0:
-            share *= whole / (math.ceil(whole / tile) * tile)
-    return share
-
-
-def nominal(e: Expr) -> int:
-    """The value of an expression, for typical values of what only the call or the block knows."""
-    known = int_value(e)
-    if known is not None:
-        return known
-    values = {}
-    for var in variables(e):
-        bounds = interval(var)
-        if var.kind in (VarKind.SYMBOL, VarKind.SCALAR) or None in (bounds.low, bounds.high):
-            values[var] = const(NOMINAL, var.dtype)
-        else:
-            middle = ((bounds.low or 0) + (bounds.high or 0)) // 2
-            values[var] = const(middle, var.dtype)
-    found = int_value(substitute(e, values))  # type: ignore[arg-type]
-    return NOMINAL if found is None else found

@@ -20,6 +20,7 @@ from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bulk import refused
+from tilejit.passes.late import Late, can_wait
 from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import ROWS, warpgroup_layout
@@ -33,11 +34,13 @@ FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 th
 class Staging:
     """A kernel whose accumulators leave through shared memory.
 
-    buffers: the strips there, written by warpgroups of their own.
+    buffers: the strips there, written by warpgroups of their own. late: the copy that is left for
+        the next tile's time.
     """
 
     kernel: Kernel
     buffers: list[Buffer] = field(default_factory=list)
+    late: Late | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -53,6 +56,7 @@ def stage_stores(kernel: Kernel, free: int, teams: int = 1, team: Var | None = N
     staging.kernel = replace(
         kernel,
         body=body,
+        fragments=stager.fragments,
         shared=stager.shared,
         slots={**kernel.slots, **{b: b.extents[0] for b in staging.buffers}},
     )
@@ -67,6 +71,7 @@ class _Stager:
         self.team = team
         self.staging = staging
         self.shared: dict[Buffer, SharedLayout] = dict(kernel.shared)
+        self.fragments = dict(kernel.fragments)
         self.thread = kernel.thread_vars[0]
         self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
         self.strips: dict[tuple[tuple[int, ...], DType], Buffer] = {}
@@ -100,14 +105,53 @@ class _Stager:
             self.free -= size
             self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
             self.staging.buffers.append(buffer)
-        self.staging.notes.append(
-            f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
-        )
+        note = f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
+        if self.teams == 1 and can_wait(self.kernel, node, len(strips)):
+            self.staging.notes.append(f"{note}, while the next tile is multiplied")
+            return (self._hold(node, buffer, atom, width, strips),)
+        self.staging.notes.append(note)
         return tuple(
             n
             for number, place in enumerate(strips)
             for n in self._strip(node, buffer, atom, width, number, place, len(strips))
         )
+
+    def _hold(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        strips: list[tuple[int, int]],
+    ) -> Parallel:
+        """The loop that keeps what the copy stores, which waits."""
+        source = node.src.buffer
+        held = Buffer(
+            name=f"{source.name}_held",
+            shape=source.shape,
+            dtype=node.dst.buffer.dtype,
+            scope=Scope.FRAGMENT,
+            span=source.span,
+        )
+        layout = self.fragments[held] = self.fragments[source]
+
+        def strip(number: int, region: Region) -> list[Node]:
+            kept = replace(node, src=replace(node.src, buffer=held), dst=region, whole=node)
+            place = strips[number]
+            return self._strip(kept, buffer, atom, width, number, place, len(strips))
+
+        self.staging.late = Late(node, held, len(strips), strip)
+        places = tuple(
+            Var(name, int32, VarKind.PARALLEL, index(0), index(n - 1))
+            for name, n in zip("ij", source.extents, strict=True)
+        )
+        loaded = Var(source.name, source.dtype, VarKind.VALUE)
+        load = Load(out=loaded, buffer=source, index=places, span=node.span)
+        value = cast(loaded, held.dtype)
+        store = Store(buffer=held, index=places, value=value, span=node.span)
+        extents = source.extents
+        body = (load, store)
+        return Parallel(vars=places, extents=extents, body=body, layout=layout, span=node.span)
 
     def _holder(self, fragment: Buffer) -> WgmmaAtom | None:
         """The multiply whose accumulator lies as the fragment does."""
@@ -207,7 +251,7 @@ class _Stager:
         home = (index(slot), self._of_team(d, atom), g, i, j)
         store = Store(buffer=buffer, index=home, value=value, span=node.span)
         # (groups_m, rows, ROWS, groups_n, strips, width)
-        held = self.kernel.fragments[source].split(0, ROWS).split(0, atom.rows)
+        held = self.fragments[source].split(0, ROWS).split(0, atom.rows)
         held = held.split(3, columns).split(4, width)
         return Parallel(
             vars=variables,
@@ -247,6 +291,6 @@ class _Stager:
             dst=outer,
             atom=CopyAtom(CopyMethod.TMA, 0),
             eviction=node.eviction,
-            whole=node,
+            whole=node.whole or node,
             span=node.span,
         )

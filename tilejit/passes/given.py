@@ -115,7 +115,7 @@ def order_tiles(kernel: Kernel) -> Kernel:
         step = arith("mul", step, extent)
     unit = Var("tile", number.dtype, VarKind.VALUE, index(0), arith("sub", step, 1))
     walked = Walk(replace(kernel, block_vars=places), 1, None, *given_order(kernel, kernel.cluster))
-    nodes: list[Node] = [Let(var=unit, value=number), *walked.decode(unit, units)]
+    nodes: list[Node] = [Let(var=unit, value=number), *walked.decode(unit, units, {})]
     if not is_single:
         for var, place, own, size in zip(kernel.block_vars, places, raw, sizes, strict=True):
             inside = arith("floormod", own, size)

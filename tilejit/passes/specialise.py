@@ -33,13 +33,14 @@ from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
 from tilejit.ops.copy import BarrierSlot, Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
-from tilejit.passes.cost import multiply_clocks
 from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.given import cluster_of, registers_of
+from tilejit.passes.late import after, during, main_loop
 from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.registers import GROUP
 from tilejit.passes.teams import team_count, times
-from tilejit.passes.tiles import is_same_along, tile_walk
+from tilejit.passes.tiles import is_same_along, tile_walk, visit_number
+from tilejit.passes.wgmma import multiply_clocks
 from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
@@ -126,7 +127,17 @@ class _Specialiser:
             role = replace(role, teams=self.teams, team=self.team, meeting=TEAM_BARRIER)
             consumed = self._in_turn(consumed, channels)
             self.notes.append(f"{self.teams} teams of {kernel.num_threads} threads take turns")
-        consumer += [*self._starts(channels), *walked.around(consumed, role)]
+        consumer += self._starts(channels)
+        late = self.staging.late
+        if late is None:
+            consumer += walked.around(consumed, role)
+        else:
+            loop = main_loop(self.kernel.body)
+            assert loop is not None, "a copy waits for a loop"
+            visit = visit_number()
+            consumed = during(late, consumed, loop, kernel, walked, visit)
+            consumer += walked.around(consumed, role, visit)
+            consumer += after(late, kernel, walked)
         if self.staging.buffers:
             consumer.append(Control(op=ControlOp.STORE_WAIT_READ))
         roles = Roles(

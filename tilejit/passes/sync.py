@@ -340,6 +340,9 @@ class _Synchroniser:
             orelse, after_else = self.body(node.orelse, pending)
             fresh = replace(node, then=then, orelse=orelse)
             return fresh, after_then.joined(after_else)
+        if isinstance(node, For) and _is_once(node):
+            inside, pending = self.body(node.body, pending)
+            return node.with_bodies(inside), pending
         # What the last round left pending meets the first accesses of the next.
         entry = pending
         while True:
@@ -359,6 +362,12 @@ class _Synchroniser:
         assert isinstance(node, For), f"{type(node).__name__} is no loop"
         body, back = self.body(node.body, entry)
         return node.with_bodies(body), back, entry
+
+
+def _is_once(loop: For) -> bool:
+    """True when the loop surely has one round."""
+    span = int_value(arith("sub", loop.stop, loop.start))
+    return span is not None and 0 < span * (1 if loop.step > 0 else -1) <= abs(loop.step)
 
 
 def bulk_tiles(kernel: Kernel) -> frozenset[Buffer]:

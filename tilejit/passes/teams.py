@@ -15,7 +15,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Node, walk
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.cost import nominal
+from tilejit.passes.nominal import nominal
 from tilejit.passes.registers import GROUP, SPARE_REGISTERS, consumer_registers
 
 TEAMS = 2

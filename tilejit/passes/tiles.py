@@ -6,7 +6,7 @@ Knows grids, clusters and which tiles share operands. Does not know what a tile'
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
@@ -19,7 +19,8 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.cost import existing, multiply_clocks, nominal
+from tilejit.passes.nominal import existing, nominal
+from tilejit.passes.wgmma import multiply_clocks
 
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
 MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
@@ -45,21 +46,16 @@ class Walk:
         self.block = Var("block", int32, VarKind.BLOCK, index(0), index(MAX_BLOCKS - 1))
         self.blocks = Var("blocks", int32, VarKind.SCALAR, index(1), index(MAX_BLOCKS))
 
-    def around(self, body: Body, role: Role | None = None) -> Body:
+    def around(self, body: Body, role: Role | None = None, visit: Var | None = None) -> Body:
         """The loop over a block's tiles around the work for one; of a role with teams, each takes
-        its turn."""
+        its turn. visit: a variable for the number of the block's tile."""
         if not body:
             return body
-        units = self.units()
-        total: Expr = index(1)
-        for extent in units:
-            total = arith("mul", total, extent)
-        first = arith("floordiv", self.block, self.cluster)
-        step = arith("floordiv", self.blocks, self.cluster)
-        left = arith("sub", arith("add", total, arith("sub", step, 1)), first)
-        visits = arith("floordiv", left, step)
-        visit = turn = Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+        visits = self.visits()
         opened: list[Node] = []
+        if visit is None:
+            visit = visit_number()
+        turn = visit
         if role is not None and role.team is not None:
             turn = Var("turn", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
             mine = arith("add", arith("mul", turn, role.teams), role.team)
@@ -67,18 +63,40 @@ class Walk:
             opened.append(Let(var=visit, value=mine))
             left = arith("sub", arith("add", visits, role.teams - 1), role.team)
             visits = arith("floordiv", left, role.teams)
-        unit = Var("unit", int32, VarKind.VALUE, index(0), arith("sub", total, 1))
-        opened += [Let(var=unit, value=arith("add", first, arith("mul", visit, step)))]
-        opened += self.decode(unit, units)
         loop = For(
             var=turn,
             start=index(0),
             stop=visits,
             kind=LoopKind.TILES,
-            body=(*opened, *body),
+            body=(*opened, *self.place(visit), *body),
             span=self.kernel.span,
         )
         return (loop,)
+
+    def visits(self) -> Expr:
+        """How many tiles the block computes."""
+        step = self._step()
+        left = arith("sub", arith("add", self._total(), arith("sub", step, 1)), self._first())
+        return arith("floordiv", left, step)
+
+    def place(self, visit: Expr, names: Mapping[Var, Var] | None = None) -> list[Node]:
+        """The block variables of the block's tile of that number; names: others for them."""
+        last = arith("sub", self._total(), 1)
+        unit = Var("unit", int32, VarKind.VALUE, index(0), last)
+        value = arith("add", self._first(), arith("mul", visit, self._step()))
+        return [Let(var=unit, value=value), *self.decode(unit, self.units(), names or {})]
+
+    def _first(self) -> Expr:
+        return arith("floordiv", self.block, self.cluster)
+
+    def _step(self) -> Expr:
+        return arith("floordiv", self.blocks, self.cluster)
+
+    def _total(self) -> Expr:
+        total: Expr = index(1)
+        for extent in self.units():
+            total = arith("mul", total, extent)
+        return total
 
     def units(self) -> list[Expr]:
         """Extents of the grid in what a cluster computes at once."""
@@ -87,7 +105,7 @@ class Walk:
             for d, extent in enumerate(self.kernel.grid)
         ]
 
-    def decode(self, unit: Expr, units: Sequence[Expr]) -> list[Node]:
+    def decode(self, unit: Expr, units: Sequence[Expr], names: Mapping[Var, Var]) -> list[Node]:
         """The block variables of a unit: `group` rows of it together, each column before the
         next."""
         x, y, *z = units if len(units) > 1 else (*units, index(1))
@@ -124,7 +142,7 @@ class Walk:
         ):
             if d == self.axis:
                 place = arith("add", arith("mul", place, self.cluster), rank)
-            nodes.append(Let(var=var, value=place))
+            nodes.append(Let(var=names.get(var, var), value=place))
         return nodes
 
     def _named(self, name: str, value: Expr, stop: Expr, nodes: list[Node], low: int = 0) -> Expr:
@@ -145,6 +163,11 @@ class Walk:
             cluster=(self.cluster, 1, 1),
             is_persistent=True,
         )
+
+
+def visit_number() -> Var:
+    """A variable for the number of a block's tile."""
+    return Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
 
 
 def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:

@@ -23,6 +23,7 @@ from tilejit.passes.registers import (
 )
 from tilejit.target import Feature, Target
 
+SHARED_BYTES = 128  # a clock, that a multiprocessor reads of its shared memory
 ROWS = 64  # of one instruction
 STEP_BYTES = 32  # of K that one instruction multiplies
 MAX_COLUMNS = 256
@@ -142,3 +143,12 @@ def warpgroup_layout(shape: tuple[int, ...], dtype: DType) -> SharedLayout:
     if layout.swizzle == 1:
         layout = SharedLayout(shape, dtype.bytes, panel=CHUNK // dtype.bytes)
     return replace(layout, tile_align=BOX_ALIGN)
+
+
+def multiply_clocks(node: Gemm) -> float:
+    """How long the tensor cores are busy with a multiply by warpgroups: one instruction of 64 rows,
+    n columns and 32 bytes of K takes n / 2 clocks and one more, or what it takes to read A."""
+    assert isinstance(node.atom, WgmmaAtom), "select did not run"
+    n = node.atom.wgmma.n
+    count = node.m // ROWS * (node.n // n) * (node.k * node.a.buffer.dtype.bytes // STEP_BYTES)
+    return count * (max(n / 2, ROWS * STEP_BYTES / SHARED_BYTES) + 1)
