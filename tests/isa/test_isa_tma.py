@@ -129,7 +129,7 @@ class TestCalls:
         return [
             np.where(ramp == 3, 77, 0).astype(np.uint64),
             ramp.astype(np.int32) - 10,
-            ramp.astype(np.int32) * 2,
+            ramp.astype(np.int32) * 8,
             (ramp * 128).astype(np.uint32),
         ]
 
@@ -139,16 +139,26 @@ class TestCalls:
         mask = np.full(32, 5, np.uint16)
         policy = np.zeros(32, np.uint64)
         tma.tma_load(2, multicast=True, hint=True).meaning(lanes, [*place, barrier, mask, policy])
-        box = Box(GOOD, (-7, 6))
+        box = Box(GOOD, (-7, 24))
         assert lanes.calls == [("load_box", 3, box, 384, 8, None), ("load_box", 3, box, 384, 8, 5)]
 
     def test_a_store_is_the_active_lanes(self, lanes, place):
         tma.tma_store(2).meaning(lanes, place)
         tma.tma_reduce_add(2).meaning(lanes, place)
-        box = Box(GOOD, (-7, 6))
+        box = Box(GOOD, (-7, 24))
         assert lanes.calls == [
             ("store_box", 3, box, 384, False), ("store_box", 3, box, 384, True)
         ]  # fmt: skip
+
+    @pytest.mark.parametrize("column", [1, 4, -4, 12, 99])
+    def test_a_box_that_begins_inside_16_bytes_of_a_row_is_our_error(self, lanes, place, column):
+        place[2][:] = column
+        barrier = np.full(32, 8, np.uint32)
+        for one in (tma.tma_load(2), tma.tma_store(2), tma.tma_reduce_add(2)):
+            inputs = [*place, barrier] if one is tma.tma_load(2) else place
+            with pytest.raises(AssertionError, match=f"begins at element {column} of a row, which"):
+                one.meaning(lanes, inputs)
+        assert lanes.calls == []
 
     def test_waits_commits_and_fences_are_passed_on(self, lanes):
         for one in (tma.COMMIT_STORES, tma.wait_stores(2, True), tma.FENCE_ASYNC):

@@ -118,12 +118,11 @@ def test_a_box_of_any_rank_comes_outermost_first(rank, corner, run_lanes):
     shape = (6, 5, 4, 4, 16)[-rank:]
     array = np.arange(1, 1 + np.prod(shape), dtype=np.int32).reshape(shape)
     box = {2: (16, 16), 3: (4, 4, 16), 4: (2, 2, 4, 16), 5: (2, 2, 2, 2, 16)}[rank]
-    start = {"low": -1, "inside": 0, "high": 3}[corner]
+    step = {"low": -1, "inside": 0, "high": 3}[corner]
+    start = (*(step,) * (rank - 1), 4 * step)  # in a row by 16 bytes
     padded = np.pad(array, 24)
-    expected = padded[tuple(slice(24 + start, 24 + start + n) for n in box)]
-    result = run_lanes(
-        load_whole((start,) * rank, 4), memory=[array], maps={HANDLE: map_of(array, box)}
-    )
+    expected = padded[tuple(slice(24 + i, 24 + i + n) for i, n in zip(start, box, strict=True))]
+    result = run_lanes(load_whole(start, 4), memory=[array], maps={HANDLE: map_of(array, box)})
     np.testing.assert_array_equal(words_of(result), expected.ravel())
 
 
@@ -350,6 +349,30 @@ def test_a_misplaced_box_and_an_illegal_map_are_our_errors(run_lanes):
     with pytest.raises(AssertionError, match="not 1 to 256"):
         bad = TensorMap(array.ctypes.data, 4, (256,), (4,), (512,), 0, kind="int32")
         run_lanes(emit, 0, 1, memory=[array], maps={HANDLE: bad})
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "float32", "float64"])
+def test_a_box_that_begins_inside_16_bytes_of_a_row_is_our_error(kind, run_lanes):
+    """A GPU raises an illegal instruction."""
+    array = np.ones((4, 256), kind)
+    unit = 16 // array.itemsize
+    maps = {HANDLE: map_of(array, (1, 1024 // array.itemsize // 4))}
+
+    def bring(m, start):
+        init(m)
+        sync(m)
+        expect(m, 256)
+        load(m, start)
+        wait(m)
+
+    for start in ((1, unit), (3, -unit), (3, 0), (-1, 256)):
+        run_lanes(bring, start, memory=[array], maps=maps)
+        run_lanes(stored(start), memory=[array], maps=maps)
+    for start in ((0, 1), (0, unit - 1), (1, -1), (4, unit + 1), (0, 256 + unit // 2)):
+        words = f"begins at element {start[1]} of a row, which is no multiple of 16 bytes"
+        for emit, inputs in ((bring, [start]), (stored(start), [])):
+            with pytest.raises(AssertionError, match=words):
+                run_lanes(emit, *inputs, memory=[array], maps=maps)
 
 
 # --- bytes that barriers expect -------------------------------------------------------------------
@@ -684,18 +707,19 @@ def test_a_store_may_add(kind, run_lanes):
     array = np.arange(128).astype(dtype)
     maps = {HANDLE: map_of(array, (128,), kind=kind)}
     words = np.full(count, 3).astype(dtype).view(np.uint32)
+    outside = 16 // dtype.itemsize
 
     def emit(m):
         m.store(own(m, stride=16), [m.const(int(w), uint32) for w in words[:4]], uint32)
         fence(m)
         sync(m)
         for thread in (0, 33):  # the order of additions does not matter
-            store(m, (-1,), add=True, thread=thread)
+            store(m, (-outside,), add=True, thread=thread)
             commit(m, thread)
 
     run_lanes(emit, memory=[array], maps=maps, ends=True)
     expected = np.arange(128) + 6
-    expected[-1] -= 6
+    expected[-outside:] -= 6
     np.testing.assert_array_equal(array.astype(np.float64), expected)
 
 
@@ -898,7 +922,7 @@ def test_two_stores_to_one_place_are_an_error(run_lanes):
 
     def emit(m):
         stored((0,), is_waited=False)(m)
-        store(m, (255,))
+        store(m, (252,))
 
     with pytest.raises(SimulationError, match="Thread 0 writes global memory that an asynchronous"):
         run_lanes(emit, memory=[array], maps={HANDLE: map_of(array, (256,))})
