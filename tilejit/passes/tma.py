@@ -6,10 +6,13 @@ issues a copy or who waits for it.
 
 from __future__ import annotations
 
+import math
+
 from tilejit.ir.analysis import divisor
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import int_value, is_const
+from tilejit.ir.expr import Var, int_value, is_const
 from tilejit.ir.kernel import Kernel, ParamKind
+from tilejit.ir.node import For, walk
 from tilejit.layout.boxes import SWIZZLE_ROWS, boxed_layout, boxes_of
 from tilejit.ops.copy import Copy
 
@@ -67,10 +70,21 @@ def _global_misfit(region: Region, kernel: Kernel) -> str:
         return f"{name} does not provably begin at a multiple of {UNIT} bytes"
     if region.extents[-1] * size % UNIT:
         return f"a row of {region.extents[-1]} {buffer.dtype} is no multiple of {UNIT} bytes"
-    if divisor(region.starts[-1], known) * size % UNIT:
+    if divisor(region.starts[-1], _multiples(kernel)) * size % UNIT:
         # the tile's first column: the hardware traps, although no manual says so
         return f"the part of {name} does not provably begin at a multiple of {UNIT} bytes in a row"
     return ""
+
+
+def _multiples(kernel: Kernel) -> dict[Var, int]:
+    """What divides the variables: what the call promises of extents and strides, and of a loop's
+    variable what divides its start and its step."""
+    known = dict(kernel.multiples)
+    for node in walk(kernel.body):
+        if isinstance(node, For):
+            divides = math.gcd(divisor(node.start, known), node.step)
+            known[node.var] = math.gcd(known.get(node.var, 0), divides)
+    return known
 
 
 def _shared_misfit(region: Region) -> str:
