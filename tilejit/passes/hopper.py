@@ -55,9 +55,14 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
     fits = {n: _choose(n, kernel, target, viewed, unrounded) for n in gemms}
     atoms = {n: atom for n, atom in fits.items() if isinstance(atom, WgmmaAtom)}
     why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
-    if not atoms:
-        return Brought(gemm_reasons=why)
     refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
+    if not atoms:  # where it is for want of rounding by TMA, the copies say why
+        fit = [
+            n for n in gemms if isinstance(choose_wgmma(n, target, kernel.num_threads), WgmmaAtom)
+        ]
+        missed = unrounded & {r.buffer for n in fit for r in (n.a, n.b)}
+        own = {c: r for c, r in refused.items() if c.dst.buffer in missed}
+        return Brought(reasons=own, gemm_reasons=why)
     general = obstacle or _obstacle(kernel, nodes)
     operands = {r.buffer for n in atoms for r in (n.a, n.b)}
     is_fed = any(c not in refused for c in pipelined_copies(kernel))
