@@ -136,7 +136,7 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class Box:
-    """The box of a tensor that begins at `start`: it may lie outside the tensor, but in a row at a
+    """The box of a tensor that begins at `start`: inside the tensor or outside, but in a row at a
     multiple of 16 bytes."""
 
     tensor: TensorMap

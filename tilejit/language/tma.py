@@ -51,8 +51,9 @@ def tma_copy(
 
     Args:
         src, dst: as for `T.copy`: one in global memory, a tensor argument with rows of a multiple
-            of 16 bytes, the other in shared memory; equal dtypes. Rows of the shared tile are
-            whole and it begins at a multiple of 8 rows.
+            of 16 bytes, in which the tile provably begins at such a multiple too; the other in
+            shared memory; equal dtypes. Rows of the shared tile are whole and it begins at a
+            multiple of 8 rows.
         barrier: one of `T.alloc_barrier`, for a copy to shared memory.
         cluster_mask: blocks of the cluster, bit r for rank r, that all start this copy with equal
             `src` and `dst` and each bring their share of it to all of them (multicast): each
