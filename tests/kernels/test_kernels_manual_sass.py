@@ -15,7 +15,7 @@ import tilejit.language as T
 from tilejit import tilejit
 
 HOPPER = "sm_90a"
-SQUARE = T.Tensor((4096, 4096), "bfloat16")
+SQUARE = T.Tensor((2048, 2048), "bfloat16")  # a tile or two a block: results leave with their tile
 # Multiplies; bulk copies, their groups and maps; mbarriers, hardware barriers, those of clusters;
 # fences; registers.
 COUNTED = re.compile(

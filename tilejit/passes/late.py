@@ -16,6 +16,7 @@ from tilejit.dtypes import bool_
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     Expr,
+    Op,
     Var,
     VarKind,
     arith,
@@ -25,8 +26,9 @@ from tilejit.ir.expr import (
     substitute,
     variables,
 )
+from tilejit.ir.expr import walk as terms
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, For, If, Let, LoopKind, Node, all_reads
+from tilejit.ir.node import Body, For, If, Let, LoopKind, Node, all_reads, walk
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.nominal import nominal
@@ -35,6 +37,8 @@ from tilejit.passes.tiles import Walk
 
 MOST_STRIPS = 8  # more make the kernel long
 FEWEST_TILES = 2  # of a block, for one to follow another
+# Functions whose polynomials' constants fill the registers beside an accumulator's
+LONG_MATH = frozenset(("erf", "tan", "sin", "cos", "asin", "acos", "atan", "atan2"))
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
         return False
     if kernel.given.keeps_registers:
         return False
+    sums = {n.acc.buffer for n in walk(kernel.body) if isinstance(n, Gemm)}
+    if copy.src.buffer in sums and copy.src.buffer.dtype is copy.dst.buffer.dtype:
+        return False  # kept in the registers that the next multiply writes, they serialise it
+    if any(_is_long(e) for node in walk(kernel.body) for e in node.exprs):
+        return False
     tensor = copy.dst.buffer.root
     if any(b.root is tensor for node in kernel.body for b in all_reads(node)):
         return False
@@ -75,6 +84,10 @@ def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
     size += math.prod(copy.src.extents) * copy.dst.buffer.dtype.bytes
     most = consumer_registers(kernel.num_threads) - SPARE_REGISTERS
     return size / 4 / kernel.num_threads <= most
+
+
+def _is_long(e: Expr) -> bool:
+    return any(isinstance(x, Op) and x.op in LONG_MATH for x in terms(e))
 
 
 def main_loop(body: Body) -> For | None:
