@@ -12,6 +12,7 @@ from tilejit.layout.shared import SharedLayout
 MAX_EXTENT = 256  # elements of a box along a dimension (CUDA Driver API, cuTensorMapEncodeTiled)
 BOX_ALIGN = 128  # bytes, of a box's place in shared memory
 CHUNK = 16  # bytes that every swizzle keeps together
+SWIZZLES = (8, 4, 2)  # chunks that one permutes: over 128, 64 or 32 bytes, the widest first
 SWIZZLE_ROWS = 8  # after as many rows every swizzle begins anew
 
 
@@ -38,19 +39,27 @@ def boxed_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
         return SharedLayout(shape, itemsize, tile_align=BOX_ALIGN)
     layout = operand_layout(shape, itemsize)
     if layout.panel > MAX_EXTENT:
-        layout = SharedLayout(shape, itemsize, panel=CHUNK // itemsize)
+        layout = chunked_layout(shape, itemsize)
     return replace(layout, tile_align=BOX_ALIGN)
 
 
 def operand_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
     """The widest swizzle whose panels divide a row. Rows that none divides are an odd number of
     16-byte chunks: 8 of them below each other already lie in different banks."""
-    row_bytes = shape[-1] * itemsize
-    for chunks in (8, 4, 2):
-        if row_bytes % (CHUNK * chunks) == 0:
-            panel = CHUNK * chunks // itemsize
-            return SharedLayout(shape, itemsize, panel=panel, swizzle=chunks)
+    for chunks in SWIZZLES:
+        if shape[-1] * itemsize % (CHUNK * chunks) == 0:
+            return swizzled_layout(shape, itemsize, chunks)
     return SharedLayout(shape, itemsize)
+
+
+def swizzled_layout(shape: tuple[int, ...], itemsize: int, chunks: int) -> SharedLayout:
+    """Panels of so many 16-byte chunks, swizzled over their width."""
+    return SharedLayout(shape, itemsize, panel=CHUNK * chunks // itemsize, swizzle=chunks)
+
+
+def chunked_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
+    """Panels of one 16-byte chunk: rows of it follow each other without a gap."""
+    return SharedLayout(shape, itemsize, panel=CHUNK // itemsize)
 
 
 def boxes_of(layout: SharedLayout, extents: tuple[int, ...], blocks: int = 1) -> Boxes | None:

@@ -84,6 +84,14 @@ class SharedLayout:
         return self.strides is not None or (self.swizzle == 1 and self.panel == self.columns)
 
     @property
+    def has_wide_rows(self) -> bool:
+        """True when every 16 bytes of a row start at a multiple of 16."""
+        if self.strides is None:
+            return self.pitch * self.itemsize % 16 == 0
+        *outer, last = self.strides
+        return last == 1 and all(s * self.itemsize % 16 == 0 for s in outer)
+
+    @property
     def linear_strides(self) -> tuple[int, ...]:
         """Strides in elements of a linear layout."""
         assert self.is_linear

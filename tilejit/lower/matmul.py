@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tilejit.dtypes import DType, float32, int32, uint32
 from tilejit.errors import InternalError
@@ -281,10 +280,8 @@ class MatmulEmitter(TileEmitter):
         column = side.point.sub(side.region.starts[-1])
         if divisor(column, self.kernel.multiples) * dtype.bytes % 16:
             return False
-        return matrix_rows_aligned(self.shared_layout(side.region.buffer))
-
-    def shared_layout(self, buffer: Buffer) -> Any:
-        return self.kernel.shared[buffer.root] if buffer is buffer.root else None
+        buffer = side.region.buffer
+        return buffer is buffer.root and self.kernel.shared[buffer].has_wide_rows
 
     def _ldmatrix(
         self, side: Operand, outer: Expr, k: Expr, count: int, transposed: bool = False
@@ -381,13 +378,3 @@ class MatmulEmitter(TileEmitter):
                 loaded = self.m.cast(loaded, buffer.dtype, compute)
             result[outer] = loaded
         return result
-
-
-def matrix_rows_aligned(layout: Any) -> bool:
-    """Whether every 16 bytes of a row start at a multiple of 16."""
-    if layout is None:
-        return False
-    if layout.strides is not None:
-        *outer, last = layout.strides
-        return last == 1 and all(s * layout.itemsize % 16 == 0 for s in outer)
-    return bool(layout.pitch * layout.itemsize % 16 == 0)
