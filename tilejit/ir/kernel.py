@@ -67,6 +67,17 @@ class TensorBox:
     rounds: bool = False
 
 
+_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLayout:
+    """How a shared buffer lies by the user's word, and where that was said."""
+
+    layout: SharedLayout
+    span: Span | None
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """What the user has decided that passes decide otherwise.
@@ -77,6 +88,7 @@ class Given:
     producer_registers, consumer_registers: of a thread, where passes split the block into roles;
         0 where they choose; register_span: where that was said. keeps_registers: no thread gives
         any away.
+    layouts: of shared buffers; passes choose those of others.
     """
 
     cluster: tuple[int, int, int] | None = None
@@ -86,9 +98,23 @@ class Given:
     consumer_registers: int = 0
     register_span: Span | None = None
     keeps_registers: bool = False
+    layouts: Mapping[Buffer, GivenLayout] = field(default_factory=lambda: _EMPTY)
 
+    def layout_of(self, buffer: Buffer, otherwise: SharedLayout) -> SharedLayout:
+        """How a shared buffer lies; `otherwise` where passes choose."""
+        given = self.layouts.get(buffer)
+        return otherwise if given is None else given.layout
 
-_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+    def why_not(self, buffer: Buffer) -> str:
+        """The reason why an instruction cannot use a buffer of a given layout."""
+        layout = self.layouts[buffer].layout
+        return f"{buffer.name} has the layout given by T.annotate_layout: {layout}"
+
+    def related(self, *buffers: Buffer) -> list[tuple[Span | None, str]]:
+        """Places to show in an error about buffers: where they come from, where their layouts."""
+        places = [(b.span, f"{b.name} comes from here") for b in buffers]
+        given = {b: self.layouts[b].span for b in buffers if b in self.layouts}
+        return places + [(s, f"{b.name} gets its layout here") for b, s in given.items()]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

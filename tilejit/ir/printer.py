@@ -39,10 +39,12 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
+from tilejit.layout.shared import SharedLayout
 
 _INDENT = "    "
 GROUP = 128  # threads of a warpgroup
 _COMMENT_COLUMN = 60
+_SWIZZLES = {8: "full", 4: "half", 2: "quarter"}  # TileLang's names, by 16-byte chunks
 
 
 def print_kernel(kernel: Kernel, *, lines: bool = False) -> str:
@@ -99,6 +101,7 @@ class _Printer:
         for buffer in kernel.buffers:
             if buffer.scope is not Scope.GLOBAL and self.is_constant(buffer):
                 yield from self.declaration(buffer, _INDENT * 2)
+        yield from self.given_layouts(_INDENT * 2)
         if not kernel.body:
             yield f"{_INDENT * 2}pass"
         yield from self.body(kernel.body, _INDENT * 2)
@@ -180,6 +183,24 @@ class _Printer:
         if buffer.scope is Scope.VAR and len(fields) == 2 and buffer.extents in ((), (1,)):
             fields = fields[1:]
         return f"T.{function}({', '.join(fields)})"
+
+    def given_layouts(self, indent: str) -> Iterator[str]:
+        """The layouts that the user gave to buffers which are still there."""
+        given = self.kernel.given.layouts
+        there = [b for b in self.kernel.buffers if b in given]
+        pairs = [f"{self.names.of(b)}: {self.layout(b, given[b].layout)}" for b in there]
+        if pairs:
+            yield f"{indent}T.annotate_layout({{{', '.join(pairs)}}})"
+
+    def layout(self, buffer: Buffer, layout: SharedLayout) -> str:
+        """The call that makes a given layout."""
+        name = self.names.of(buffer)
+        if layout.pitch > layout.panel:
+            return f"T.make_padded_layout({name}, {layout.pitch - layout.panel})"
+        if layout.swizzle > 1:
+            return f"T.make_{_SWIZZLES[layout.swizzle]}_bank_swizzled_layout({name})"
+        kind = "linear" if layout.is_linear else "chunked"
+        return f"T.make_{kind}_layout({name})"
 
     # --- nodes -----------------------------------------------------------------------------------
 

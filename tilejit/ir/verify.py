@@ -7,6 +7,7 @@ what tile ops mean: they name their own problems. Takes time linear in the kerne
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from tilejit.dtypes import bool_
 from tilejit.errors import InternalError, Span
@@ -330,6 +331,11 @@ class _Verifier:
                 bytes_.shape == buffer.extents and bytes_.itemsize == buffer.dtype.bytes,
                 f"the layout of `{buffer.name}` has shape {bytes_.shape} of {bytes_.itemsize}-byte "
                 "elements",
+            )
+        for buffer, given in kernel.given.layouts.items():
+            self.require(
+                replace(kernel.shared.get(buffer, given.layout), tile_align=1) == given.layout,
+                f"`{buffer.name}` does not lie in its given layout, {given.layout}",
             )
         for buffer, slots in kernel.slots.items():
             self.require(slots >= 1, f"`{buffer.name}` has {slots} slots")

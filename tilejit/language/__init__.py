@@ -75,6 +75,16 @@ from tilejit.language.integers import (
     truncdiv,
     truncmod,
 )
+from tilejit.language.layout import (
+    annotate_layout,
+    make_chunked_layout,
+    make_full_bank_swizzled_layout,
+    make_half_bank_swizzled_layout,
+    make_linear_layout,
+    make_padded_layout,
+    make_quarter_bank_swizzled_layout,
+    make_swizzled_layout,
+)
 from tilejit.language.math import (
     Cast,
     Select,
@@ -235,6 +245,7 @@ __all__ = [
     "alloc_shared",
     "alloc_var",
     "annotate_consumer_reg_alloc",
+    "annotate_layout",
     "annotate_producer_reg_dealloc",
     "asin",
     "atan",
@@ -317,6 +328,13 @@ __all__ = [
     "log10",
     "long",
     "macro",
+    "make_chunked_layout",
+    "make_full_bank_swizzled_layout",
+    "make_half_bank_swizzled_layout",
+    "make_linear_layout",
+    "make_padded_layout",
+    "make_quarter_bank_swizzled_layout",
+    "make_swizzled_layout",
     "make_tensor",
     "make_tensor_from_addr",
     "max",
@@ -384,6 +402,8 @@ _INSTEAD = {
     "atomic_addx4": "T.atomic_add",
     "view": "T.SharedBuffer(shape, dtype, data=buffer)",
     "reshape": "T.SharedBuffer(shape, dtype, data=buffer)",
+    "annotate_padding": "T.annotate_layout with T.make_padded_layout",
+    "make_wgmma_swizzled_layout": "T.make_swizzled_layout",
     "float8_e4m3fnuz": "T.float8_e4m3fn",
     "float8_e5m2fnuz": "T.float8_e5m2",
 }

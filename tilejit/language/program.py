@@ -16,6 +16,7 @@ from tilejit.ir.node import Body, walk
 from tilejit.language.finish import finish_body, shape_variables, used_variables
 from tilejit.language.handle import BufferHandle
 from tilejit.language.hazards import check_iterations
+from tilejit.language.layout import check_views
 from tilejit.language.trace import Trace
 from tilejit.language.warps import check_roles
 from tilejit.language.wgmma import check_multiplies
@@ -73,6 +74,7 @@ def _kernel(
     body = finish_body(trace.root.nodes)
     check_iterations(body)
     check_roles(trace, body)
+    check_views(trace, body)
     body = check_multiplies(body)
     return Kernel(
         name=name,

@@ -180,7 +180,7 @@ class Trace:
                 hint="Move it out of the loop; inside, write the element: `B[i, j] = A[i, j]`.",
             )
         for buffer in (*node.reads, *node.writes):
-            self._check_home(buffer, node.span)
+            self.check_home(buffer, node.span)
         if not isinstance(node, While):  # its condition was checked inside the loop
             for expr in node_exprs(node):
                 self.check_scope(expr, node.span)
@@ -242,7 +242,7 @@ class Trace:
                 hint="Keep it in a buffer or `T.alloc_var`, which outlive the loop or branch.",
             )
 
-    def _check_home(self, buffer: Buffer, span: Span | None) -> None:
+    def check_home(self, buffer: Buffer, span: Span | None) -> None:
         root = buffer.root
         if root.scope is Scope.GLOBAL or root in self._homes:
             return

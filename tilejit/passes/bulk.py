@@ -21,13 +21,12 @@ from tilejit.passes.tma import misfit
 from tilejit.target import Feature, Target
 
 
-def refused(node: Copy, reason: str) -> UnsupportedError:
+def refused(node: Copy, reason: str, kernel: Kernel) -> UnsupportedError:
     """The error where the accelerator is asked for and cannot do it."""
-    source, target = node.src.buffer, node.dst.buffer
     return UnsupportedError(
         f'T.copy: prefer_instruction="tma" is not possible: {reason}.',
         span=node.span,
-        related=[(b.span, f"{b.name} comes from here") for b in (source, target)],
+        related=kernel.given.related(node.src.buffer, node.dst.buffer),
         hint="Leave prefer_instruction out: T.copy then chooses.",
     )
 
@@ -39,7 +38,7 @@ def check_preferences(kernel: Kernel) -> None:
     """
     for node in walk(kernel.body):
         if isinstance(node, Copy) and node.prefer == "tma" and not node.is_tma:
-            raise refused(node, misfit(node, kernel) or "no producer brings it")
+            raise refused(node, misfit(node, kernel) or "no producer brings it", kernel)
 
 
 def whole_copy(node: Copy, kernel: Kernel, target: Target) -> tuple[list[Node], list[Node]]:
@@ -52,7 +51,7 @@ def whole_copy(node: Copy, kernel: Kernel, target: Target) -> tuple[list[Node], 
     if not target.has(Feature.TMA):
         reason = f"it needs {Feature.TMA}, which {target} lacks"
     if reason:
-        raise refused(node, reason)
+        raise refused(node, reason, kernel)
     span = node.span
     started = replace(node, atom=CopyAtom(CopyMethod.TMA, 0))
     if node.dst.buffer.scope is Scope.GLOBAL:

@@ -95,7 +95,7 @@ class _Stager:
         if buffer not in self.shared and size > self.free:
             reason = reason or f"{size} bytes of shared memory for it are not left"
         if reason and node.prefer == "tma":
-            raise refused(node, reason)
+            raise refused(node, reason, self.kernel)
         if reason:
             self.staging.notes.append(
                 f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"

@@ -85,7 +85,7 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
 def _choose(
     node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer], unrounded: set[Buffer]
 ) -> WgmmaAtom | str:
-    chosen = choose_wgmma(node, target, kernel.num_threads)
+    chosen = choose_wgmma(node, kernel, target, kernel.num_threads)
     for region in (node.a, node.b):
         name = region.buffer.name
         if isinstance(chosen, str) or region.buffer.scope is not Scope.SHARED:

@@ -30,8 +30,8 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.ir.parts import each_part
-from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
-from tilejit.layout.boxes import boxed_layout, operand_layout
+from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, WgmmaAtom
+from tilejit.layout.boxes import BOX_ALIGN, boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
@@ -53,7 +53,9 @@ def infer_layouts(kernel: Kernel) -> Kernel:
     Raises ResourceError when a fragment is too large for the registers of its threads.
     """
     kernel = each_part(kernel, _fragment_layouts)
-    return replace(kernel, shared=_shared_layouts(kernel))
+    return replace(
+        kernel, shared=_shared_layouts(kernel), notes=(*kernel.notes, *_given_notes(kernel))
+    )
 
 
 def _fragment_layouts(kernel: Kernel) -> Kernel:
@@ -415,8 +417,8 @@ def _check_registers(kernel: Kernel) -> None:
 
 
 def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
-    """Swizzled where a matrix multiply reads it or the tensor memory accelerator fills it, plain
-    rows elsewhere and under views."""
+    """As given; else swizzled where a matrix multiply reads it or the tensor memory accelerator
+    fills it, plain rows elsewhere and under views."""
     operands: set[Buffer] = set()
     panels: set[Buffer] = set()
     boxed: set[Buffer] = set()
@@ -437,6 +439,9 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
             strides = tuple(int_value(s) for s in buffer.strides)
             assert None not in strides, f"{buffer.name} has runtime strides"
             result[buffer] = SharedLayout(shape, itemsize, strides=strides)  # type: ignore[arg-type]
+        elif buffer in kernel.given.layouts:
+            tile_align = BOX_ALIGN if buffer in panels | boxed else 1
+            result[buffer] = replace(kernel.given.layouts[buffer].layout, tile_align=tile_align)
         elif buffer in panels:
             result[buffer] = warpgroup_layout(shape, buffer.dtype)
         elif buffer in boxed:
@@ -446,3 +451,21 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
         else:
             result[buffer] = SharedLayout(shape, itemsize)
     return result
+
+
+def _given_notes(kernel: Kernel) -> list[str]:
+    """What explain() says of the layouts that the user gave."""
+    by_warps = {
+        region.buffer
+        for node in walk(kernel.body)
+        if isinstance(node, Gemm) and isinstance(node.atom, GemmAtom) and node.atom.mma is not None
+        for region in (node.a, node.b)
+    }
+    notes = []
+    for buffer in kernel.scoped(Scope.SHARED):
+        if buffer in kernel.given.layouts:
+            layout = kernel.given.layouts[buffer].layout
+            is_slow = buffer in by_warps and not layout.has_wide_rows
+            why = "; not ldmatrix (rows do not begin at multiples of 16 bytes)" if is_slow else ""
+            notes.append(f"{buffer.name}: layout given, {layout}{why}")
+    return notes

@@ -347,7 +347,7 @@ def bulk_copy(node: Copy, kernel: Kernel, executing: Executing) -> list[Node]:
         raise UnsupportedError(
             f"T.tma_copy cannot bring {source.name} to {target.name}: {reason}.",
             span=node.span,
-            related=[(b.span, f"{b.name} comes from here") for b in (source, target)],
+            related=kernel.given.related(source, target),
             hint="T.copy moves any tile.",
         )
     chosen = replace(node, atom=CopyAtom(CopyMethod.TMA, 0))
@@ -363,7 +363,7 @@ def started_multiply(node: Gemm, kernel: Kernel, target: Target, threads: int) -
     Raises:
         UnsupportedError: warpgroups cannot multiply such tiles.
     """
-    found: WgmmaAtom | str = choose_wgmma(node, target, threads)
+    found: WgmmaAtom | str = choose_wgmma(node, kernel, target, threads)
     viewed = {b.root for b in kernel.buffers if b.is_view}
     started = [n for n in walk_nodes(kernel.body) if isinstance(n, Copy) and n.is_async]
     unrounded = unrounded_tiles(kernel, started)
@@ -378,7 +378,7 @@ def started_multiply(node: Gemm, kernel: Kernel, target: Target, threads: int) -
         raise UnsupportedError(
             f"T.wgmma_gemm: warpgroups cannot multiply these tiles: {found}.",
             span=node.span,
-            related=[(r.buffer.span, f"{r.buffer.name} comes from here") for r in node.regions],
+            related=kernel.given.related(*(r.buffer for r in node.regions)),
             hint="T.gemm takes any tiles that have an instruction.",
         )
     return replace(node, atom=found)

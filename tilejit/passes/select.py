@@ -6,6 +6,7 @@ buffers, pipelines or PTX.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tilejit.dtypes import bool_, int32
@@ -59,6 +60,8 @@ from tilejit.passes.manual import (
 )
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
+
+WIDEST_COPY = 16  # bytes of one cp.async (PTX ISA, "cp.async")
 
 
 def select_atoms(kernel: Kernel, target: Target) -> Kernel:
@@ -167,7 +170,8 @@ class _Selector:
         is_epilogue = node.src.buffer.scope is Scope.FRAGMENT
         if node.prefer == "tma" and not (is_epilogue and self.brought.copies):
             if self.brought.copies:
-                raise refused(node, self.brought.reasons.get(node) or "no producer brings it")
+                reason = self.brought.reasons.get(node) or "no producer brings it"
+                raise refused(node, reason, self.kernel)
             nodes, first = whole_copy(node, self.kernel, self.target)
             self.first += first
             return nodes
@@ -186,23 +190,34 @@ class _Selector:
     def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:
         source, target = node.src.buffer, node.dst.buffer
         why_not_tma = self.brought.reasons.get(node, "")
-        vector = self._async_vector(node) if is_pipelined else 0
+        vector = self._async_vector(node, self._row_align(target)) if is_pipelined else 0
+        is_narrow = is_pipelined and vector < self._async_vector(node, WIDEST_COPY)
         if vector:
+            name, size = f"copy {source.name} -> {target.name}", vector * source.dtype.bytes
             if why_not_tma:
-                self.notes.append(
-                    f"copy {source.name} -> {target.name}: cp.async, not TMA ({why_not_tma})"
-                )
+                self.notes.append(f"{name}: cp.async, not TMA ({why_not_tma})")
+            if is_narrow:
+                why = self.kernel.given.why_not(target)
+                self.notes.append(f"{name}: cp.async of {size} bytes each ({why})")
             return CopyAtom(CopyMethod.CP_ASYNC, vector)
         if is_pipelined and source.scope is Scope.GLOBAL and target.scope is Scope.SHARED:
             tma = f"; not TMA ({why_not_tma})" if why_not_tma else ""
             self.notes.append(
                 f"copy {source.name} -> {target.name}: through registers, not asynchronous "
-                f"({self._why_not_async(node)}){tma}"
+                f"({self.kernel.given.why_not(target) if is_narrow else self._why_not_async(node)})"
+                f"{tma}"
             )
         return CopyAtom(CopyMethod.REGISTERS, 1)
 
-    def _async_vector(self, node: Copy) -> int:
-        """Elements of one cp.async, 0 when it cannot do the copy."""
+    def _row_align(self, target: Buffer) -> int:
+        """What the bytes from one row to the next are a multiple of, where that is given."""
+        given = self.kernel.given.layouts.get(target)
+        if given is None:
+            return WIDEST_COPY
+        return math.gcd(given.layout.pitch * target.dtype.bytes, WIDEST_COPY)
+
+    def _async_vector(self, node: Copy, most: int) -> int:
+        """Elements of one cp.async of at most so many bytes, 0 when it cannot do the copy."""
         source, target = node.src.buffer, node.dst.buffer
         if (source.scope, target.scope) != (Scope.GLOBAL, Scope.SHARED):
             return 0
@@ -214,7 +229,7 @@ class _Selector:
             return 0
         if source.rank - 1 in node.src.dropped or target.rank - 1 in node.dst.dropped:
             return 0
-        for size in (16, 8, 4):
+        for size in (s for s in (WIDEST_COPY, 8, 4) if s <= most):
             vector = size // source.dtype.bytes
             if vector and self._fits(node, vector):
                 return vector

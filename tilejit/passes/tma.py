@@ -43,7 +43,7 @@ def misfit(copy: Copy, kernel: Kernel) -> str:
         outer, inner = copy.src, copy.dst
     else:
         outer, inner = copy.dst, copy.src
-    return _global_misfit(outer, kernel) or _shared_misfit(inner)
+    return _global_misfit(outer, kernel) or _shared_misfit(inner, kernel)
 
 
 def _global_misfit(region: Region, kernel: Kernel) -> str:
@@ -87,7 +87,7 @@ def _multiples(kernel: Kernel) -> dict[Var, int]:
     return known
 
 
-def _shared_misfit(region: Region) -> str:
+def _shared_misfit(region: Region, kernel: Kernel) -> str:
     """The tile lies in whole rows, or as a sub-tile that begins where a swizzle does."""
     buffer = region.buffer
     if buffer.is_view or buffer.strides is not None:
@@ -98,7 +98,10 @@ def _shared_misfit(region: Region) -> str:
         return f"it moves parts of the rows of {buffer.name}"
     if buffer.rank > 1 and divisor(region.starts[-2]) % SWIZZLE_ROWS:
         return f"it begins inside {SWIZZLE_ROWS} rows of {buffer.name}"
-    layout = boxed_layout(buffer.extents, buffer.dtype.bytes)
-    if boxes_of(layout, region.extents) is None:
+    wanted = boxed_layout(buffer.extents, buffer.dtype.bytes)
+    if boxes_of(wanted, region.extents) is None:
         return f"no boxes make up {'x'.join(map(str, region.shape))} {buffer.dtype}"
+    layout = kernel.given.layout_of(buffer, wanted)
+    if layout.pitch != layout.panel or boxes_of(layout, region.extents) is None:
+        return kernel.given.why_not(buffer)
     return ""

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from tilejit.dtypes import DType
 from tilejit.ir.analysis import divisor
-from tilejit.ir.buffer import Region, Scope
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.kernel import Kernel
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.isa.wgmma import find_wgmma
-from tilejit.layout.boxes import BOX_ALIGN, CHUNK, operand_layout
+from tilejit.layout.boxes import BOX_ALIGN, CHUNK, chunked_layout, operand_layout
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
 from tilejit.passes.registers import (
@@ -32,8 +33,8 @@ MAX_COLUMNS = 256
 LAUNCH_SPARE = 26
 
 
-def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
-    """The atom of a multiply by warpgroups, or why there is none."""
+def choose_wgmma(node: Gemm, kernel: Kernel, target: Target, threads: int) -> WgmmaAtom | str:
+    """The atom of a multiply by warpgroups, or why there is none. threads: that execute it."""
     if not target.has(Feature.WGMMA):
         return f"it needs {Feature.WGMMA}, which {target} lacks"
     if threads % GROUP:
@@ -43,13 +44,14 @@ def choose_wgmma(node: Gemm, target: Target, threads: int) -> WgmmaAtom | str:
         return (
             f"the tile is {node.m}x{node.n}x{node.k}, no multiple of 64x8x{STEP_BYTES // a.bytes}"
         )
-    reason = _operand_misfit(node.a, not node.transpose_a, "a")
-    reason = reason or _operand_misfit(node.b, node.transpose_b, "b")
+    reason = _operand_misfit(node.a, not node.transpose_a, "a", kernel)
+    reason = reason or _operand_misfit(node.b, node.transpose_b, "b", kernel)
     if reason:
         return reason
     if find_wgmma(a, b, acc, 8, target) is None:
         return f"no instruction multiplies {a} and {b} into {acc}"
-    return _split(node, target, threads // GROUP) or _no_split(node, threads)
+    unit = 8 if node.transpose_b else _layout(node.b.buffer, kernel).panel
+    return _split(node, target, threads // GROUP, unit) or _no_split(node, threads)
 
 
 def _no_split(node: Gemm, threads: int) -> str:
@@ -62,14 +64,17 @@ def _no_split(node: Gemm, threads: int) -> str:
     return f"{groups} cannot share {node.m}x{node.n} in parts of {ROWS}x8"
 
 
-def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
-    """The warpgroups along m and n whose operands are read least often."""
+def _split(node: Gemm, target: Target, groups: int, unit: int) -> WgmmaAtom | None:
+    """The warpgroups along m and n whose operands are read least often.
+
+    unit: what the columns of an instruction must be a multiple of to begin at a place of their own.
+    """
     best: tuple[tuple[float, ...], WgmmaAtom] | None = None
     for down in (d for d in range(1, groups + 1) if groups % d == 0):
         across = groups // down
         if node.m % (ROWS * down) or node.n % (8 * across):
             continue
-        atom = _atom(node, target, down, across)
+        atom = _atom(node, target, down, across, unit)
         if atom is None:
             continue
         preference = 0
@@ -85,7 +90,7 @@ def _split(node: Gemm, target: Target, groups: int) -> WgmmaAtom | None:
     return best[1] if best else None
 
 
-def _atom(node: Gemm, target: Target, down: int, across: int) -> WgmmaAtom | None:
+def _atom(node: Gemm, target: Target, down: int, across: int, unit: int) -> WgmmaAtom | None:
     a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
     rows, wide = node.m // down // ROWS, node.n // across
     threads = down * across * GROUP
@@ -94,7 +99,6 @@ def _atom(node: Gemm, target: Target, down: int, across: int) -> WgmmaAtom | Non
         return None
     most = (launch_registers(threads + GROUP) - LAUNCH_SPARE) / words_a_column
     most = min(MAX_COLUMNS, int(most))
-    unit = _columns_unit(node, wide)
     for columns in range(-(-wide // most), wide // 8 + 1):
         n = wide // columns
         if wide % columns or n % 8 or (columns * across > 1 and n % unit):
@@ -105,14 +109,7 @@ def _atom(node: Gemm, target: Target, down: int, across: int) -> WgmmaAtom | Non
     return None
 
 
-def _columns_unit(node: Gemm, wide: int) -> int:
-    """What the columns of an instruction must be a multiple of to begin at a place of their own."""
-    if node.transpose_b:
-        return 8
-    return warpgroup_layout(node.b.buffer.extents, node.b.buffer.dtype).panel
-
-
-def _operand_misfit(region: Region, is_k_major: bool, name: str) -> str:
+def _operand_misfit(region: Region, is_k_major: bool, name: str, kernel: Kernel) -> str:
     """Why an operand cannot be read where it lies; "" when it can."""
     buffer = region.buffer
     if buffer.scope is Scope.FRAGMENT:
@@ -125,7 +122,9 @@ def _operand_misfit(region: Region, is_k_major: bool, name: str) -> str:
         return f"{buffer.name} has a layout of its own"
     if buffer.extents[-1] * buffer.dtype.bytes % 16 or buffer.extents[-2] % 8:
         return f"{buffer.name} is {buffer.extents[-2]}x{buffer.extents[-1]}, not in whole chunks"
-    layout = warpgroup_layout(buffer.extents, buffer.dtype)
+    layout = _layout(buffer, kernel)
+    if layout.pitch != layout.panel or layout.panel * layout.itemsize != CHUNK * layout.swizzle:
+        return kernel.given.why_not(buffer)
     *_, row, column = region.starts
     if set(region.kept) != {buffer.rank - 2, buffer.rank - 1}:
         return f"{buffer.name} is multiplied along other dimensions than its last two"
@@ -136,12 +135,16 @@ def _operand_misfit(region: Region, is_k_major: bool, name: str) -> str:
     return ""
 
 
+def _layout(buffer: Buffer, kernel: Kernel) -> SharedLayout:
+    return kernel.given.layout_of(buffer, warpgroup_layout(buffer.extents, buffer.dtype))
+
+
 def warpgroup_layout(shape: tuple[int, ...], dtype: DType) -> SharedLayout:
     """How a tile must lie that warpgroups multiply: panels of 128, 64, 32 or 16 bytes, swizzled
     over their width (PTX ISA, "Asynchronous warpgroup-level matrix shared memory layout")."""
     layout = operand_layout(shape, dtype.bytes)
     if layout.swizzle == 1:
-        layout = SharedLayout(shape, dtype.bytes, panel=CHUNK // dtype.bytes)
+        layout = chunked_layout(shape, dtype.bytes)
     return replace(layout, tile_align=BOX_ALIGN)
 
 
