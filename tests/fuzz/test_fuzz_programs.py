@@ -8,6 +8,7 @@ import pipelines
 import programs
 import pytest
 from checking import check_some
+from layouts import laid_out
 from roles import in_a_role
 
 # each has instructions that others have not
@@ -53,3 +54,15 @@ def test_random_matmul_for_warpgroups_is_as_near_to_the_exact_product(seed):
 @pytest.mark.fuzz(40)
 def test_random_main_loop_for_warpgroups_means_the_same_everywhere(seed):
     check_some(pipelines.pipeline, seed, "sm_90a")
+
+
+@pytest.mark.fuzz(60)
+def test_random_layouts_of_shared_tiles_do_not_change_what_a_program_means(seed):
+    for_groups = seed % 2 == 1
+    make = (
+        pipelines.pipeline,
+        partial(programs.matmul, for_groups=for_groups),
+        partial(programs.tiles, for_groups=for_groups),
+    )[seed % 3]
+    target = "sm_90a" if for_groups or seed % 3 == 0 else TARGETS[seed // 2 % 4]
+    check_some(lambda number: laid_out(make(number), number), seed, target)
