@@ -57,9 +57,8 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
     why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
     refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
     if not atoms:  # where it is for want of rounding by TMA, the copies say why
-        fit = [
-            n for n in gemms if isinstance(choose_wgmma(n, target, kernel.num_threads), WgmmaAtom)
-        ]
+        threads = kernel.num_threads
+        fit = [n for n in gemms if isinstance(choose_wgmma(n, kernel, target, threads), WgmmaAtom)]
         missed = unrounded & {r.buffer for n in fit for r in (n.a, n.b)}
         own = {c: r for c, r in refused.items() if c.dst.buffer in missed}
         return Brought(reasons=own, gemm_reasons=why)
