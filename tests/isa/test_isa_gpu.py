@@ -420,7 +420,7 @@ def check_load(execute, tensor_on_gpu):
     return check
 
 
-@pytest.mark.parametrize("start", [(0, 0), (-3, 8), (90, 152), (200, 0)])
+@pytest.mark.parametrize("start", [(0, 0), (-3, 8), (90, 152), (200, 0), (-40, 8), (8, -160)])
 @pytest.mark.parametrize("span", [0, 32, 64, 128])
 def test_a_bulk_load_on_the_gpu_is_what_it_means(span, start, check_load):
     array = np.arange(100 * 160, dtype=np.uint16).reshape(100, 160)
@@ -451,13 +451,18 @@ def test_a_bulk_load_on_the_gpu_rounds_to_tf32_as_it_means(check_load):
 
 @pytest.mark.parametrize("add", [False, True], ids=["store", "add"])
 @pytest.mark.parametrize("kind", ["int32", "float32", "bfloat16"])
-def test_a_bulk_store_on_the_gpu_is_what_it_means(kind, add, execute, tensor_on_gpu):
+@pytest.mark.parametrize(
+    "start",
+    [(20, 80), (0, 64), (36, 0), (60, 0), (8, 160), (-3, 8), (8, -16), (-40, 8), (8, -160)],
+    ids=str,
+)
+def test_a_bulk_store_on_the_gpu_is_what_it_means(kind, start, add, execute, tensor_on_gpu):
     rng = np.random.default_rng(2)
     dtype = dtypes.as_dtype(kind).numpy
     array = rng.integers(-8, 9, (40, 96)).astype(dtype)
     width = 128 // array.itemsize
     tensor = tensor_of(array, (32, width), 128, kind)
-    box = tma.Box(tensor, (20, 80))
+    box = tma.Box(tensor, start)
     values = rng.integers(-8, 9, tensor.box).astype(dtype)
     content = np.zeros(SHARED_BYTES, np.uint8)
     chunks = values.view(np.uint8).reshape(-1, tma.CHUNK)

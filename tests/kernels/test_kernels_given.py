@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
-from products import assert_product, operand
+from products import assert_near, assert_product, operand
 
 import tilejit.language as T
 from tilejit import tilejit
 from tilejit.errors import ResourceError, UnsupportedError
 
+BF16 = ml_dtypes.bfloat16
 HOPPER = "sm_90a"
 
 
@@ -96,6 +98,46 @@ def test_cluster_is_refused_where_threads_read_what_is_shared():
         "T.Kernel: blocks of a cluster of 2x1x1 cannot share the tiles that producers bring: more "
         "than T.gemm reads them."
     )
+
+
+@tilejit
+def counted(A: T.Tensor, B: T.Tensor, C: T.Tensor, counts: T.Tensor, *, cluster, by_block=True):
+    """Each row of tiles is multiplied along as much of K as a tensor says."""
+    with T.Kernel(C.shape[1] // 64, C.shape[0] // 64, threads=128, cluster=cluster) as (bx, by):
+        a = T.alloc_shared((64, 64), A.dtype)
+        b = T.alloc_shared((64, 64), B.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        T.clear(acc)
+        for k in T.Pipelined(counts[by if by_block else 1], num_stages=2):
+            T.copy(A[by * 64, k * 64], a)
+            T.copy(B[k * 64, bx * 64], b)
+            T.gemm(a, b, acc)
+        T.copy(acc, C[by * 64, bx * 64])
+
+
+def test_cluster_is_refused_where_its_blocks_copy_unequally_often(hopper, rng):
+    square, counts = T.Tensor((256, 256), "bfloat16"), T.Tensor((4,), "int32")
+    arguments = square, square, T.Tensor((256, 256), "float32"), counts
+    with pytest.raises(UnsupportedError) as caught:
+        counted.compile(*arguments, cluster=(1, 2), target="sm_90a")
+    assert caught.value.headline == (
+        "T.Kernel: blocks of a cluster of 1x2x1 cannot share the tiles that producers bring: each "
+        "has its own number of copies of A."
+    )
+    a, b = (rng.standard_normal((256, 256)).astype(BF16) for _ in range(2))
+    numbers = np.array([1, 3, 0, 4], np.int32)
+    for by_block, cluster, lengths in ((True, (2, 1), numbers), (False, (1, 2), [3] * 4)):
+        options = {"by_block": by_block, "cluster": cluster}
+        c = hopper(
+            lambda a, b, n, c, **rest: counted(a, b, c, n, **rest),
+            a, b, numbers, out=[((256, 256), np.float32)], **options,
+        )  # fmt: skip
+        for by, length in enumerate(lengths):
+            rows, depth = slice(by * 64, by * 64 + 64), length * 64
+            exact = a[rows, :depth].astype(np.float64) @ b[:depth].astype(np.float64)
+            assert_near(c[rows], exact, 1e-3)
+        text = counted.compile(*arguments, target="sm_90a", **options).explain()
+        assert "clusters of 2 blocks" in text
 
 
 def test_cluster_of_a_kernel_that_passes_leave_alone_is_launched_so(hopper, rng):

@@ -12,6 +12,7 @@ from tilejit.passes.describe import describe_tensors
 from tilejit.passes.given import order_tiles
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
+from tilejit.passes.proxies import order_reads
 from tilejit.passes.schedule import choose_schedule
 from tilejit.passes.select import select_atoms
 from tilejit.passes.specialise import specialise
@@ -27,6 +28,7 @@ PASSES: tuple[Pass, ...] = (
     specialise,  # the same of what producers bring
     order_tiles,  # blocks that walk have an order already
     insert_sync,  # hazards depend on what runs ahead
+    order_reads,  # meetings and arrivals are what tells others
     describe_tensors,  # boxes depend on slots and clusters
     allocate_memory,  # last: every buffer, slot and scratch is known
 )

@@ -15,7 +15,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Let, Node
 from tilejit.ops.copy import Copy
 from tilejit.passes.registers import GROUP, REGISTER_STEP, launch_registers, register_split
-from tilejit.passes.tiles import Walk, choose_cluster, only_multiplied
+from tilejit.passes.tiles import Walk, choose_cluster, is_in_step, only_multiplied
 
 FEWEST_REGISTERS, MOST_REGISTERS = 24, 256 - REGISTER_STEP
 
@@ -48,6 +48,15 @@ def cluster_of(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None
             hint="Leave cluster out, or write the copies with T.tma_copy.",
         )
     (axis,) = axes
+    uneven = next((c for c in brought if not is_in_step(c, kernel, axis)), None)
+    if uneven is not None:
+        raise UnsupportedError(
+            f"T.Kernel: blocks of a cluster of {'x'.join(map(str, given))} cannot share the tiles "
+            f"that producers bring: each has its own number of copies of {uneven.src.buffer.name}.",
+            span=kernel.span,
+            notes=["They would wait for each other."],
+            hint="Leave cluster out, or write the copies with T.tma_copy.",
+        )
     return given[axis], axis
 
 

@@ -230,13 +230,35 @@ def _brought(kernel: Kernel) -> list[Copy]:
 
 def is_same_along(copy: Copy, kernel: Kernel, axis: int) -> bool:
     """Whether blocks that differ along the grid's axis only bring the same tile."""
-    moving: set[Var] = {kernel.block_vars[axis]}
+    moving = _moving(kernel, axis)
+    return not any(variables(e) & moving for e in copy.exprs)
+
+
+def is_in_step(copy: Copy, kernel: Kernel, axis: int) -> bool:
+    """Whether blocks that differ along the grid's axis only make the copy equally often."""
+    moving = _moving(kernel, axis)
+
+    def within(body: Body) -> bool:
+        for node in body:
+            if any(copy is n for inner in node.bodies for n in walk(inner)):
+                steady = not any(variables(e) & moving for e in node.exprs)
+                return steady and all(within(inner) for inner in node.bodies)
+        return True
+
+    return within(kernel.body)
+
+
+def _moving(kernel: Kernel, axis: int) -> set[Var]:
+    """The variables that may differ between blocks that differ along the grid's axis only."""
+    moving: set[Var] = set(kernel.block_vars[axis : axis + 1])
     for node in walk(kernel.body):
-        if isinstance(node, Let | Load) and any(variables(e) & moving for e in node.exprs):
+        if isinstance(node, Load) and node.buffer.scope is not Scope.GLOBAL:
+            moving.update(node.defines)  # a block's own memory
+        elif isinstance(node, Let | Load) and any(variables(e) & moving for e in node.exprs):
             moving.update(node.defines)
         elif isinstance(node, For) and any(variables(e) & moving for e in node.exprs):
             moving.add(node.var)
-    return not any(variables(e) & moving for e in copy.exprs)
+    return moving
 
 
 def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None]:
@@ -257,7 +279,7 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     if size <= clocks * chip.brought_bytes or tiles < MANY_WAVES * chip.multiprocessors:
         return 1, None
     for axis, extent in enumerate(kernel.grid):
-        if divisor(extent) % 2:
+        if divisor(extent) % 2 or not all(is_in_step(c, kernel, axis) for c in brought):
             continue
         saved = 0.0
         for copy in brought:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from tilejit.ir.analysis import divisor
+from tilejit.ir.analysis import divisor, interval
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Var, int_value, is_const
 from tilejit.ir.kernel import Kernel, ParamKind
@@ -40,10 +40,10 @@ def misfit(copy: Copy, kernel: Kernel) -> str:
     if copy.pad is not None and not is_const(copy.pad, 0):
         return "what lies outside reads as 0 only"
     if scopes[0] is Scope.GLOBAL:
-        outer, inner = copy.src, copy.dst
-    else:
-        outer, inner = copy.dst, copy.src
-    return _global_misfit(outer, kernel) or _shared_misfit(inner, kernel)
+        return _global_misfit(copy.src, kernel) or _shared_misfit(copy.dst, kernel)
+    is_asked = copy.is_async or copy.prefer == "tma"
+    reason = _global_misfit(copy.dst, kernel) or _written_misfit(copy.dst, kernel, is_asked)
+    return reason or _shared_misfit(copy.src, kernel)
 
 
 def _global_misfit(region: Region, kernel: Kernel) -> str:
@@ -73,6 +73,24 @@ def _global_misfit(region: Region, kernel: Kernel) -> str:
     if divisor(region.starts[-1], _multiples(kernel)) * size % UNIT:
         # the tile's first column: the hardware traps, although no manual says so
         return f"the part of {name} does not provably begin at a multiple of {UNIT} bytes in a row"
+    return ""
+
+
+def _written_misfit(region: Region, kernel: Kernel, is_asked: bool) -> str:
+    """What loads may do and stores may not. No manual says either: measured on an H100, which
+    writes whole 16 bytes at the end of a row and traps at what begins before the tensor.
+
+    is_asked: the user asked for it, so it may begin where only the user knows it to be inside.
+    """
+    buffer = region.buffer
+    if divisor(buffer.shape[-1], kernel.multiples) * buffer.dtype.bytes % UNIT:
+        return f"rows of {buffer.name} do not provably end at multiples of {UNIT} bytes"
+    for start in region.starts:
+        bounds = interval(start)
+        if bounds.high is not None and bounds.high < 0:
+            return f"the part of {buffer.name} begins before the tensor does"
+        if not is_asked and (bounds.low is None or bounds.low < 0):
+            return f"the part of {buffer.name} may begin before the tensor does"
     return ""
 
 
