@@ -7,12 +7,12 @@ who multiplies.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     Expr,
@@ -28,7 +28,7 @@ from tilejit.ir.expr import (
 )
 from tilejit.ir.expr import walk as terms
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, For, If, Let, LoopKind, Node, all_reads, walk
+from tilejit.ir.node import Body, For, If, Let, LoopKind, Node, all_reads, all_writes, walk
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.nominal import nominal
@@ -57,7 +57,7 @@ class Late:
 
 def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
     """Whether the copy's strips can leave during the next tile's multiplies: the copy ends the
-    tile's work, nothing reads the tensor, and registers and iterations are enough.
+    tile's work, nothing else reads or writes the tensor, and registers and iterations are enough.
 
     Needs: atoms, layouts.
     """
@@ -71,9 +71,12 @@ def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
         return False  # kept in the registers that the next multiply writes, they serialise it
     if any(_is_long(e) for node in walk(kernel.body) for e in node.exprs):
         return False
-    tensor = copy.dst.buffer.root
-    if any(b.root is tensor for node in kernel.body for b in all_reads(node)):
-        return False
+    aliases = Aliases(kernel)
+    tensor = aliases.of(copy.dst.buffer)
+    others = {b for node in kernel.body for b in all_reads(node)}
+    others |= {b for node in kernel.body[:-1] for b in all_writes(node)}
+    if any(aliases.of(b) is tensor for b in others):
+        return False  # tiles need no order among themselves, what a tile does to a place does
     tiles = math.prod(nominal(extent) for extent in kernel.grid)
     if tiles < FEWEST_TILES * kernel.target.chip.multiprocessors:
         return False
@@ -100,9 +103,12 @@ def main_loop(body: Body) -> For | None:
 
 def _free_at(body: Body) -> int | None:
     """The place in a loop's body where a multiply has begun and is not waited for yet."""
-    for place, (before, node) in enumerate(itertools.pairwise(body), 1):
-        if isinstance(node, GemmWait) and isinstance(before, Gemm) and before.is_async:
-            return place
+    begun = None
+    for place, node in enumerate(body, 1):
+        if isinstance(node, Gemm) and node.is_async:
+            begun = place
+        elif isinstance(node, GemmWait) and begun is not None:
+            return begun
     return None
 
 
