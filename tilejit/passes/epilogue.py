@@ -75,19 +75,31 @@ class _Stager:
         self.thread = kernel.thread_vars[0]
         self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
         self.strips: dict[tuple[tuple[int, ...], DType], Buffer] = {}
+        held = {n: self._held(n) for n in walk(kernel.body)}
+        # Copies that share strips follow each other in any order: the slot that one begins with
+        # may be the one that another ended with.
+        self.is_uneven = any(
+            len(_strips(n, atom)[1]) % MOST_STRIPS
+            for n, atom in held.items()
+            if isinstance(n, Copy) and atom is not None
+        )
 
-    def visit(self, node: Node) -> Node | tuple[Node, ...]:
+    def _held(self, node: Node) -> WgmmaAtom | None:
+        """The multiply by which warpgroups hold what the node copies to a tensor; None for other
+        nodes."""
         if not isinstance(node, Copy) or node.atom is None:
-            return node
+            return None
         source, target = node.src.buffer, node.dst.buffer
         if (source.scope, target.scope) != (Scope.FRAGMENT, Scope.GLOBAL):
+            return None
+        return self._holder(source) if node.src.is_whole and source.rank == 2 else None
+
+    def visit(self, node: Node) -> Node | tuple[Node, ...]:
+        atom = self._held(node)
+        if not isinstance(node, Copy) or atom is None:
             return node
-        atom = self._holder(source)
-        if atom is None or not node.src.is_whole or source.rank != 2:
-            return node
-        columns = source.extents[1] // atom.groups_n
-        width = math.gcd(STRIP_BYTES // target.dtype.bytes, atom.wgmma.n)
-        strips = [(r, c) for r in range(atom.rows) for c in range(columns // width)]
+        source, target = node.src.buffer, node.dst.buffer
+        width, strips = _strips(node, atom)
         buffer = self._strip_buffer(source, target, atom, width, len(strips))
         probe = self._store(node, buffer, atom, width, 0, (0, 0))
         reason = misfit(replace(probe, atom=None), self.kernel)
@@ -113,7 +125,7 @@ class _Stager:
         return tuple(
             n
             for number, place in enumerate(strips)
-            for n in self._strip(node, buffer, atom, width, number, place, len(strips))
+            for n in self._strip(node, buffer, atom, width, number, place)
         )
 
     def _hold(
@@ -138,7 +150,7 @@ class _Stager:
         def strip(number: int, region: Region) -> list[Node]:
             kept = replace(node, src=replace(node.src, buffer=held), dst=region, whole=node)
             place = strips[number]
-            return self._strip(kept, buffer, atom, width, number, place, len(strips))
+            return self._strip(kept, buffer, atom, width, number, place)
 
         self.staging.late = Late(node, held, len(strips), strip)
         places = tuple(
@@ -190,7 +202,6 @@ class _Stager:
         width: int,
         number: int,
         place: tuple[int, int],
-        strips: int,
     ) -> list[Node]:
         """One strip: write it when its slot has been read, send it."""
         slots, span = buffer.extents[0], node.span
@@ -211,7 +222,7 @@ class _Stager:
         fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
         # where they meet for this strip, all learn that the other slot has been read
         filled = [written, fence, read_before, meeting, *sent]
-        follows_itself = slots == 1 or (number == 0 and strips % slots != 0)
+        follows_itself = slots == 1 or (number == 0 and self.is_uneven)
         return [read, meeting, *filled] if follows_itself else filled
 
     def _barrier(self, atom: WgmmaAtom) -> Expr:
@@ -294,3 +305,10 @@ class _Stager:
             whole=node.whole or node,
             span=node.span,
         )
+
+
+def _strips(node: Copy, atom: WgmmaAtom) -> tuple[int, list[tuple[int, int]]]:
+    """The columns of a strip, and where in a warpgroup's part of the accumulator each lies."""
+    columns = node.src.buffer.extents[1] // atom.groups_n
+    width = math.gcd(STRIP_BYTES // node.dst.buffer.dtype.bytes, atom.wgmma.n)
+    return width, [(r, c) for r in range(atom.rows) for c in range(columns // width)]
