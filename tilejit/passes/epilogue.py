@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import DType, int32
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
 from tilejit.ir.kernel import Kernel
@@ -75,7 +76,15 @@ class _Stager:
         self.thread = kernel.thread_vars[0]
         self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
         self.strips: dict[tuple[tuple[int, ...], DType], Buffer] = {}
+        self.aliases = Aliases(kernel)
         held = {n: self._held(n) for n in walk(kernel.body)}
+        # Tensors that threads write: no order is between their writes and the accelerator's
+        self.by_threads = {
+            self.aliases.of(b)
+            for n, atom in held.items()
+            if atom is None and not (isinstance(n, Copy) and n.is_tma)
+            for b in n.writes
+        }
         # Copies that share strips follow each other in any order: the slot that one begins with
         # may be the one that another ended with.
         self.is_uneven = any(
@@ -103,6 +112,8 @@ class _Stager:
         buffer = self._strip_buffer(source, target, atom, width, len(strips))
         probe = self._store(node, buffer, atom, width, 0, (0, 0))
         reason = misfit(replace(probe, atom=None), self.kernel)
+        if self.aliases.of(target) in self.by_threads:
+            reason = reason or f"threads write {target.name} too"
         size = math.prod(buffer.extents) * buffer.dtype.bytes
         if buffer not in self.shared and size > self.free:
             reason = reason or f"{size} bytes of shared memory for it are not left"
@@ -112,6 +123,7 @@ class _Stager:
             self.staging.notes.append(
                 f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"
             )
+            self.by_threads.add(self.aliases.of(target))
             return node
         if buffer not in self.shared:
             self.free -= size

@@ -92,6 +92,10 @@ class _Pending:
             if b in before
         )
 
+    def touches(self, tensors: Iterable[Buffer]) -> bool:
+        """Whether threads have used what bulk stores go to."""
+        return any(t in self.reads or t in self.writes for t in tensors)
+
     def after(
         self,
         reads: Touched,
@@ -237,7 +241,7 @@ class _Synchroniser:
         if is_async and any(b in pending.unfenced for b in reads):
             before.append(Control(op=ControlOp.FENCE_ASYNC, span=node.span))
             pending = replace(pending, unfenced=frozenset())
-        if before or pending.conflicts(reads, writes):
+        if before or pending.conflicts(reads, writes) or pending.touches(t for t, _ in sent):
             before.append(meeting)
             pending = pending.met()
         unfenced = () if is_async else [b for b in writes if b.scope is Scope.SHARED]
