@@ -1,5 +1,5 @@
-"""What Hopper does and no manual says, found by random programs on a GPU: bulk stores write whole 16
-bytes and trap before the tensor, and loads are overtaken by the next bulk copy to their tile."""
+"""What Hopper does and no manual says, found by random programs on a GPU: bulk stores write whole
+16 bytes and trap before the tensor, and loads are overtaken by the next bulk copy to their tile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from products import assert_product, explained, operand
 
 import tilejit.language as T
-from tilejit import tilejit
+from tilejit import options, tilejit
 from tilejit.errors import SimulationError, UnsupportedError
 from tilejit.runtime.device import use_executor
 
@@ -36,15 +36,17 @@ def product(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, up=0, left=0, prefer=None)
 @pytest.mark.parametrize("out, columns", [("float32", 65), ("float32", 63), (BF16, 70), (BF16, 9)])
 def test_rows_that_end_inside_16_bytes_leave_what_is_behind_them(hopper, rng, out, columns):
     """The tensor's rows are a part of longer ones, as a slice's are."""
-    a, b = operand(rng, (70, 48), BF16), operand(rng, (48, columns + 7), BF16)[:, :columns]
     whole = -(-columns // 8) * 8 + 8
+    a, b = operand(rng, (70, 48), BF16), operand(rng, (48, whole), BF16)[:, :columns]
     c = hopper(
         lambda a, b, c: product(a, b, c[:, :columns]), a, b, out=[((70, whole), out)],
     )  # fmt: skip
     assert_product(c[:, :columns], a, b)
     assert np.isnan(c[:, columns:].astype(np.float32)).all()
     strided = T.StridedTensor((70, columns), (whole, 1), T.Tensor((1,), out).dtype)
-    text = explained(product, a, b, strided)
+    rows = T.StridedTensor((48, columns), (whole, 1), "bfloat16")
+    text = explained(product, a, rows, strided)
+    assert "slots of a, b by TMA" in text
     assert "acc -> C: stored by the threads" in text
     assert "(rows of C do not provably end at multiples of 16 bytes)" in text
 
@@ -66,24 +68,31 @@ def test_store_asked_for_before_the_tensor_is_the_users_word(rng):
     text = product.compile(*specs, target=HOPPER, up=8, prefer="tma").explain()
     assert "acc -> C: by TMA" in text
     a = operand(rng, (64, 64), BF16)
-    with use_executor("simulator"), pytest.raises(SimulationError, match="that is written begins"):
+    with (
+        use_executor("simulator"),
+        options(target=HOPPER),
+        pytest.raises(SimulationError, match="that is written begins"),
+    ):
         product(a, a, np.zeros((64, 64), np.float32), up=8, prefer="tma")
 
 
-def test_store_by_hand_before_the_tensor_is_an_error_at_its_line():
-    @tilejit
-    def kernel(C: T.Tensor):
-        with T.Kernel(1, threads=128):
-            tile = T.alloc_shared((16, 64), C.dtype)
-            T.fill(tile, 0)
-            T.fence_proxy_async()
-            T.sync_threads()
-            if T.shuffle_elect(128):
-                T.tma_copy(tile, C[-16, 0])
-                T.tma_store_wait(0)
+@tilejit
+def before(C: T.Tensor, *, rows):
+    with T.Kernel(2, threads=128) as bx:
+        tile = T.alloc_shared((16, 64), C.dtype)
+        T.fill(tile, 0)
+        T.fence_proxy_async()
+        T.sync_threads()
+        if T.shuffle_elect(128):
+            T.tma_copy(tile, C[bx * 16 - rows, 0])
+            T.tma_store_wait(0)
 
+
+def test_store_by_hand_that_surely_begins_before_the_tensor_is_an_error_at_its_line():
+    spec = T.Tensor((64, 64), "float32")
+    before.compile(spec, target=HOPPER, rows=16)
     with pytest.raises(UnsupportedError, match="the part of C begins before the tensor does"):
-        kernel.compile(T.Tensor((64, 64), "float32"), target=HOPPER)
+        before.compile(spec, target=HOPPER, rows=17)
 
 
 @tilejit
@@ -105,7 +114,7 @@ def by_halves(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BM=64, BN=192, BK=64):
 
 
 def test_loads_are_over_before_their_slot_is_left(hopper, rng):
-    """Rows of acc_shared lie in the same banks: loads wait long enough for the next copy to come."""
+    """Loads of the sums' rows meet in the same banks, long enough for the next copy to come."""
     a, b = operand(rng, (192, 520), BF16), operand(rng, (512, 520), BF16)
     c = hopper(by_halves, a, b, out=[((192, 512), "float32")])
     assert_product(c, a, b.T)

@@ -111,7 +111,8 @@ class _Stager:
         width, strips = _strips(node, atom)
         buffer = self._strip_buffer(source, target, atom, width, len(strips))
         probe = self._store(node, buffer, atom, width, 0, (0, 0))
-        reason = misfit(replace(probe, atom=None), self.kernel)
+        prefer = node.prefer if node.prefer == "tma" else None
+        reason = misfit(replace(probe, atom=None, prefer=prefer), self.kernel)
         if self.aliases.of(target) in self.by_threads:
             reason = reason or f"threads write {target.name} too"
         size = math.prod(buffer.extents) * buffer.dtype.bytes
