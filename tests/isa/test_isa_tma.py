@@ -143,19 +143,12 @@ class TestCalls:
         assert lanes.calls == [("load_box", 3, box, 384, 8, None), ("load_box", 3, box, 384, 8, 5)]
 
     def test_a_store_is_the_active_lanes(self, lanes, place):
-        place[1][:] = 7
         tma.tma_store(2).meaning(lanes, place)
         tma.tma_reduce_add(2).meaning(lanes, place)
-        box = Box(GOOD, (7, 24))
+        box = Box(GOOD, (-7, 24))
         assert lanes.calls == [
             ("store_box", 3, box, 384, False), ("store_box", 3, box, 384, True)
         ]  # fmt: skip
-
-    def test_a_store_before_the_tensor_is_our_error(self, lanes, place):
-        for one in (tma.tma_store(2), tma.tma_reduce_add(2)):
-            with pytest.raises(AssertionError, match=r"that is written begins at \(-7, 24\)"):
-                one.meaning(lanes, place)
-        assert lanes.calls == []
 
     @pytest.mark.parametrize("column", [1, 4, -4, 12, 99])
     def test_a_box_that_begins_inside_16_bytes_of_a_row_is_our_error(self, lanes, place, column):

@@ -83,6 +83,11 @@ class AsyncEffects(LaneEffects):
 
     def store_box(self, lane: int, box: Box, shared: int, add: bool) -> None:
         block, thread = self._block, int(self._threads[lane])
+        if min(box.start) < 0:  # not in the PTX ISA: measured on an H100
+            raise SimulationError(
+                f"A bulk store begins at {box.start}, before its tensor: a GPU would stop with an "
+                "illegal instruction.",
+            )
         store = Store(box, box.chunks(shared), thread, int(self._store_groups[lane]), add)
         store.start(block.shared, block.history(), block.memory, block.watch)
         self._stores.append(store)
