@@ -408,8 +408,10 @@ def placed(A: T.Tensor, B: T.Tensor, rows: T.Tensor, C: T.Tensor, start: T.int32
         a = T.alloc_shared((128, 32), A.dtype)
         b = T.alloc_shared((32, 64), B.dtype)
         acc = T.alloc_fragment((128, 64), "float32")
-        if kind == "start":
+        if kind == "start":  # which may be negative
             row = by * 128 + start
+        elif kind == "bounded":
+            row = by * 128 + T.max(start, 0)
         elif kind == "reversed":
             row = (T.ceildiv(M, 128) - 1 - by) * 128
         elif kind == "variable":
@@ -426,12 +428,18 @@ def placed(A: T.Tensor, B: T.Tensor, rows: T.Tensor, C: T.Tensor, start: T.int32
 
 @pytest.mark.parametrize(
     "kind, is_late",
-    [("start", True), ("reversed", True), ("variable", False), ("table", False)],
+    [
+        ("start", False),
+        ("bounded", True),
+        ("reversed", True),
+        ("variable", False),
+        ("table", False),
+    ],
 )
 def test_tiles_lie_where_the_program_says(hopper, rng, kind, is_late):
     a, b = operand(rng, (512, 96), BF16), operand(rng, (96, 200), BF16)
     rows = np.array([384, 0, 256, 128], np.int32)
-    start = np.int32(8 if kind in ("start", "variable") else 0)
+    start = np.int32(8 if kind in ("start", "bounded", "variable") else 0)
 
     def kernel(A, B, rows, C):
         placed(A, B, rows, C, start, kind=kind)
