@@ -11,15 +11,18 @@ from tilejit import device_name, tilejit
 
 
 @tilejit
-def matmul(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BM=128, BN=128, BK=32, stages=3):
+def matmul(
+    A: T.Tensor, B: T.Tensor, C: T.Tensor,
+    *, BM=T.auto(128, 64, 256), BN=T.auto(128, 256, 64), BK=T.auto(64, 32),
+):  # fmt: skip
     M, K = A.shape
     N = C.shape[1]
-    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=128) as (bx, by):
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM)) as (bx, by):
         a = T.alloc_shared((BM, BK), A.dtype)
         b = T.alloc_shared((BK, BN), B.dtype)
         acc = T.alloc_fragment((BM, BN), "float32")
         T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=stages):
+        for k in T.Pipelined(T.ceildiv(K, BK)):
             T.copy(A[by * BM, k * BK], a)
             T.copy(B[k * BK, bx * BN], b)
             T.gemm(a, b, acc)

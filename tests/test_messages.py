@@ -885,7 +885,7 @@ def test_copy_in_a_branch_of_some_threads_is_refused():
         """
         T.copy needs all threads of the block, but it stands in a branch or loop that not all of them take.
         at T.copy(A, s)
-        Hint: Move it out, or make the condition the same for the whole block.
+        Hint: Move it out, or make the condition the same for all of them.
         """,
     ):
         kernel.compile(spec(64, 32))
@@ -924,7 +924,7 @@ def test_barrier_in_a_branch_of_some_threads_is_refused():
         """
         T.sync_threads needs all threads of the block, but it stands in a branch or loop that not all of them take.
         at T.sync_threads()
-        Hint: Move it out, or make the condition the same for the whole block.
+        Hint: Move it out, or make the condition the same for all of them.
         """,
     ):
         kernel.compile(spec(64, 32))

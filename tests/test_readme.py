@@ -63,7 +63,7 @@ def test_code_of_the_readme_runs(tmp_path):
     path.write_text(python_program(), encoding="utf-8")
     done = run_file(path)
     assert done.returncode == 0, done.stderr
-    assert "T.Pipelined(" in done.stdout and "def matmul(A, B, C):" in done.stdout
+    assert "T.Pipelined(" in done.stdout and "def matmul(" in done.stdout
 
 
 def test_first_program_of_the_readme_is_complete(tmp_path):

@@ -24,8 +24,9 @@ class Options:
     dump: str = _knob(
         "TILEJIT_DUMP",
         "",
-        "Comma-separated stages to print to stderr: trace, select_atoms, infer_layouts, "
-        "pipeline_loops, insert_sync, allocate_memory, source, explain, ptx.",
+        "Comma-separated stages to print to stderr: trace, choose_schedule, select_atoms, "
+        "infer_layouts, pipeline_loops, specialise, insert_sync, order_reads, describe_tensors, "
+        "allocate_memory, source, explain, ptx.",
     )
     verify: bool = _knob("TILEJIT_VERIFY", True, "Verify the tile graph after every pass.")
     full_traceback: bool = _knob(

@@ -6,6 +6,7 @@ Knows names, sizes, NumPy promotion and value ranges. Does not know machine regi
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 from enum import StrEnum
@@ -70,6 +71,7 @@ class DType:
         """Largest finite value."""
         return self._limits()[1]
 
+    @functools.cache  # noqa: B019 - dtypes are few and live as long as the module
     def _limits(self) -> tuple[float | int, float | int]:
         if self.is_bool:
             return 0, 1

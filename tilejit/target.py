@@ -19,6 +19,7 @@ class Feature(StrEnum):
     MMA = "mma.sync"
     MMA_FP8 = "mma.sync fp8"
     MMA_F64 = "mma.sync f64"
+    MMA_F64_M16 = "mma.sync f64 m16"
     FP8_CONVERT = "fp8 conversion"
     MBARRIER = "mbarrier"
     MBARRIER_TX = "mbarrier expect_tx"
@@ -35,8 +36,30 @@ _SM80 = frozenset(
 )
 _SM89 = _SM80 | {Feature.MMA_FP8, Feature.FP8_CONVERT}
 _SM90 = _SM89 | {
-    Feature.MBARRIER_TX, Feature.TMA, Feature.CLUSTER, Feature.STMATRIX, Feature.GRIDDEPCONTROL
+    Feature.MMA_F64_M16,
+    Feature.MBARRIER_TX, Feature.TMA, Feature.CLUSTER, Feature.STMATRIX, Feature.GRIDDEPCONTROL,
 }  # fmt: skip
+_SM90A = _SM90 | {Feature.WGMMA, Feature.SETMAXNREG}
+_SM100 = _SM90 | {Feature.SETMAXNREG}
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a typical product of a target does in a clock; weighs choices, nothing else.
+
+    multiprocessors, clock (GHz under load): of the whole chip. memory_bytes: a clock, of the whole
+    chip from its memory. brought_bytes: a clock, from the L2 cache to a multiprocessor.
+    tensor_macs: multiply-adds of 16-bit operands a clock in a multiprocessor's tensor cores, into
+    float32. unpacks_fp8: mma.sync turns fp8 operands into float16 first.
+    Sources: NVIDIA's architecture whitepapers; `brought_bytes` of sm_90a is measured.
+    """
+
+    multiprocessors: int
+    clock: float
+    memory_bytes: float
+    brought_bytes: float
+    tensor_macs: int
+    unpacks_fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +72,17 @@ class Target:
     # per block, the opt-in maximum (CUDA Programming Guide, compute capabilities)
     shared_bytes: int
     features: frozenset[Feature]
+    chip: Chip
 
     @property
     def compute(self) -> str:
         """The NVVM and NVRTC spelling, such as compute_90a."""
         return self.name.replace("sm_", "compute_")
+
+    @property
+    def has_modern_ir(self) -> bool:
+        """libNVVM takes the modern LLVM dialect for it, else LLVM 7's (NVVM IR Specification)."""
+        return self.cc >= (10, 0)
 
     def has(self, *features: Feature) -> bool:
         return self.features.issuperset(features)
@@ -62,16 +91,23 @@ class Target:
         return self.name
 
 
+_A100 = Chip(108, 1.41, 1100, 45, 1024)
+_RTX3090 = Chip(82, 1.7, 550, 28, 256)
+_RTX4090 = Chip(128, 2.5, 400, 32, 256)
+_H100 = Chip(132, 1.65, 2000, 54, 2048, unpacks_fp8=True)
+_B200 = Chip(148, 1.85, 4200, 60, 1024, unpacks_fp8=True)
+_RTX5090 = Chip(170, 2.4, 740, 32, 256)
+
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("sm_80", (8, 0), "", 163 * 1024, _SM80),
-        Target("sm_86", (8, 6), "", 99 * 1024, _SM80),
-        Target("sm_89", (8, 9), "", 99 * 1024, _SM89),
-        Target("sm_90", (9, 0), "", 227 * 1024, _SM90),
-        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90 | {Feature.WGMMA, Feature.SETMAXNREG}),
-        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM90 | {Feature.SETMAXNREG}),
-        Target("sm_120a", (12, 0), "a", 99 * 1024, _SM90 | {Feature.SETMAXNREG}),
+        Target("sm_80", (8, 0), "", 163 * 1024, _SM80, _A100),
+        Target("sm_86", (8, 6), "", 99 * 1024, _SM80, _RTX3090),
+        Target("sm_89", (8, 9), "", 99 * 1024, _SM89, _RTX4090),
+        Target("sm_90", (9, 0), "", 227 * 1024, _SM90, _H100),
+        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90A, _H100),
+        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM100, _B200),
+        Target("sm_120a", (12, 0), "a", 99 * 1024, _SM100, _RTX5090),
     )
 }
 

@@ -64,6 +64,12 @@ def test_matmul_is_right_on_every_executor(executor, capsys):
     assert capsys.readouterr().out == "matmul 150x170x90: right\n"
 
 
+def test_manual_matmul_is_right_where_it_chooses_to_run(capsys):
+    load("manual_matmul").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(" bfloat16 by hand is right, on " in line for line in lines)
+
+
 def test_first_command_of_the_readme_runs_as_a_script():
     lines = run_script("examples/quickstart.py").splitlines()
     assert [line.split()[0] for line in lines] == ["512x512x512", "503x763x1017"]

@@ -128,6 +128,8 @@ def check(program: Program, kernel: TileKernel, arguments: dict[str, Argument]) 
     """Assert that everything that can run the program agrees with its meaning, bit for bit."""
     (frame,) = kernel.kernels
     for stage, graph in passes.stages(frame.graph, kernel.target):
+        if graph.is_persistent:
+            break  # which tile a block computes is not in the arguments any more
         with use_executor("reference"):
             _with_graph(kernel, graph)(**given(program, arguments))
         compare(program, arguments, f"the reference executor after {stage}")

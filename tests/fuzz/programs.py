@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 import meaning as m
+import ml_dtypes
 import numpy as np
 from meaning import Array, State, Statement, Term, literal
 from writing import EXTENTS, MAX_TILE, Memory, Product, Profile, Program, Writer, random_array
@@ -17,14 +18,15 @@ from tilejit.dtypes import DType, as_dtype, float32, int32
 
 THREADS = (32, 64, 96, 128, 128, 48, 256)
 WORDS = 64  # of a fragment, a thread
+MAX_SHARED = 192 * 1024  # bytes of a pipeline's slots
 
 
 class Assembly:
     """A program under construction."""
 
-    def __init__(self, seed: int, profile: Profile) -> None:
+    def __init__(self, seed: int, profile: Profile, threads: tuple[int, ...] = THREADS) -> None:
         self.writer = Writer(seed, profile)
-        self.threads = self.writer.pick(*THREADS)
+        self.threads = self.writer.pick(*threads)
         self.grid = self.writer.pick((1, 1), (2, 1), (3, 1), (2, 2), (1, 2))
         self.is_flat = self.grid[1] == 1 and self.writer.chance(0.6)
         self.arrays: dict[str, Array] = {}
@@ -249,46 +251,64 @@ PRODUCTS = (
     ("int8", "int8", "int32", 9), ("uint8", "int8", "int32", 9), ("uint8", "uint8", "int32", 9),
     ("float8_e4m3fn", "float8_e4m3fn", "float32", 3),
     ("float8_e5m2", "float8_e4m3fn", "float32", 3),
+    ("float8_e4m3fn", "float8_e5m2", "float16", 1),
 )  # fmt: skip
+PLAIN = ("float32", "float64")  # no warpgroup multiplies them
 
 
-def multiplied(a: Assembly, dtypes: tuple[str, str, str, int]) -> tuple[Product, Memory]:
-    """Tiles of one product; those of a second one take the first's result."""
+def multiplied(
+    a: Assembly, dtypes: tuple[str, str, str, int], for_groups: bool
+) -> tuple[Product, Memory]:
+    """Tiles of one product. for_groups: that warpgroups can multiply, most of them."""
     w = a.writer
     left, right, total = (as_dtype(d) for d in dtypes[:3])
-    if w.chance(0.8):
+    if for_groups:
+        M = w.pick(64, 64, 128)
+        N, K = w.pick(8, 16, 16, 24, 32, 64), w.pick(32, 32, 64)
+    elif w.chance(0.8):
         M, N, K = w.pick(16, 16, 32, 48, 64), w.pick(8, 16, 16, 24, 32, 64), w.pick(16, 32, 32, 64)
     else:
         M, N, K = (w.pick(1, 4, 8, 10, 16, 20, 33) for _ in range(3))
     while 32 * a.threads < M * N:
         M, N = max(M // 2, 1), max(N // 2, 1)
     t_a, t_b = w.chance(0.3), w.chance(0.4)
-    scope = "fragment" if w.chance(0.2) and 16 * a.threads >= M * K else "shared"
+    if for_groups and left.bits != 16 and w.chance(0.8):
+        t_a, t_b = False, True
+    fragments = 0.1 if for_groups else 0.2
+    scope_a = "fragment" if w.chance(fragments) and 16 * a.threads >= M * K else "shared"
+    scope_b = "fragment" if w.chance(fragments) and 16 * a.threads >= K * N else "shared"
     tiles = (
-        a.tile(scope, left, (K, M) if t_a else (M, K), dtypes[3]),
-        a.tile("shared", right, (N, K) if t_b else (K, N), dtypes[3]),
+        a.tile(scope_a, left, (K, M) if t_a else (M, K), dtypes[3]),
+        a.tile(scope_b, right, (N, K) if t_b else (K, N), dtypes[3]),
         a.tile("fragment", total, (M, N), 64),
     )
     return Product(*tiles, t_a, t_b), tiles[2]
 
 
-def tiles(seed: int) -> Program:
-    """Copies, fills, elementwise loops, pipelines and matrix multiplies over tiles."""
-    a = Assembly(seed, Profile(exact=True, max_statements=5))
+def tiles(seed: int, for_groups: bool = False) -> Program:
+    """Copies, fills, elementwise loops, pipelines and matrix multiplies over tiles.
+
+    for_groups: mostly such as warpgroups can multiply and bulk copies bring.
+    """
+    profile = Profile(exact=True, max_statements=5)
+    a = Assembly(seed, profile, (128, 128, 256) if for_groups else THREADS)
     w = a.writer
     a.block()
-    dtypes = w.pick(*PRODUCTS)
+    dtypes = w.pick(*(p for p in PRODUCTS if not for_groups or p[0] not in PLAIN))
     for n, d in enumerate(dtypes[:2]):
         source = as_dtype(d if w.chance(0.75) else w.pick("int8", "float32", "float16"))
         if not source.is_signed or as_dtype(d).is_signed is False:
             source = as_dtype(d)
         rank = w.pick(2, 2, 2, 3)
-        shape = tuple(w.pick(16, 32, 50, 64, 72, 96, 128, 130) for _ in range(2))
+        extents = (16, 32, 50, 64, 72, 96, 128, 130)
+        if for_groups and w.chance(0.8):
+            extents = (16, 32, 48, 64, 80, 96, 128, 160)
+        shape = tuple(w.pick(*extents) for _ in range(2))
         a.input(f"A{n}", source, (*(3,) * (rank - 2), *shape), dtypes[3])
     a.input("P", int32, (w.rng.randrange(20, 80),))
     products, accumulators = [], []
     for _ in range(w.pick(1, 1, 1, 2)):
-        product, acc = multiplied(a, dtypes)
+        product, acc = multiplied(a, dtypes, for_groups)
         products.append(product)
         accumulators.append(acc)
     w.products = products
@@ -320,8 +340,8 @@ def kernel(A: {A}, B: {B}, C: {C}):
     M, N = C.shape
     K = A.shape[{k_axis}]
     with T.Kernel(T.ceildiv(N, {BN}), T.ceildiv(M, {BM}), threads={threads}) as (bx, by):
-        a = T.alloc_{scope}({a_shape}, "{a}")
-        b = T.alloc_shared({b_shape}, "{b}")
+        a = T.alloc_{a_scope}({a_shape}, "{a}")
+        b = T.alloc_{b_scope}({b_shape}, "{b}")
         acc = T.alloc_fragment(({BM}, {BN}), "{acc}")
         T.clear(acc)
         for k in T.Pipelined(T.ceildiv(K, {BK}){stages}):
@@ -332,18 +352,30 @@ def kernel(A: {A}, B: {B}, C: {C}):
 """
 
 
-def matmul(seed: int) -> Program:
+def matmul(seed: int, for_groups: bool = False) -> Program:
     """A tile matmul of real numbers: tile shape, dtypes, transposes, warps, policy and stages are
-    drawn; M, N and K are constants or known at the call."""
+    drawn; M, N and K are constants or known at the call.
+
+    for_groups: mostly such as warpgroups can multiply and bulk copies bring.
+    """
     w = Writer(seed, Profile(exact=True))
-    a, b, acc, _ = w.pick(*PRODUCTS)
+    a, b, acc, _ = w.pick(*(p for p in PRODUCTS if not for_groups or p[0] not in PLAIN))
     BM, BN, BK = w.pick(16, 32, 48, 64), w.pick(8, 16, 24, 32, 64), w.pick(16, 32, 64)
-    if w.chance(0.2):
+    if for_groups:
+        BM, BN, BK = w.pick(64, 64, 128, 192), w.pick(8, 24, 32, 64, 80, 128), w.pick(32, 64, 96)
+    elif w.chance(0.2):
         BM, BN, BK = (w.pick(1, 3, 4, 8, 10, 20) for _ in range(3))
+    stages = w.pick(None, *range(5))
+    if (BM + BN) * BK * as_dtype(a).bytes * (stages or 1) > MAX_SHARED:
+        BK = 32
     M, N, K = (w.rng.randrange(1, 2 * n + 2) for n in (BM, BN, BK))
     if w.chance(0.5):
         M, N, K = BM * w.pick(1, 2), BN * w.pick(1, 2), BK * w.pick(1, 2, 5)
+    if for_groups and w.chance(0.7):
+        M, N, K = (-(-n // 16) * 16 for n in (M, N, K))
     t_a, t_b = w.chance(0.3), w.chance(0.4)
+    if for_groups and as_dtype(a).bits != 16 and w.chance(0.8):
+        t_a, t_b = False, True
     is_dynamic = w.chance(0.4)
     declared = {
         name: f'T.Tensor(({shape}), "{dtype}")' if is_dynamic else "T.Tensor"
@@ -353,23 +385,25 @@ def matmul(seed: int) -> Program:
             ("C", "M, N", acc),
         )
     }
-    threads = w.pick(32, 64, 96, 128, 256)
-    can_hold = 16 * threads >= BM * BK
+    threads = w.pick(128, 128, 256, 384) if for_groups else w.pick(32, 64, 96, 128, 256)
+    fragments = 0.1 if for_groups else 0.2
     source = MATMUL.format(
         **declared, BM=BM, BN=BN, BK=BK, threads=threads, t_a=t_a, t_b=t_b, a=a, b=b, acc=acc,
         k_axis=0 if t_a else 1,
         a_shape=(BK, BM) if t_a else (BM, BK), b_shape=(BN, BK) if t_b else (BK, BN),
         a_at=f"k * {BK}, by * {BM}" if t_a else f"by * {BM}, k * {BK}",
         b_at=f"bx * {BN}, k * {BK}" if t_b else f"k * {BK}, bx * {BN}",
-        stages=w.pick("", *(f", num_stages={n}" for n in range(5))),
+        stages="" if stages is None else f", num_stages={stages}",
         policy=w.pick("Square", "FullRow", "FullCol"),
-        scope="fragment" if can_hold and w.chance(0.2) else "shared",
+        a_scope="fragment" if w.chance(fragments) and 16 * threads >= BM * BK else "shared",
+        b_scope="fragment" if w.chance(fragments) and 16 * threads >= BK * BN else "shared",
     )  # fmt: skip
     left, right = operand(w, (M, K), as_dtype(a)), operand(w, (K, N), as_dtype(b))
     exact = left.astype(np.float64) @ right.astype(np.float64)
     size = np.abs(left).astype(np.float64) @ np.abs(right).astype(np.float64)
     unit = _UNITS.get(acc, 0.0) + (2.0**-10 if a == "tfloat32" else 0)
     total = as_dtype(acc)
+    smallest = float(ml_dtypes.finfo(total.numpy).smallest_subnormal) if total.is_float else 0.0
     before = np.frombuffer(b"\xff" * M * N * total.bytes, total.numpy).reshape(M, N)
     return Program(
         source=source,
@@ -382,7 +416,7 @@ def matmul(seed: int) -> Program:
         declared=frozenset("ABC") if is_dynamic else frozenset(),
         scalars={},
         expected={"C": exact},
-        bounds={"C": (K + 1) * unit * size + 1e-30},
+        bounds={"C": (K + 1) * (unit * size + smallest)},
     )
 
 

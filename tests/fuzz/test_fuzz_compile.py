@@ -1,5 +1,9 @@
 """Random programs compile for every target: no compiler refuses them, and registers suffice."""
 
+import re
+from functools import partial
+
+import pipelines
 import programs
 import pytest
 from checking import compile_some
@@ -24,3 +28,15 @@ def test_random_program_compiles_without_spills(seed):
 def test_random_matmul_compiles_without_spills(seed, target):
     _, kernel, _ = compile_some(programs.matmul, seed, target)
     assert (kernel.resources.spill_bytes, kernel.resources.stack_bytes) == (0, 0)
+
+
+@pytest.mark.fuzz(12)
+def test_random_program_for_warpgroups_compiles_without_spills(seed):
+    """Where TMA brings the operands; byte by byte, through registers, they may take too many."""
+    make = (pipelines.pipeline, partial(programs.matmul, for_groups=True),
+            partial(programs.tiles, for_groups=True))[seed % 3]  # fmt: skip
+    _, kernel, _ = compile_some(make, seed, "sm_90a")
+    resources, log = kernel.resources, kernel.kernels[0].compiled.log
+    if re.search(r"fills \d+ slot", kernel.explain()):
+        assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
+        assert not re.search(r"\bC7\d\d\d\b", log), log

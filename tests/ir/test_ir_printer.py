@@ -9,23 +9,9 @@ from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import Var, VarKind, arith, binary, ceildiv, const, index
 from tilejit.ir.kernel import Kernel, Param, ParamKind
-from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    For,
-    If,
-    Load,
-    LoopKind,
-    Node,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-)
+from tilejit.ir.node import Atomic, For, If, Load, LoopKind, Node, Parallel, Store, While
 from tilejit.ir.printer import print_kernel
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import blocked
 from tilejit.layout.shared import SharedLayout
@@ -240,7 +226,7 @@ def test_tile_ops_print_every_argument():
             dst=whole(s),
             pad=const(0.1, float16),
             coalesced_width=2,
-            prefer="cp.async",
+            prefer="cp_async",
         ),
         Gemm(
             a=whole(s),
@@ -255,7 +241,8 @@ def test_tile_ops_print_every_argument():
         params=[A],
     )
     assert lines[2:] == [
-        "T.copy(A[m // 2, 0:4, 0:4], s, pad=float16(0.1), coalesced_width=2, prefer='cp.async')",
+        "T.copy(A[m // 2, 0:4, 0:4], s, pad=float16(0.1), coalesced_width=2, "
+        "prefer_instruction='cp_async')",
         "T.gemm(s, s, f, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, "
         "clear_accum=True)",
         "T.fill(s[m % 2:(m % 2) + 2, 0:4], float16(0.0))",

@@ -8,20 +8,9 @@ from tilejit.dtypes import as_dtype, bool_, float16, float32, int32, int64, uint
 from tilejit.errors import InternalError, Span
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import Op, Var, VarKind, arith, binary, const, index, unary
-from tilejit.ir.kernel import Kernel, Param, ParamKind
-from tilejit.ir.node import (
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    For,
-    If,
-    Load,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-)
+from tilejit.ir.kernel import Given, GivenLayout, Kernel, Param, ParamKind
+from tilejit.ir.node import Atomic, For, If, Load, Parallel, Store, While
+from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.ir.verify import verify
 from tilejit.layout.fragment import blocked
 from tilejit.layout.shared import SharedLayout
@@ -216,7 +205,7 @@ def test_pointer_of_a_buffer_must_be_in_scope_at_each_use():
             Gemm(a=whole(S), b=Region(S, (ZERO, ZERO), (4, 8)), acc=whole(F)),
             "Gemm: multiplies (8, 8) by (4, 8) into (8, 8).",
         ),
-        (Gemm(a=whole(S), b=whole(F), acc=whole(F)), "Gemm: takes `b` from local.fragment."),
+        (Gemm(a=whole(S), b=whole(A), acc=whole(F)), "Gemm: takes `b` from global."),
         (Gemm(a=whole(S), b=whole(S), acc=whole(S)), "Gemm: accumulates in shared.dyn."),
     ],
 )
@@ -302,6 +291,18 @@ def test_inconsistent_layouts_are_refused():
         "kernel: the layout of `s` has shape (8, 8) of 2-byte elements.",
     )
     assert_refused(kernel_of(use, slots={S: 0}), "kernel: `s` has 0 slots.")
+
+
+def test_layout_other_than_the_given_one_is_refused():
+    use = Copy(src=whole(S), dst=whole(F))
+    padded, plain = SharedLayout((8, 8), 4, pitch=9), SharedLayout((8, 8), 4)
+    given = Given(layouts={S: GivenLayout(padded, None)})
+    verify(kernel_of(use, given=given))
+    verify(kernel_of(use, given=given, shared={S: dataclasses.replace(padded, tile_align=128)}))
+    assert_refused(
+        kernel_of(use, given=given, shared={S: plain}),
+        "kernel: `s` does not lie in its given layout, rows, pitch 9.",
+    )
 
 
 def test_overlapping_or_too_large_shared_memory_is_refused():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tilejit import dtypes
-from tilejit.isa import barrier, cp_async, mbarrier
+from tilejit.isa import barrier, cp_async, launch, mbarrier
 from tilejit.isa.ldmatrix import ldmatrix
 from tilejit.isa.mma import MMA, fragment_a, fragment_b
+from tilejit.isa.stmatrix import stmatrix
 from tilejit.target import TARGETS
 
 
@@ -63,6 +64,41 @@ def test_ldmatrix_of_a_misaligned_row_is_our_error(make_lanes):
         ldmatrix(1).meaning(make_lanes(32), [np.full(32, 8, np.uint32)])
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix_is_the_inverse_of_ldmatrix(count, transposed, make_lanes):
+    lanes = make_lanes(64)
+    rng = np.random.default_rng(count)
+    lanes.shared[:] = rng.integers(0, 256, len(lanes.shared))
+    before = lanes.shared.copy()
+    address = np.full(64, 1 << 30, np.uint32)  # ignored beyond the rows in use
+    rows = rng.permutation(64)[: 16 * count].reshape(2, -1) * 16
+    for warp in (0, 1):
+        address[32 * warp : 32 * warp + 8 * count] = rows[warp]
+    words = ldmatrix(count, transposed).meaning(lanes, [address])
+    lanes.shared[:] = 0
+    assert stmatrix(count, transposed).meaning(lanes, [address, *words]) == ()
+    places = (rows.ravel()[:, None] + np.arange(16)).ravel()
+    assert np.array_equal(lanes.shared[places], before[places])
+    lanes.shared[places] = 0
+    assert not lanes.shared.any()
+
+
+def test_stmatrix_stores_its_warp_or_nothing_at_16_byte_rows(make_lanes):
+    lanes = make_lanes(64)
+    lanes.active[32:] = False
+    lane = np.arange(64, dtype=np.uint32)
+    stmatrix(1).meaning(lanes, [lane * 16, lane + 1])
+    assert lanes.shared[:128].view(np.uint32).tolist() == list(range(1, 33))
+    assert not lanes.shared[128:].any()
+    lanes.active[5] = False
+    with pytest.raises(AssertionError, match="only part of a warp"):
+        stmatrix(1).meaning(lanes, [lane * 16, lane])
+    lanes.active[5] = True
+    with pytest.raises(AssertionError, match="not 16-byte aligned"):
+        stmatrix(1).meaning(lanes, [lane * 8, lane])
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_cp_async_copies_the_valid_bytes_and_zeros_the_rest(size, make_lanes):
     lanes = make_lanes(32)
@@ -113,8 +149,13 @@ def test_records_with_a_constant_are_made_once():
         (cp_async.WAIT_ALL, [("commit_async",), ("wait_async", 0)]),
         (barrier.bar_sync(0, 100), [("sync_block", 0, 100)]),
         (barrier.bar_sync(2, 64), [("sync_block", 2, 64)]),
+        (barrier.bar_arrive(2, 64), [("arrive_block", 2, 64)]),
         (barrier.SYNC_WARP, [("sync_warp",)]),
         (barrier.FENCE_BLOCK, []),
+        (barrier.FENCE_DEVICE, []),
+        (launch.GRID_DEPENDENCY_WAIT, []),
+        (launch.GRID_DEPENDENCY_LAUNCH, []),
+        (mbarrier.FENCE_INIT, []),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -22,6 +22,8 @@ def formula_a(mma, lane, i):
     group, quad = lane >> 2, lane & 3
     if mma.a is dtypes.tfloat32:  # a0 a1: rows; a2 a3: the second half of K
         return group + 8 * (i % 2), quad + (4 if i >= 2 else 0)
+    if mma.a is dtypes.float64:
+        return (group, i * 2 + quad) if i % 2 == 0 else (group + 8, i * 2 - 2 + quad)
     if mma.a.bits == 16:
         row = group if i in (0, 1, 4, 5) else group + 8
         return row, quad * 2 + (i & 1) + (8 if i >= 4 else 0)
@@ -31,7 +33,7 @@ def formula_a(mma, lane, i):
 
 def formula_b(mma, lane, i):
     group, quad = lane >> 2, lane & 3
-    if mma.b is dtypes.tfloat32:
+    if mma.b in (dtypes.tfloat32, dtypes.float64):
         return quad + 4 * i, group
     if mma.b.bits == 16:
         return quad * 2 + (i & 1) + (8 if i >= 2 else 0), group
@@ -93,7 +95,9 @@ def scatter(matrix, layout):
 
 
 def words(elements):
-    return np.ascontiguousarray(elements).view(np.uint32)
+    """Operand registers: those of float64 elements, else of 32 bits."""
+    together = np.ascontiguousarray(elements)
+    return together if together.dtype == np.float64 else together.view(np.uint32)
 
 
 def exact(matrix, dtype):
@@ -142,7 +146,7 @@ def test_a_tile_product_reassembled_from_instructions_is_the_matrix_product(mma,
     if mma.acc.is_integer:
         assert np.array_equal(result, expected)
     else:
-        tolerance = 0.05 if mma.acc is dtypes.float16 else 1e-4
+        tolerance = {"float16": 0.05, "float32": 1e-4, "float64": 1e-13}[mma.acc.name]
         assert np.abs(result - expected).max() < tolerance
 
 
@@ -181,6 +185,49 @@ def test_find_mma_puts_the_largest_instruction_first():
     assert all(mma.instruction.has_effect is False for mma in found)
 
 
+FLOAT8 = (dtypes.float8_e4m3fn, dtypes.float8_e5m2)
+
+
+@pytest.mark.parametrize("acc", [dtypes.float32, dtypes.float16], ids=str)
+@pytest.mark.parametrize("b", FLOAT8, ids=str)
+@pytest.mark.parametrize("a", FLOAT8, ids=str)
+def test_targets_from_sm_89_on_multiply_every_pair_of_float8(a, b, acc):
+    for name, target in TARGETS.items():
+        shapes = [(mma.m, mma.n, mma.k) for mma in find_mma(a, b, acc, target)]
+        assert shapes == ([] if name in ("sm_80", "sm_86") else [(16, 8, 32), (16, 8, 16)]), name
+
+
+def test_every_target_multiplies_float64_and_those_from_sm_90_on_in_16_rows():
+    for name, target in TARGETS.items():
+        found = find_mma(dtypes.float64, dtypes.float64, dtypes.float64, target)
+        large = [] if name in ("sm_80", "sm_86", "sm_89") else [(16, 8, k) for k in (16, 8, 4)]
+        assert [(mma.m, mma.n, mma.k) for mma in found] == [*large, (8, 8, 4)], name
+
+
+def test_a_float64_mma_keeps_all_53_bits(make_lanes):
+    (mma,) = find_mma(dtypes.float64, dtypes.float64, dtypes.float64, TARGETS["sm_80"])
+    a, b, acc = np.full(32, 1 + 2.0**-52), np.ones(32), np.zeros(32)
+    first, second = mma.instruction.meaning(make_lanes(32), [a, b, acc, acc])
+    assert first.dtype == second.dtype == np.float64
+    assert set(first.tolist()) | set(second.tolist()) == {4 + 2.0**-50}
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_float8_operands_keep_nans_and_the_infinities_of_e5m2(dtype, make_lanes):
+    (mma, *_) = find_mma(dtype, dtype, dtypes.float32, TARGETS["sm_89"])
+    a = np.zeros((16, 32), dtype.numpy)
+    a[0, 0], a[1, 0] = np.inf, np.nan  # e4m3 has no infinity: NumPy makes a NaN of it
+    inputs = [
+        *words(scatter(a, family.fragment_a(mma))).T,
+        *words(scatter(np.ones((32, 8), dtype.numpy), family.fragment_b(mma))).T,
+        *np.zeros((4, 32), np.float32),
+    ]
+    outputs = mma.instruction.meaning(make_lanes(32), inputs)
+    is_special = np.isinf if dtype is dtypes.float8_e5m2 else np.isnan
+    assert is_special(outputs[0][:4]).all() and np.isnan(outputs[0][4:8]).all()
+    assert not np.any(outputs[2])
+
+
 @pytest.mark.parametrize(
     ("a", "b", "acc"),
     [
@@ -188,6 +235,8 @@ def test_find_mma_puts_the_largest_instruction_first():
         (dtypes.bfloat16, dtypes.bfloat16, dtypes.bfloat16),
         (dtypes.float32, dtypes.float32, dtypes.float32),
         (dtypes.int8, dtypes.int8, dtypes.float32),
+        (dtypes.float8_e4m3fn, dtypes.float16, dtypes.float32),
+        (dtypes.float64, dtypes.float64, dtypes.float32),
     ],
 )
 def test_find_mma_of_types_without_an_instruction_is_empty(a, b, acc):

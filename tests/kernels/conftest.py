@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tilejit import options
 from tilejit.dtypes import as_dtype
+from tilejit.runtime import device
+from tilejit.runtime.device import use_executor
+from tilejit.target import Feature
 
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode alone does not find siblings
+
+HOPPER = "sm_90a"
 GUARD = 64  # elements before and after an output that must stay as they were
 
 
@@ -56,7 +65,34 @@ def run(executor: str) -> Callable[..., Any]:
     Calls `kernel(*inputs, *outputs, **constants)` twice on fresh guarded outputs and asserts
     that both give the same bits.
     """
+    return runner(executor)
 
+
+@pytest.fixture
+def hopper(executor: str) -> Iterator[Callable[..., Any]]:
+    """The same for a chip with multiplies by warpgroups and the tensor memory accelerator; on a
+    GPU where it is one."""
+    if executor == "gpu":
+        skip_unless_hopper()
+    with options(target=HOPPER):
+        yield runner(executor)
+
+
+@pytest.fixture
+def hopper_gpu() -> Iterator[Callable[..., Any]]:
+    """The same on a GPU only, for tests with the `gpu` mark."""
+    skip_unless_hopper()
+    with use_executor("gpu"):
+        yield runner("gpu")
+
+
+def skip_unless_hopper() -> None:
+    chip = device.target_of(device.current_device())
+    if not chip.has(Feature.WGMMA):
+        pytest.skip(f"the GPU is {chip}")
+
+
+def runner(executor: str) -> Callable[..., Any]:
     def call(kernel: Any, *inputs: Any, out: list[tuple[tuple[int, ...], Any]], **constants: Any):
         on_gpu = executor == "gpu"
         results = []
@@ -73,21 +109,24 @@ def run(executor: str) -> Callable[..., Any]:
 
 
 def _to_device(x: Any) -> Any:
+    """A tensor on the GPU with the array's values and strides, as far from a multiple of 16 bytes
+    as the array is."""
     if not isinstance(x, np.ndarray):
         return x
     import torch
 
-    name = as_dtype(x.dtype).name
-    strides = tuple(s // x.itemsize for s in x.strides)
+    dtype = getattr(torch, as_dtype(x.dtype).name)
     if x.size == 0:
-        return torch.empty(x.shape, dtype=getattr(torch, name), device="cuda")
-    if x.flags.c_contiguous:
-        raw = torch.from_numpy(np.ascontiguousarray(x).view(np.uint8).reshape(-1).copy()).cuda()
-        return raw.view(getattr(torch, name)).view(x.shape)
+        return torch.empty(x.shape, dtype=dtype, device="cuda")
+    strides = tuple(s // x.itemsize for s in x.strides)
     span = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
-    flat = np.lib.stride_tricks.as_strided(x, (span,), (x.itemsize,))
-    raw = torch.from_numpy(np.ascontiguousarray(flat).view(np.uint8).copy()).cuda()
-    return raw.view(getattr(torch, name)).as_strided(x.shape, strides)
+    plain = x.view(f"u{x.itemsize}")  # NumPy has no strides of dtypes that are not its own
+    flat = np.lib.stride_tricks.as_strided(plain, (span,), (x.itemsize,))
+    shift = x.ctypes.data % 16
+    memory = torch.empty(shift + span * x.itemsize, dtype=torch.uint8, device="cuda")
+    inner = memory[shift:]
+    inner.copy_(torch.from_numpy(flat.copy().view(np.uint8)))
+    return inner.view(dtype).as_strided(x.shape, strides, shift // x.itemsize)
 
 
 @pytest.fixture

@@ -13,15 +13,8 @@ from tilejit.errors import (
     UnsupportedError,
 )
 from tilejit.ir.expr import show
-from tilejit.ir.node import (
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    Load,
-    Parallel,
-    Store,
-    SyncThreads,
-)
+from tilejit.ir.node import Atomic, Load, Parallel, Store
+from tilejit.ir.sync import BarrierArrive, BarrierWait, SyncThreads
 from tilejit.language.trace import FrameKind, current
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
@@ -227,21 +220,24 @@ def test_copy_options_without_meaning_are_refused():
         s = T.alloc_shared((8, 8), "float32")
         f = T.alloc_fragment((8, 8), "float32")
         with refused(
-            UnsupportedError,
-            'T.copy: prefer_instruction="tma" is not supported.',
-            'Use "cp_async" or "sync", or leave it out.',
-        ):
-            T.copy(s, f, prefer_instruction="tma")
-        with refused(
             ArgumentError,
             "T.copy: prefer_instruction is 'fast'.",
-            'It is "cp_async" or "sync".',
+            'It is "tma", "cp_async" or "sync".',
         ):
             T.copy(s, f, prefer_instruction="fast")
         with refused(
-            UnsupportedError, "T.copy: eviction_policy='evict_first' is not supported.", "Omit it."
+            ArgumentError,
+            'T.copy: prefer_instruction="tma" and disable_tma=True contradict.',
         ):
-            T.copy(s, f, eviction_policy="evict_first")
+            T.copy(s, f, prefer_instruction="tma", disable_tma=True)
+        with refused(ArgumentTypeError, "T.copy: disable_tma is 1, not True or False."):
+            T.copy(s, f, disable_tma=1)
+        with refused(
+            ArgumentError,
+            "T.copy: eviction_policy is 'evict_some'.",
+            'It is "evict_normal", "evict_first", "evict_last".',
+        ):
+            T.copy(s, f, eviction_policy="evict_some")
         with refused(
             ArgumentError,
             "T.copy: coalesced_width is 0; it counts elements, 1 or more.",
@@ -557,7 +553,7 @@ def test_gemm_operands_in_the_wrong_memory_are_refused():
             T.gemm(G, B, C)
         with refused(
             ArgumentError,
-            "T.gemm: B is in global memory, but it has to be in shared memory.",
+            "T.gemm: B is in global memory, but it has to be in shared memory or a fragment.",
             "Copy it to shared memory with T.copy first.",
         ):
             T.gemm(A, H, C)
@@ -788,11 +784,13 @@ def test_barrier_calls_on_other_things_are_refused():
         ):
             T.barrier_wait(several, 0)
         with refused(
-            UnsupportedError,
-            "T.mbarrier_arrive: cta_id=1 is not supported.",
-            "Leave cta_id out.",
+            ArgumentError,
+            "T.mbarrier_arrive: there is no block 1 in a cluster of 1.",
+            "Ranks are 0 and up; T.Kernel(..., cluster=2) makes clusters of two.",
         ):
             T.mbarrier_arrive(several[0], cta_id=1)
+        with refused(ArgumentTypeError, "T.mbarrier_arrive: cta_id is a float32, not an integer."):
+            T.mbarrier_arrive(several[0], cta_id=0.5)
 
 
 def test_barrier_parity_that_cannot_be_is_refused():
@@ -806,18 +804,6 @@ def test_barrier_parity_that_cannot_be_is_refused():
             T.mbarrier_wait_parity(one, 2)
         with refused(ArgumentTypeError, "T.barrier_wait: the parity is a float32, not an integer."):
             T.barrier_wait(one, 0.0)
-
-
-def test_sync_threads_with_a_named_barrier_is_refused():
-    with (
-        kernel(),
-        refused(
-            UnsupportedError,
-            "T.sync_threads takes no barrier number or count: all threads meet.",
-            "Use T.alloc_barrier for a part of the threads.",
-        ),
-    ):
-        T.sync_threads(1, 64)
 
 
 def test_store_in_a_kernel_body_is_recorded_in_order():

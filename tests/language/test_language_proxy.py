@@ -737,5 +737,6 @@ def test_unknown_name_gets_a_suggestion():
         AttributeError, match=r"^tilejit has no T\.Tensr; did you mean T\.Tensor\?$"
     ):
         T.Tensr
-    with pytest.raises(AttributeError, match=r"^tilejit has no T\.tma_copy; write T\.copy\.$"):
-        T.tma_copy
+    instead = r"^tilejit has no T\.async_copy; write T\.copy inside T\.Pipelined\.$"
+    with pytest.raises(AttributeError, match=instead):
+        T.async_copy

@@ -26,7 +26,7 @@ from tilejit.dtypes import (
     uint64,
 )  # fmt: skip
 from tilejit.ir.expr import MATH
-from tilejit.isa import barrier, mbarrier, mma
+from tilejit.isa import barrier, mbarrier, mma, wgmma
 from tilejit.isa.cp_async import cp_async
 from tilejit.isa.machine import Address, Slot
 from tilejit.runtime.compile import compile_lowered
@@ -371,6 +371,33 @@ def test_issue_writes_instructions_of_the_records(single, target):
     assert "mma.sync" in ptx and "bar.sync" in ptx
     assert re.search(r"@%p\d+ cp\.async", ptx)
     assert len(set(re.findall(r"wait_\d+:", ptx))) == 2
+
+
+def test_tied_registers_stay_where_they_are_through_a_chain_of_products(single):
+    one = wgmma.find_wgmma(bfloat16, bfloat16, float32, 256, TARGETS["sm_90a"])
+    offsets = ((0, 2, 4, 6),)
+    product = wgmma.wgmma_sequence(
+        one, rows=1, columns=1, steps=4, a_offsets=offsets, b_offsets=offsets
+    )
+    wait = wgmma.wait_group(0, product.outputs)
+
+    def emit(m, sink):
+        a, b = m.const(1 << 62 | 1 << 16 | 64 << 32, uint64), m.const(1 << 62 | 64, uint64)
+        state = {"acc": [m.const(0.0, float32)] * len(product.outputs)}
+
+        def body(i):
+            state["acc"][:] = m.issue(product, [*state["acc"], a, b])
+            state["acc"][:] = m.issue(wait, state["acc"])
+
+        m.loop(m.const(0, int32), m.thread_index(), 1, int32, body, state)
+        for number, value in enumerate(state["acc"]):
+            m.store(Address("global", sink, None, 4 * number, 4), [value], float32)
+
+    compiled = compile_for(single(emit, 1, threads=(128, 1, 1)), "sm_90a")
+    assert compiled.spill_bytes == compiled.stack_bytes == 0
+    assert compiled.registers <= 168
+    used = re.findall(r"wgmma.mma_async\S+ \{([^}]*)\}", compiled.ptx)
+    assert len(used) == 4 and len(set(used)) == 1 and len(set(used[0].split(", "))) == 128
 
 
 def test_thread_index_of_a_three_dimensional_block_is_linear(single):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tilejit import dtypes
-from tilejit.errors import ArgumentTypeError, ResourceError
+from tilejit.errors import ArgumentError, ArgumentTypeError, ResourceError
 from tilejit.runtime import launch
 from tilejit.runtime.launch import Packer, check_grid, stream_handle
 
@@ -73,3 +73,44 @@ def test_what_is_no_stream_is_refused():
 
 def test_spans_that_overlap_are_staged_together():
     assert launch._merged([(10, 20), (0, 5), (15, 30), (5, 8)]) == [(0, 5), (5, 8), (10, 30)]
+
+
+def test_grid_that_clusters_do_not_divide_names_the_axis_and_both_numbers():
+    check_grid("f", (4, 6, 1), (2, 3, 1))
+    with pytest.raises(ArgumentError) as caught:
+        check_grid("f", (4, 7, 1), (2, 3, 1))
+    assert caught.value.headline == (
+        "f: the grid has 7 blocks along y, which clusters of 3 do not divide."
+    )
+
+
+def test_kernel_that_waits_for_those_before_it_is_launched_so(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    calls = []
+    fake = types.SimpleNamespace(
+        cuLibraryLoadData=lambda *args: (0, "library"),
+        cuLibraryGetKernel=lambda *args: (0, 17),
+        CUfunction=lambda handle: ("function", handle),
+        cuLaunchKernel=lambda *args: calls.append(("plain", args)) or (0,),
+        cuLaunchKernelEx=lambda *args: calls.append(("early", args)) or (0,),
+        **{
+            name: getattr(bindings, name)
+            for name in ("CUlaunchAttribute", "CUlaunchAttributeID", "CUlaunchAttributeValue",
+                         "CUlaunchConfig", "CUstream")
+        },
+    )  # fmt: skip
+    monkeypatch.setattr(launch, "driver", lambda: fake)
+    monkeypatch.setattr(launch, "check", lambda result, doing: result[-1])
+    for early in (False, True):
+        kernel = launch.LoadedKernel("f", b"", "f", (64, 2, 1), 128, starts_early=early)
+        kernel.launch((5, 6, 7), 1234, 99, 0)
+        kernel.launcher((5, 6, 7), 0)(99, 1234)
+    assert [kind for kind, _ in calls] == ["plain", "plain", "early", "early"]
+    for _, (config, function, parameters, extra) in calls[2:]:
+        assert (function, parameters, extra) == (("function", 17), 1234, 0)
+        assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (5, 6, 7)
+        assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (64, 2, 1)
+        assert (config.sharedMemBytes, int(config.hStream), config.numAttrs) == (128, 99, 1)
+        (attribute,) = config.attrs
+        assert "PROGRAMMATIC_STREAM_SERIALIZATION" in str(attribute.id)
+        assert attribute.value.programmaticStreamSerializationAllowed == 1

@@ -10,7 +10,8 @@ import pytest
 
 from tilejit.dtypes import int32, uint64
 from tilejit.isa.machine import Granule, Lowered, Slot
-from tilejit.sim.block import Block, Checks, Watch
+from tilejit.isa.tma import TensorMap
+from tilejit.sim.block import Checks, Cluster, Grid, Watch
 from tilejit.sim.lanes import LaneMachine
 from tilejit.sim.memory import host_memory
 from tilejit.sim.recording import Program
@@ -24,7 +25,8 @@ Emit = Callable[..., Any]
 @pytest.fixture(params=["directly", "recorded"])
 def run_lanes(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`run_lanes(emit, *inputs, threads=64)`: what `emit(machine, *inputs)` returns on the only
-    group of a block; `inputs` are values, arrays among them in `memory` are global memory."""
+    group of a block; `inputs` are values, arrays among them in `memory` are global memory, `maps`
+    tensor maps by address. ends: the kernel ends there."""
 
     def run(
         emit: Emit,
@@ -33,13 +35,23 @@ def run_lanes(request: pytest.FixtureRequest) -> Callable[..., Any]:
         shared_bytes: int = 4096,
         memory: Sequence[np.ndarray] = (),
         checks: Checks | None = None,
+        maps: dict[int, TensorMap] | None = None,
+        ends: bool = False,
     ) -> Any:
         arrays = [(f"array {i}", array) for i, array in enumerate(memory)]
-        watch = Watch(checks or Checks())
-        block = Block(threads, threads, shared_bytes, host_memory(arrays), watch)
+        grid = Grid(
+            threads=threads,
+            shared_bytes=shared_bytes,
+            memory=host_memory(arrays),
+            maps=maps or {},
+        )
+        block = Cluster(grid, Watch(checks or Checks())).blocks[0]
         machine = LaneMachine(block, 0)
         if request.param == "directly":
-            return machine.run(lambda m, values: emit(m, *values), list(inputs))
+            result = machine.run(lambda m, values: emit(m, *values), list(inputs))
+            if ends:
+                machine.end()
+            return result
         several = []
 
         def emit_list(m: Any, _: list[Any]) -> list[Any]:
@@ -50,6 +62,8 @@ def run_lanes(request: pytest.FixtureRequest) -> Callable[..., Any]:
             return list(result) if several[0] else [result]
 
         results = machine.run(Program(Granule("test", (), (), emit_list)).run, [])
+        if ends:
+            machine.end()
         return results if not results or several[0] else results[0]
 
     return run
@@ -69,6 +83,7 @@ def make_kernel() -> Callable[..., Lowered]:
         threads: int | tuple[int, int, int] = 64,
         shared_bytes: int = 4096,
         lanes: int = 0,
+        cluster: tuple[int, int, int] = (1, 1, 1),
     ) -> Lowered:
         made = {}
         for name, (emit, inputs, outputs) in granules.items():
@@ -87,6 +102,8 @@ def make_kernel() -> Callable[..., Lowered]:
             threads=(threads, 1, 1) if isinstance(threads, int) else threads,
             shared_bytes=shared_bytes,
             lanes=lanes,
+            cluster=cluster,
+            tensor_maps=tuple(slot.tensor_map for slot in parameters.values()),
         )
 
     return make

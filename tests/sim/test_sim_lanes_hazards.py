@@ -10,7 +10,8 @@ from tilejit.errors import SimulationError
 from tilejit.isa import barrier, cp_async, mbarrier
 from tilejit.isa.machine import Address
 from tilejit.sim.block import Checks
-from tilejit.sim.hazards import History, Order
+from tilejit.sim.hazards import History
+from tilejit.sim.order import Order
 
 THREADS = 64
 LANES = np.arange(THREADS)
@@ -174,6 +175,27 @@ def test_a_warp_barrier_orders_a_warp_and_no_more(run_lanes):
     np.testing.assert_array_equal(run_lanes(emit, 5), LANES ^ 5)
     with pytest.raises(SimulationError, match=r"Thread 0 reads .* thread 32 wrote"):
         run_lanes(emit, 32)
+
+
+def test_who_only_comes_to_a_barrier_is_ordered_before_those_who_wait_there(run_lanes):
+    def emit(m, reader):
+        is_early = m.binary("lt", m.thread_index(), m.const(32, int32), int32)
+        is_late = m.binary("ge", m.thread_index(), m.const(32, int32), int32)
+        write_own(m)
+        m.issue(barrier.bar_arrive(1, 64), [], is_early)
+        m.issue(barrier.bar_sync(1, 64), [], is_late)
+        other = m.binary("xor", m.thread_index(), m.const(32, int32), int32)
+        place = Address("shared", None, scaled(m, other, 4))
+        return m.load(place, int32, when=is_late if reader == "late" else is_early)[0]
+
+    np.testing.assert_array_equal(run_lanes(emit, "late")[32:], LANES[:32])
+    with pytest.raises(SimulationError, match="Thread 0 reads shared memory that thread 32 wrote"):
+        run_lanes(emit, "early")
+
+
+def test_nobody_can_only_come_to_the_whole_blocks_barrier():
+    with pytest.raises(AssertionError, match="nobody can arrive at barrier 0"):
+        barrier.bar_arrive(0, 64)
 
 
 def test_a_read_by_one_lane_of_a_warp_is_ordered_by_that_lane_alone(run_lanes):

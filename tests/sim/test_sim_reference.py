@@ -24,22 +24,9 @@ from tilejit.ir.expr import (
     unary,
 )
 from tilejit.ir.kernel import Kernel, Param, ParamKind
-from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
-    Atomic,
-    BarrierArrive,
-    BarrierWait,
-    For,
-    If,
-    Load,
-    LoopKind,
-    Parallel,
-    Store,
-    SyncThreads,
-    While,
-)
+from tilejit.ir.node import Atomic, For, If, Load, LoopKind, Parallel, Store, While
 from tilejit.ir.printer import print_kernel
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm
 from tilejit.passes import stages

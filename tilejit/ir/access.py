@@ -16,7 +16,7 @@ from tilejit.layout.fragment import FragmentLayout
 
 Registers = tuple[int, ...]
 
-_INTEGER = {
+INTEGER = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -44,8 +44,8 @@ def evaluate(e: Expr, values: Mapping[Var, Any]) -> Any | None:
             done[node] = values[node]
         elif isinstance(node, Op) and node.op == "cast" and node.dtype.is_integer:
             done[node] = done[node.children[0]]
-        elif isinstance(node, Op) and node.op in _INTEGER:
-            done[node] = _INTEGER[node.op](*(done[c] for c in node.children))
+        elif isinstance(node, Op) and node.op in INTEGER:
+            done[node] = INTEGER[node.op](*(done[c] for c in node.children))
         else:
             return None
     return done[e]

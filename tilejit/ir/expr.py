@@ -337,8 +337,18 @@ def walk(e: Expr) -> Iterator[Expr]:
             stack.extend((c, False) for c in reversed(node.children) if c not in seen)
 
 
-def variables(e: Expr) -> set[Var]:
-    return {n for n in walk(e) if isinstance(n, Var)}
+def variables(e: Expr) -> frozenset[Var]:
+    """Every variable of the expression."""
+    if isinstance(e, Const):
+        return _NONE
+    found = _variables.get(e)
+    if found is None:
+        found = _variables[e] = frozenset(n for n in walk(e) if isinstance(n, Var))
+    return found
+
+
+_NONE: frozenset[Var] = frozenset()
+_variables: weakref.WeakKeyDictionary[Expr, frozenset[Var]] = weakref.WeakKeyDictionary()
 
 
 def substitute(e: Expr, mapping: dict[Var, Expr]) -> Expr:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from tilejit.ir.analysis import difference, divisor
+from tilejit.ir.analysis import difference, divisor, linear
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, int_value, substitute, variables
 from tilejit.ir.kernel import Kernel
@@ -30,6 +30,8 @@ def accesses(node: Parallel) -> Iterator[Access]:
 
 def loop_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
     """The layout of a loop's iterations, once the fragments' layouts are decided."""
+    if node.layout is not None:
+        return node.layout
     found = layout_from_fragments(node, kernel.fragments)
     return found or default_layout(node, kernel)
 
@@ -54,7 +56,9 @@ def seen_from(
     fragment: FragmentLayout, node: Parallel, at: Sequence[Expr]
 ) -> FragmentLayout | None:
     """The loop layout in which each thread visits just the elements that it holds: when every
-    loop variable is an index of its own over the whole dimension."""
+    loop variable is an index of its own over the whole dimension, or over a part of it that each
+    thread holds alike."""
+    fragment, at = _window(fragment, node, at)
     order: list[int] = []
     for d, e in enumerate(at):
         if isinstance(e, Var) and e in node.vars:
@@ -86,6 +90,28 @@ def seen_from(
             dims.append(kept.dims[d])
             shape.append(n)
     return FragmentLayout(tuple(shape), tuple(dims), fragment.threads)
+
+
+def _window(
+    fragment: FragmentLayout, node: Parallel, at: Sequence[Expr]
+) -> tuple[FragmentLayout, Sequence[Expr]]:
+    """The part of a fragment that `variable + offset` indexes, and the index there."""
+    fresh = list(at)
+    for d, e in enumerate(at):
+        moved = [v for v in node.vars if v in variables(e)]
+        if isinstance(e, Var) or len(moved) != 1:
+            continue
+        (var,) = moved
+        extent = node.extents[node.vars.index(var)]
+        terms, constant = linear(e)
+        if terms.pop(var, 0) != 1 or any(var in variables(term) for term in terms):
+            continue
+        if constant % extent or any(divisor(t) * k % extent for t, k in terms.items()):
+            continue
+        part = fragment.window(d, extent)
+        if part is not None:
+            fragment, fresh[d] = part, var
+    return fragment, fresh
 
 
 def default_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:

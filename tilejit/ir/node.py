@@ -1,7 +1,7 @@
-"""Nodes of the tile graph: the base class, control flow, scalar memory access, synchronisation.
+"""Nodes of the tile graph: the base class, control flow, scalar memory access.
 
-Tile ops (copy, gemm, ...) are nodes too and live in `ops/`. A node is immutable; a pass makes a
-new one with `dataclasses.replace`.
+Tile ops (copy, gemm, ...) are nodes too and live in `ops/`, synchronisation in `ir.sync`. A node is
+immutable; a pass makes a new one with `dataclasses.replace`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Region
 from tilejit.ir.expr import Expr, Var
 from tilejit.ir.names import Names
+from tilejit.layout.fragment import FragmentLayout
 
 Body = tuple["Node", ...]
 
@@ -78,6 +79,7 @@ class Node:
 
 class LoopKind(StrEnum):
     SERIAL = "serial"
+    TILES = "tiles"  # over the tiles that a block computes one after the other
     UNROLL = "unroll"
     VECTORIZED = "vectorized"
     PIPELINED = "pipelined"
@@ -89,6 +91,7 @@ class For(Node):
 
     num_stages: for PIPELINED: slots of each asynchronously filled buffer; 0 means serial, None
         that the pipeline pass chooses.
+    parts: for PIPELINED: blocks that share the iterations; None means that the compiler chooses.
     order, stage, group: TileLang's manual schedule, one entry a statement of the body.
     unroll_factor: for UNROLL: iterations a round, None for all.
     """
@@ -100,6 +103,7 @@ class For(Node):
     kind: LoopKind = LoopKind.SERIAL
     body: Body = ()
     num_stages: int | None = 0
+    parts: int | None = None
     order: tuple[int, ...] = ()
     stage: tuple[int, ...] = ()
     group: tuple[tuple[int, ...], ...] = ()
@@ -127,12 +131,16 @@ class Parallel(Node):
     """Independent iterations over a box of `extents`, spread over the block's threads.
 
     Iterations may run in any order and must not depend on each other.
+
+    layout: which thread runs which iteration, where a pass has decided that; else it follows from
+        the fragments and memory that the body accesses.
     """
 
     vars: tuple[Var, ...]
     extents: tuple[int, ...]
     body: Body = ()
     coalesced_width: int | None = None
+    layout: FragmentLayout | None = None
 
     @property
     def defines(self) -> tuple[Var, ...]:
@@ -188,6 +196,102 @@ class While(Node):
     def with_bodies(self, *bodies: Body) -> Node:
         test, body = bodies
         return dataclasses.replace(self, test=test, body=body)
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What some of the block's threads do while others do something else.
+
+    first, threads: the executing threads, `first` being the linear index of the first in the block.
+    meeting: the hardware barrier, 1 to 15, at which they come together; 0 where roles of one
+        `Roles` have those from 1 on, in order.
+    teams: so many equal teams do the body, each for itself, with threads that count from 0 on
+        and a meeting of its own. team: the variable that holds the team's number.
+    """
+
+    name: str
+    first: int
+    threads: int
+    body: Body = ()
+    meeting: int = 0
+    teams: int = 1
+    team: Var | None = None
+
+    @property
+    def size(self) -> int:
+        """Threads that do the body together."""
+        return self.threads // self.teams
+
+    @property
+    def home(self) -> tuple[int, int]:
+        """Which threads it is."""
+        return self.first, self.threads
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Roles(Node):
+    """The bodies of all roles at the same time, each by its own threads; threads of none go on."""
+
+    roles: tuple[Role, ...]
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return tuple(role.body for role in self.roles)
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        fresh = [dataclasses.replace(r, body=b) for r, b in zip(self.roles, bodies, strict=True)]
+        return dataclasses.replace(self, roles=tuple(fresh))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part(Node):
+    """`body` alone: one of several pieces that a pass looks at together (`ir.parts`)."""
+
+    body: Body = ()
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.body,)
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        (body,) = bodies
+        return dataclasses.replace(self, body=body)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OneThread(Node):
+    """`body`, by one of the executing role's threads only, or by one of `each` so many."""
+
+    body: Body = ()
+    each: int = 0
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.body,)
+
+    def with_bodies(self, *bodies: Body) -> Node:
+        (body,) = bodies
+        return dataclasses.replace(self, body=body)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Let(Node):
+    """`var = value`: a value with a name, computed once."""
+
+    var: Var
+    value: Expr
+
+    @property
+    def exprs(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+    @property
+    def defines(self) -> tuple[Var, ...]:
+        return (self.var,)
+
+    @property
+    def has_effect(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -266,68 +370,6 @@ class Atomic(Node):
     @property
     def defines(self) -> tuple[Var, ...]:
         return () if self.out is None else (self.out,)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SyncThreads(Node):
-    """All of the block's user threads meet; their shared and global writes are visible after.
-
-    Inserted by the sync pass where a hazard needs it, or written as `T.sync_threads()`.
-    """
-
-    inserted: bool = False
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class BarrierArrive(Node):
-    """Every executing thread arrives once on `barrier[slot]` (PTX ISA, mbarrier.arrive)."""
-
-    barrier: Buffer
-    slot: Expr
-
-    @property
-    def writes(self) -> tuple[Buffer, ...]:
-        return (self.barrier,)
-
-    @property
-    def exprs(self) -> tuple[Expr, ...]:
-        return (self.slot,)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class BarrierWait(Node):
-    """Every executing thread waits until the phase of parity `parity` has completed
-    (PTX ISA, mbarrier.try_wait.parity)."""
-
-    barrier: Buffer
-    slot: Expr
-    parity: Expr
-
-    @property
-    def reads(self) -> tuple[Buffer, ...]:
-        return (self.barrier,)
-
-    @property
-    def writes(self) -> tuple[Buffer, ...]:
-        return (self.barrier,)  # orders memory accesses around it
-
-    @property
-    def exprs(self) -> tuple[Expr, ...]:
-        return self.slot, self.parity
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class AsyncCommit(Node):
-    """Close the group of the asynchronous copies issued since the last commit
-    (PTX ISA, cp.async.commit_group)."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class AsyncWait(Node):
-    """Wait until at most `pending` of the thread's newest copy groups are unfinished
-    (PTX ISA, cp.async.wait_group). Other threads' copies need a SyncThreads after it."""
-
-    pending: int = 0
 
 
 def walk(body: Body) -> Iterator[Node]:

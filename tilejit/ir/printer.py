@@ -14,26 +14,37 @@ from tilejit.ir.expr import Const, Expr, int_value
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.names import Names
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
+    Let,
     Load,
     LoopKind,
     Node,
+    OneThread,
     Parallel,
+    Roles,
     Store,
-    SyncThreads,
     While,
     walk,
 )
+from tilejit.ir.sync import (
+    AsyncCommit,
+    AsyncWait,
+    BarrierArrive,
+    BarrierExpect,
+    BarrierWait,
+    Control,
+    Elect,
+    SyncThreads,
+)
+from tilejit.layout.shared import SharedLayout
 
 _INDENT = "    "
+GROUP = 128  # threads of a warpgroup
 _COMMENT_COLUMN = 60
+_SWIZZLES = {8: "full", 4: "half", 2: "quarter"}  # TileLang's names, by 16-byte chunks
 
 
 def print_kernel(kernel: Kernel, *, lines: bool = False) -> str:
@@ -51,11 +62,15 @@ class _Printer:
             Load: self.load,
             Store: self.store,
             Atomic: self.atomic,
-            SyncThreads: lambda n: "T.sync_threads()" + ("  # inserted" if n.inserted else ""),
-            BarrierArrive: lambda n: f"T.barrier_arrive({self.slot(n)})",
+            SyncThreads: self.sync,
+            BarrierArrive: self.arrive,
             BarrierWait: lambda n: (
                 f"T.barrier_wait({self.slot(n)}, parity={self.names.expr(n.parity)})"
             ),
+            BarrierExpect: self.expect,
+            Elect: lambda n: f"{self.names.of(n.out)} = T.shuffle_elect({n.each})",
+            Let: lambda n: f"{self.names.of(n.var)} = {self.names.expr(n.value)}",
+            Control: lambda n: f"T.{n.op.value}({n.count or ''})",
             AsyncCommit: lambda n: "T.async_commit()",
             AsyncWait: lambda n: f"T.async_wait({n.pending})",
         }
@@ -63,9 +78,10 @@ class _Printer:
     def text(self) -> Iterator[str]:
         kernel, names = self.kernel, self.names
         for param in kernel.params:
-            if param.buffer is not None:
-                names.of(param.buffer)
-                self.declared.add(param.buffer)
+            tensor = param.buffer if param.box is None else param.box.tensor
+            if tensor is not None:
+                names.of(tensor)
+                self.declared.add(tensor)
         params = ", ".join(self.param(p) for p in kernel.params)
         decided = [str(kernel.target)] if kernel.target else []
         decided += ["fast math"] if kernel.fast_math else []
@@ -77,13 +93,15 @@ class _Printer:
         block = ", ".join(map(names.of, kernel.block_vars)) or "_"
         if len(kernel.block_vars) > 1:
             block = f"({block})"
-        yield f"{_INDENT}with T.Kernel({grid}, threads={threads}) as {block}:"
+        cluster = f", cluster={kernel.cluster}" if kernel.cluster_size > 1 else ""
+        yield f"{_INDENT}with T.Kernel({grid}, threads={threads}{cluster}) as {block}:"
         for var, axis in zip(kernel.thread_vars, "xyz", strict=False):
             if any(var in _vars_of(node) for node in walk(kernel.body)):
                 yield f"{_INDENT * 2}{names.of(var)} = T.get_thread_binding()  # threadIdx.{axis}"
         for buffer in kernel.buffers:
             if buffer.scope is not Scope.GLOBAL and self.is_constant(buffer):
                 yield from self.declaration(buffer, _INDENT * 2)
+        yield from self.given_layouts(_INDENT * 2)
         if not kernel.body:
             yield f"{_INDENT * 2}pass"
         yield from self.body(kernel.body, _INDENT * 2)
@@ -92,6 +110,9 @@ class _Printer:
 
     def param(self, param: Param) -> str:
         names = self.names
+        if param.box is not None:
+            box = "x".join(map(str, param.box.extents))
+            return f"{names.of(param.var)}: boxes of {box} of {names.of(param.box.tensor)}"
         if param.buffer is None:
             kind = "T.ptr" if param.kind is ParamKind.POINTER else f"T.{param.var.dtype}"
             return f"{names.of(param.var)}: {kind}"
@@ -163,6 +184,24 @@ class _Printer:
             fields = fields[1:]
         return f"T.{function}({', '.join(fields)})"
 
+    def given_layouts(self, indent: str) -> Iterator[str]:
+        """The layouts that the user gave to buffers which are still there."""
+        given = self.kernel.given.layouts
+        there = [b for b in self.kernel.buffers if b in given]
+        pairs = [f"{self.names.of(b)}: {self.layout(b, given[b].layout)}" for b in there]
+        if pairs:
+            yield f"{indent}T.annotate_layout({{{', '.join(pairs)}}})"
+
+    def layout(self, buffer: Buffer, layout: SharedLayout) -> str:
+        """The call that makes a given layout."""
+        name = self.names.of(buffer)
+        if layout.pitch > layout.panel:
+            return f"T.make_padded_layout({name}, {layout.pitch - layout.panel})"
+        if layout.swizzle > 1:
+            return f"T.make_{_SWIZZLES[layout.swizzle]}_bank_swizzled_layout({name})"
+        kind = "linear" if layout.is_linear else "chunked"
+        return f"T.make_{kind}_layout({name})"
+
     # --- nodes -----------------------------------------------------------------------------------
 
     def body(self, body: Body, indent: str) -> Iterator[str]:
@@ -198,6 +237,19 @@ class _Printer:
                 yield from self.block(node.orelse, indent)
         elif isinstance(node, While):
             yield from self.loop_while(node, indent)
+        elif isinstance(node, Roles):
+            for role in node.roles:
+                last = role.first + role.threads - 1
+                groups = range(role.first // GROUP, (last + 1) // GROUP)
+                name = "" if role.name.startswith("ws") else f"{role.name}, "
+                text = f"{indent}with T.ws({', '.join(map(str, groups))}):"
+                teams = f", {role.teams} teams" if role.teams > 1 else ""
+                yield f"{text}  # {name}threads {role.first} to {last}{teams}"
+                yield from self.block(role.body, indent)
+        elif isinstance(node, OneThread):
+            each = f"each={node.each}" if node.each else ""
+            yield self.line(f"with one_thread({each}):", node, indent)
+            yield from self.block(node.body, indent)
         else:
             show = self.leaves.get(type(node))
             text = show(node) if show is not None else node.show(self.names)
@@ -226,8 +278,7 @@ class _Printer:
         if node.coalesced_width is not None:
             fields.append(f"coalesced_width={node.coalesced_width}")
         text = f"for {variables} in T.Parallel({', '.join(fields)}):"
-        layout = self.kernel.fragments.get(node)
-        return text if layout is None else f"{text}  # {layout}"
+        return text if node.layout is None else f"{text}  # {node.layout}"
 
     def loop_while(self, node: While, indent: str) -> Iterator[str]:
         if not node.test:
@@ -256,7 +307,23 @@ class _Printer:
         text = f"T.atomic_{node.combine}({place}, {self.names.expr(node.value)})"
         return text if node.out is None else f"{self.names.of(node.out)} = {text}"
 
-    def slot(self, node: BarrierArrive | BarrierWait) -> str:
+    def sync(self, node: SyncThreads) -> str:
+        text = "T.sync_threads()"
+        if node.number is not None:
+            name = "named_barrier_arrive" if node.is_arrival else "sync_threads"
+            text = f"T.{name}({self.names.expr(node.number)}, {node.threads})"
+        return text + ("  # inserted" if node.inserted else "")
+
+    def arrive(self, node: BarrierArrive) -> str:
+        if node.cta is None:
+            return f"T.barrier_arrive({self.slot(node)})"
+        return f"T.mbarrier_arrive({self.slot(node)}, cta_id={self.names.expr(node.cta)})"
+
+    def expect(self, node: BarrierExpect) -> str:
+        name = "mbarrier_arrive_expect_tx" if node.arrives else "mbarrier_expect_tx"
+        return f"T.{name}({self.slot(node)}, {node.bytes})"
+
+    def slot(self, node: BarrierArrive | BarrierExpect | BarrierWait) -> str:
         return self.names.index(node.barrier, (node.slot,))
 
 

@@ -7,6 +7,7 @@ what tile ops mean: they name their own problems. Takes time linear in the kerne
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from tilejit.dtypes import bool_
 from tilejit.errors import InternalError, Span
@@ -21,23 +22,25 @@ from tilejit.ir.expr import (
     Op,
     Var,
     int_value,
+    variables,
     walk,
 )
 from tilejit.ir.kernel import Kernel, ParamKind
 from tilejit.ir.node import (
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
+    Let,
     Load,
     Node,
+    OneThread,
     Parallel,
+    Roles,
     Store,
     While,
 )
+from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierExpect, BarrierWait
 
 _PER_ITERATION = (Load, Store, Atomic, For, If, While)  # what may stand in a T.Parallel
 _COMBINE = frozenset(("add", "min", "max", "and", "or", "xor", "exch"))
@@ -57,6 +60,7 @@ class _Verifier:
         self.scope: set[Var] = set()
         self.variables: dict[Expr, frozenset[Var]] = {}  # of expressions whose types are checked
         self.buffers: set[Buffer] = set()
+        self.thread_counts = {kernel.num_threads}
         self.in_parallel = False
         self.where = "kernel"
         self.span: Span | None = kernel.span
@@ -68,11 +72,16 @@ class _Verifier:
         for param in kernel.params:
             self.require(param.var not in self.scope, f"parameter `{param.name}` occurs twice")
             self.scope.add(param.var)
+            if param.box is not None:  # the map stands for the tensor's address
+                assert isinstance(param.box.tensor.data, Expr), f"{param.name} has no tensor"
+                self.scope |= variables(param.box.tensor.data)
             if param.kind is ParamKind.TENSOR:
                 is_global = param.buffer is not None and param.buffer.scope is Scope.GLOBAL
                 self.require(is_global, f"tensor `{param.name}` has no global buffer")
         self.indices(kernel.grid)
         self.scope.update(kernel.block_vars, kernel.thread_vars)
+        if kernel.blocks_var is not None:
+            self.scope.add(kernel.blocks_var)
         for param in kernel.params:
             if param.buffer is not None:
                 self.buffer(param.buffer)
@@ -220,8 +229,17 @@ class _Verifier:
             self.expr(e)
         if isinstance(node, Load | Store | Atomic):
             self.access(node)
-        elif isinstance(node, BarrierArrive | BarrierWait):
+        elif isinstance(node, BarrierArrive | BarrierExpect | BarrierWait):
             self.barrier(node)
+        elif isinstance(node, Let):
+            same = node.value.dtype is node.var.dtype or (
+                node.value.dtype.is_integer and node.var.dtype.is_integer
+            )
+            self.require(same, f"{node.var.dtype} is a value of {node.value.dtype}")
+        elif isinstance(node, Roles):
+            self.roles(node)
+        elif isinstance(node, OneThread):
+            self.nested(node.body)
         elif isinstance(node, For):
             self.loop(node)
         elif isinstance(node, Parallel):
@@ -250,7 +268,18 @@ class _Verifier:
             same = node.out.dtype is buffer.dtype
             self.require(same, f"{buffer.dtype} of `{buffer.name}` gives {node.out.dtype}")
 
-    def barrier(self, node: BarrierArrive | BarrierWait) -> None:
+    def roles(self, node: Roles) -> None:
+        end = 0
+        for role in sorted(node.roles, key=lambda role: role.first):
+            self.require(role.first >= end and role.threads > 0, f"`{role.name}` shares threads")
+            end = role.first + role.threads
+            self.require(role.threads % role.teams == 0, f"{role.teams} teams are not equal")
+            self.thread_counts.add(role.size)
+            self.nested(role.body, defines=() if role.team is None else (role.team,))
+        total = self.kernel.num_threads + self.kernel.extra_threads
+        self.require(end <= total, f"roles of {end} threads in a block of {total}")
+
+    def barrier(self, node: BarrierArrive | BarrierExpect | BarrierWait) -> None:
         barrier = node.barrier
         self.buffer(barrier)
         self.require(barrier.scope is Scope.BARRIER, f"`{barrier.name}` is no barrier")
@@ -294,7 +323,7 @@ class _Verifier:
                 f"the layout of `{name}` has shape {layout.shape}, not {tuple(shape)}",
             )
             self.require(
-                layout.threads == kernel.num_threads,
+                layout.threads in self.thread_counts,
                 f"the layout of `{name}` is over {layout.threads} of {kernel.num_threads} threads",
             )
         for buffer, bytes_ in kernel.shared.items():
@@ -302,6 +331,11 @@ class _Verifier:
                 bytes_.shape == buffer.extents and bytes_.itemsize == buffer.dtype.bytes,
                 f"the layout of `{buffer.name}` has shape {bytes_.shape} of {bytes_.itemsize}-byte "
                 "elements",
+            )
+        for buffer, given in kernel.given.layouts.items():
+            self.require(
+                replace(kernel.shared.get(buffer, given.layout), tile_align=1) == given.layout,
+                f"`{buffer.name}` does not lie in its given layout, {given.layout}",
             )
         for buffer, slots in kernel.slots.items():
             self.require(slots >= 1, f"`{buffer.name}` has {slots} slots")

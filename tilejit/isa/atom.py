@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from tilejit.dtypes import DType
 from tilejit.isa.instruction import Instruction
 from tilejit.target import Feature
+
+if TYPE_CHECKING:
+    from tilejit.isa.wgmma import WgmmaInstruction
 
 
 class CopyMethod(StrEnum):
@@ -18,16 +22,19 @@ class CopyMethod(StrEnum):
 
     REGISTERS = "registers"  # load to registers, cast, store
     CP_ASYNC = "cp.async"  # global to shared memory, past the registers
+    TMA = "tma"  # whole boxes between global and shared memory, by the tensor memory accelerator
 
 
 @dataclass(frozen=True, slots=True)
 class CopyAtom:
-    """vector: elements moved by one instruction of a thread."""
+    """vector: elements moved by one instruction of a thread; 0 where that is a whole box."""
 
     method: CopyMethod
     vector: int
 
     def __str__(self) -> str:
+        if not self.vector:
+            return self.method.value
         return f"{self.method.value}, {self.vector} elements a time"
 
 
@@ -60,6 +67,38 @@ class GemmAtom:
     warps_m: int
     warps_n: int
 
+    @property
+    def is_async(self) -> bool:
+        """True when the product is there only after a wait."""
+        return False
+
     def __str__(self) -> str:
         name = self.mma.name if self.mma else "fma"
         return f"{name} on {self.warps_m}x{self.warps_n} warps"
+
+
+@dataclass(frozen=True, slots=True)
+class WgmmaAtom:
+    """How a tile multiply is done by `groups_m` x `groups_n` warpgroups.
+
+    rows, columns: instructions along m and n that each of them issues.
+    """
+
+    wgmma: WgmmaInstruction
+    groups_m: int
+    groups_n: int
+    rows: int
+    columns: int
+
+    @property
+    def is_async(self) -> bool:
+        return True
+
+    @property
+    def mma(self) -> None:
+        """No instruction of a single warp."""
+        return
+
+    def __str__(self) -> str:
+        each = f", {self.rows}x{self.columns} each" if self.rows * self.columns > 1 else ""
+        return f"{self.wgmma.name} on {self.groups_m}x{self.groups_n} warpgroups{each}"

@@ -26,6 +26,8 @@ class Instruction:
     outputs, inputs: dtypes of the registers. bool is not allowed; narrower than 32 bits only
         int16, uint16.
     immediates: inputs (by number) that must be compile-time constants in the text.
+    tied: the first `tied` outputs are the registers of the first `tied` inputs, updated in
+        place. The text names them as outputs; the other inputs keep their numbers.
     needs: target features, all of them.
     meaning: (lanes, input arrays) -> output arrays, one element a lane. `lanes` is a
         `machine.LaneContext`.
@@ -37,6 +39,7 @@ class Instruction:
     outputs: tuple[DType, ...] = ()
     inputs: tuple[DType, ...] = ()
     immediates: frozenset[int] = frozenset()
+    tied: int = 0
     needs: frozenset[Feature] = frozenset()
     meaning: Callable[[Any, Sequence[Array]], Sequence[Array]]
     has_effect: bool = True

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from tilejit.dtypes import DType
 from tilejit.errors import Span
 from tilejit.isa.instruction import Instruction
+
+if TYPE_CHECKING:
+    from tilejit.isa.tma import Box, TensorMap
 
 Value = Any
 State = dict[Any, list[Value]]
@@ -171,8 +174,14 @@ class LaneContext(Protocol):
         """`size` bytes at each active lane's address, uint8 (lanes, size); zeros elsewhere.
         Reports addresses outside any buffer and shared-memory races."""
 
-    def write(self, space: str, address: np.ndarray[Any, Any], data: np.ndarray[Any, Any]) -> None:
-        """Write `data` (lanes, size) at each active lane's address."""
+    def write(
+        self,
+        space: str,
+        address: np.ndarray[Any, Any],
+        data: np.ndarray[Any, Any],
+        where: np.ndarray[Any, Any] | None = None,
+    ) -> None:
+        """Write `data` (lanes, size) at each active lane's address, only in the lanes `where`."""
 
     def copy_async(
         self,
@@ -191,16 +200,90 @@ class LaneContext(Protocol):
     def sync_block(self, barrier: int, threads: int) -> None:
         """All of `threads` threads meet at hardware barrier `barrier`; 0 is all of the block's."""
 
+    def arrive_block(self, barrier: int, threads: int) -> None:
+        """The active lanes come to that barrier and do not wait."""
+
     def sync_warp(self) -> None:
         """The active lanes of each warp meet."""
+
+    # Barriers in shared memory: an address may also be one that `map_shared` gave, except where
+    # the lanes wait or initialise.
 
     def mbarrier_init(self, address: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> None: ...
 
     def mbarrier_arrive(self, address: np.ndarray[Any, Any]) -> None: ...
 
+    def mbarrier_expect(self, address: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> None:
+        """The current phase also waits for `count` bytes."""
+
     def mbarrier_wait(
         self, address: np.ndarray[Any, Any], parity: np.ndarray[Any, Any]
     ) -> None: ...
+
+    # Bulk copies of tensors. One lane starts each; `lane` is its number among the lanes.
+
+    def tensor_map(self, handle: int) -> TensorMap:
+        """The tensor map whose address in the parameters the kernel takes `handle` for."""
+
+    def load_box(self, lane: int, box: Box, shared: int, barrier: int, mask: int | None) -> None:
+        """Queue a copy of `box` to shared memory. It lands as late as possible and then tells the
+        barrier its bytes; with `mask`, in every block of the cluster whose bit is set, at the same
+        place and the same barrier there."""
+
+    def store_box(self, lane: int, box: Box, shared: int, add: bool) -> None:
+        """Queue a copy from shared memory to `box`, or its addition. Shared memory is read and
+        global memory written when the lane waits for it or the kernel ends."""
+
+    def commit_stores(self) -> None:
+        """The lane's queued stores since the last call become a group."""
+
+    def wait_stores(self, pending: int, read: bool) -> None:
+        """Each lane waits until at most `pending` of its newest groups are not complete, or, for
+        `read`, have not read shared memory."""
+
+    def fence_async(self) -> None:
+        """What the active lanes wrote to shared memory is visible to asynchronous copies and
+        matrix products from now on."""
+
+    # Matrix products of warpgroups (128 lanes, numbered within the lanes).
+
+    def start_product(
+        self,
+        warpgroup: int,
+        reads: np.ndarray[Any, Any],
+        finish: Callable[[np.ndarray[Any, Any]], None],
+    ) -> None:
+        """Queue a product that reads 16 bytes of shared memory at each address of `reads`. Once
+        its group has been waited for, `finish` gets what is there then, uint8 (reads, 16)."""
+
+    def commit_products(self) -> None:
+        """The queued products of each warpgroup since the last call become a group."""
+
+    def wait_products(self, pending: int) -> None:
+        """Each warpgroup waits until at most `pending` of its newest groups are not complete."""
+
+    # The cluster and the grid.
+
+    def cluster_rank(self) -> int:
+        """The block's number in its cluster."""
+
+    def cluster_index(self) -> int:
+        """The cluster's number along x in the grid."""
+
+    def grid_blocks(self) -> int:
+        """Blocks along x in the grid."""
+
+    def map_shared(
+        self, address: np.ndarray[Any, Any], rank: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Where other blocks of the cluster see the address of the block of that rank, uint32:
+        `read` and `write` take it in space "cluster"."""
+
+    def cluster_arrive(self, releases: bool) -> None:
+        """The active lanes come to the cluster's barrier; `releases`: with their writes."""
+
+    def cluster_wait(self) -> None:
+        """The active lanes wait until all of the cluster have come to its barrier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +293,13 @@ class Slot:
     count: None for a scalar of `dtype`; else a tuple of that many `dtype` elements, dtype being
         int32, uint32, int64, uint64, float32 or float64 (narrower elements are packed in uint32).
     address: the scalar is the address of global memory (a raw pointer parameter).
+    tensor_map: the scalar is the address of a tensor map among the parameters (uint64).
     """
 
     dtype: DType
     count: int | None = None
     address: bool = False
+    tensor_map: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,7 +327,11 @@ class Lowered:
     noalias: which parameters are addresses of memory that nothing else in the call overlaps.
     threads: threads of a block; shared_bytes: its dynamic shared memory.
     lanes: threads that run the skeleton's control flow together in the simulator: all of them
-        (`threads`), or 32 when warps go different ways through blocking operations.
+        (`threads`), or 32 when warps go different ways through blocking operations, or 128 when
+        warpgroups do.
+    cluster: blocks of a cluster along x, y and z; the grid is a multiple of it.
+    tensor_maps: which parameters are tensor maps; empty when none is. Their argument in the
+        simulator is a `tma.TensorMap`.
     """
 
     source: str
@@ -254,3 +343,5 @@ class Lowered:
     shared_bytes: int
     fast_math: bool = False
     lanes: int = 0
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    tensor_maps: tuple[bool, ...] = ()

@@ -3,8 +3,8 @@
 Knows the instructions, which element each lane holds (PTX ISA, "Matrix fragments for mma"), and how
 instructions tile a block of warps. Does not know how operands come into registers.
 
-A register index counts elements: element `i` of an operand is in b32 register `i // per_word`, the
-first of a word in its lowest bits.
+A register index counts elements: element `i` of an operand is in register `i // per_word`, the
+first of a word in its lowest bits. Operand registers have 32 bits; float64 elements have their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _PTX_TYPE = {
     dtypes.tfloat32: "tf32",
     dtypes.int8: "s8",
     dtypes.uint8: "u8",
+    dtypes.float8_e4m3fn: "e4m3",
+    dtypes.float8_e5m2: "e5m2",
     dtypes.float32: "f32",
+    dtypes.float64: "f64",
     dtypes.int32: "s32",
 }
 
@@ -129,6 +132,21 @@ def find_mma(a: DType, b: DType, acc: DType, target: Target) -> list[MmaInstruct
     return sorted(found, key=lambda mma: -mma.m * mma.n * mma.k)
 
 
+def operand_word(dtype: DType) -> DType:
+    """The dtype of the registers that hold an operand's elements."""
+    return dtypes.float64 if dtype is dtypes.float64 else dtypes.uint32
+
+
+def words_a(mma: MmaInstruction) -> int:
+    """Registers of A in a lane."""
+    return _word_count(fragment_a(mma), mma.a)
+
+
+def words_b(mma: MmaInstruction) -> int:
+    """Registers of B in a lane."""
+    return _word_count(fragment_b(mma), mma.b)
+
+
 def _per_word(dtype: DType) -> int:
     return max(1, 4 // dtype.bytes)
 
@@ -143,7 +161,7 @@ def _repeats(extent: int, step: int) -> int:
 
 
 def _word_count(layout: FragmentLayout, dtype: DType) -> int:
-    return layout.registers * dtype.bytes // 4
+    return layout.registers // _per_word(dtype)
 
 
 def whole_warps(lanes: LaneContext, name: str) -> None:
@@ -180,25 +198,26 @@ def _sources(layout: FragmentLayout, warps: int) -> Array:
 def _gathers(mma: MmaInstruction, warps: int) -> tuple[int, int, Array, Array, Array]:
     """Number of A's registers, of A's and B's, places of A and of B, sources of the result."""
     a, b = fragment_a(mma), fragment_b(mma)
-    a_words = _word_count(a, mma.a)
     places = _places(a, mma.a, warps), _places(b, mma.b, warps)
     sources = _sources(fragment_acc(mma), warps)
-    return a_words, a_words + _word_count(b, mma.b), *places, sources
+    return words_a(mma), words_a(mma) + words_b(mma), *places, sources
 
 
 def _gather(words: Sequence[Array], dtype: DType, places: Array) -> Array:
-    """The float32 matrix of each warp from its lanes' registers."""
+    """The matrix of each warp from its lanes' registers, float64 if they are, else float32."""
     packed = np.concatenate(words)
     if dtype is dtypes.tfloat32:
         packed &= np.uint32(0xFFFFE000)  # the low 13 bits are not read
-    return packed.view(dtype.numpy).take(places).astype(np.float32, copy=False)
+    wide = np.float64 if dtype is dtypes.float64 else np.float32
+    return packed.view(dtype.numpy).take(places).astype(wide, copy=False)
 
 
 def _multiply(
     mma: MmaInstruction, lanes: LaneContext, inputs: Sequence[Array]
 ) -> tuple[Array, ...]:
-    """All warps at once. Products are exact in float32 and summed in it; for 8-bit integers the
-    sums of one instruction are exact too (below 2**24), and the accumulator wraps."""
+    """All warps at once. float64 is multiplied and summed as such. Other products are exact in
+    float32 and summed in it; for 8-bit integers the sums of one instruction are exact too (below
+    2**24), and the accumulator wraps."""
     whole_warps(lanes, mma.name)
     a_words, ab_words, a_places, b_places, sources = _gathers(mma, len(lanes.thread) // WARP)
     with np.errstate(all="ignore"):
@@ -224,8 +243,7 @@ def _mma(m: int, n: int, k: int, a: DType, b: DType, acc: DType, *needs: Feature
     name = f"mma.m{m}n{n}k{k}.{types}"
     unwritten = Instruction(name=name, ptx="", meaning=lambda lanes, inputs: ())
     shape = MmaInstruction(m, n, k, a, b, acc, unwritten, features)
-    a_words = _word_count(fragment_a(shape), a)
-    b_words = _word_count(fragment_b(shape), b)
+    a_words, b_words = words_a(shape), words_b(shape)
     acc_words = _word_count(fragment_acc(shape), acc)
     acc_register = dtypes.uint32 if acc is dtypes.float16 else acc
     instruction = Instruction(
@@ -234,7 +252,9 @@ def _mma(m: int, n: int, k: int, a: DType, b: DType, acc: DType, *needs: Feature
         f"{_registers('a', 0, a_words)}, {_registers('a', a_words, b_words)}, "
         f"{_registers('a', a_words + b_words, acc_words)};",
         outputs=(acc_register,) * acc_words,
-        inputs=(dtypes.uint32,) * (a_words + b_words) + (acc_register,) * acc_words,
+        inputs=(operand_word(a),) * a_words
+        + (operand_word(b),) * b_words
+        + (acc_register,) * acc_words,
         needs=features,
         meaning=partial(_multiply, shape),
         has_effect=False,
@@ -244,10 +264,11 @@ def _mma(m: int, n: int, k: int, a: DType, b: DType, acc: DType, *needs: Feature
 
 _F16, _BF16, _TF32 = dtypes.float16, dtypes.bfloat16, dtypes.tfloat32
 _S8, _U8 = dtypes.int8, dtypes.uint8
-_F32, _S32 = dtypes.float32, dtypes.int32
+_E4M3, _E5M2 = dtypes.float8_e4m3fn, dtypes.float8_e5m2
+_F32, _F64, _S32 = dtypes.float32, dtypes.float64, dtypes.int32
 
 # PTX ISA, "Matrix multiply-accumulate operation using mma instruction"; fragments in its
-# subsections "Matrix fragments for mma.m16n8k4, .m16n8k8, .m16n8k16, .m16n8k32".
+# subsections "Matrix fragments for mma.m8n8k4, .m16n8k4, .m16n8k8, .m16n8k16, .m16n8k32".
 # tf32 operands are float32 bits of which the low 13 are not read: round with cvt.rna.tf32 first.
 MMA: tuple[MmaInstruction, ...] = (
     _mma(16, 8, 16, _F16, _F16, _F32),
@@ -264,4 +285,13 @@ MMA: tuple[MmaInstruction, ...] = (
         for a in (_S8, _U8)
         for b in (_S8, _U8)
     ),
+    *(
+        _mma(16, 8, k, a, b, acc, Feature.MMA_FP8)
+        for acc in (_F32, _F16)
+        for k in (32, 16)
+        for a in (_E4M3, _E5M2)
+        for b in (_E4M3, _E5M2)
+    ),
+    *(_mma(16, 8, k, _F64, _F64, _F64, Feature.MMA_F64_M16) for k in (16, 8, 4)),
+    _mma(8, 8, 4, _F64, _F64, _F64, Feature.MMA_F64),
 )  # fmt: skip

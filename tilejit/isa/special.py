@@ -191,6 +191,43 @@ COS = _approximate("cos.approx.ftz.f32", np.cos)
 TANH = _approximate("tanh.approx.f32", np.tanh, flushes=False)
 
 
+def _first_lane(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+    value = np.broadcast_to(inputs[0], lanes.thread.shape)
+    lane = np.arange(len(value))
+    first = value[lane - lane % WARP]
+    assert (first == value).all(), "the lanes of a warp hold different values"
+    return (first,)
+
+
+# A value that all lanes of a warp hold alike, in a form that the assembler knows to be so and keeps
+# in a uniform register (PTX ISA, "shfl.sync"). It touches nothing, so it may be moved out of loops.
+UNIFORM = Instruction(
+    name="uniform",
+    ptx=f"shfl.sync.idx.b32 $d0, $a0, 0, 31, {_FULL};",
+    outputs=(dtypes.uint32,),
+    inputs=(dtypes.uint32,),
+    meaning=_first_lane,
+    has_effect=False,
+)
+
+
+def _elected(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+    return ((lanes.thread % WARP == 0).astype(np.uint32),)
+
+
+# 1 in one lane of the warp, all of whose lanes take part; 0 in the others. What only that lane
+# does, the assembler then issues once (PTX ISA, "elect.sync").
+ELECT = Instruction(
+    name="elect.sync",
+    ptx=(
+        f"{{\n.reg .pred elected;\nelect.sync _|elected, {_FULL};\nselp.b32 $d0, 1, 0, elected;\n}}"
+    ),
+    outputs=(dtypes.uint32,),
+    needs=frozenset({Feature.TMA}),
+    meaning=_elected,
+)
+
+
 @cache
 def shuffle(mode: str) -> Instruction:
     """Every lane reads the uint32 of another lane of its warp.

@@ -143,8 +143,19 @@ def alloc_barrier(arrive_count: Any) -> BufferHandle:
         ArgumentError: a count below 1 or above 1048575, or an empty list.
         ArgumentTypeError: not integers.
     """
-    what = "T.alloc_barrier"
-    current_kernel(what)
+    return _barriers("T.alloc_barrier", arrive_count)
+
+
+def alloc_cluster_barrier(arrive_count: Any) -> BufferHandle:
+    """Barriers at which threads of all blocks of the cluster may arrive, by
+    `T.mbarrier_arrive(mbar, cta_id)`; each block has its own. Arguments and errors as for
+    `alloc_barrier`. All blocks know of each other's barriers before any runs the kernel's body.
+    """
+    return _barriers("T.alloc_cluster_barrier", arrive_count)
+
+
+def _barriers(what: str, arrive_count: Any) -> BufferHandle:
+    current_kernel(what).is_free = False
     counts = arrive_count if isinstance(arrive_count, list | tuple) else [arrive_count]
     if not counts:
         raise ArgumentError(f"{what}: the list of arrive counts is empty.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from tilejit.errors import (
     ArgumentError,
+    ArgumentTypeError,
     ShapeError,
     UnsupportedError,
     caller_span,
@@ -32,7 +33,8 @@ from tilejit.language.where import tile_op
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import loop_variables, place
 
-_INSTRUCTIONS = ("cp_async", "sync")
+_INSTRUCTIONS = ("tma", "cp_async", "sync")
+_EVICTIONS = ("evict_normal", "evict_first", "evict_last")
 
 
 def copy(
@@ -53,28 +55,45 @@ def copy(
             from the other side. Any pair of global, shared, fragment and local memory. Outside a
             global tensor a source reads as 0 and a destination is not written.
         coalesced_width: elements a thread moves at once.
-        disable_tma: accepted; no copy uses the tensor memory accelerator.
-        eviction_policy, annotations, loop_layout: None.
-        prefer_instruction: "cp_async" or "sync".
+        disable_tma: the tensor memory accelerator does not make the copy.
+        eviction_policy: "evict_first", "evict_last" or "evict_normal": how long the L2 cache keeps
+            what the tensor memory accelerator moves; other instructions do not take it, and
+            `explain()` then says so.
+        prefer_instruction: "tma", which then makes the copy or is refused with the reason;
+            "cp_async" or "sync" (through registers), where they can.
+        annotations, loop_layout: None.
 
     Raises:
         ShapeError: the extents differ, or nothing says them.
         ArgumentError, ArgumentTypeError: anything else about an argument.
+        UnsupportedError: the tensor memory accelerator is asked for and cannot make the copy.
         TraceError: outside a kernel, or inside T.Parallel.
     """
     trace = tile_op("T.copy")
-    del disable_tma
-    _refuse_given("T.copy", eviction_policy=eviction_policy, annotations=annotations)
-    _refuse_given("T.copy", loop_layout=loop_layout)
-    _check_instruction(prefer_instruction)
+    _refuse_given("T.copy", annotations=annotations, loop_layout=loop_layout)
+    prefer = _preference(prefer_instruction, disable_tma)
+    eviction = check_eviction("T.copy", eviction_policy)
     source, target = as_side(src, "T.copy", "the source"), as_side(dst, "T.copy", "the destination")
     a, b = match("T.copy", source, target)
     if a.shape != b.shape or may_repeat(a):
+        if prefer == "tma":
+            raise UnsupportedError(
+                'T.copy: prefer_instruction="tma" is not possible: '
+                f"extents of 1 of `{a.buffer.name}` repeat.",
+                hint="Leave prefer_instruction out.",
+            )
         _broadcast_copy(trace, a, b, b.shape)
         return
     width = _width(coalesced_width, a)
     trace.add(
-        Copy(src=a, dst=b, coalesced_width=width, prefer=prefer_instruction, span=caller_span())
+        Copy(
+            src=a,
+            dst=b,
+            coalesced_width=width,
+            prefer=prefer,
+            eviction=eviction,
+            span=caller_span(),
+        )
     )
 
 
@@ -84,17 +103,30 @@ def _refuse_given(what: str, **arguments: Any) -> None:
             raise UnsupportedError(f"{what}: {name}={value!r} is not supported.", hint="Omit it.")
 
 
-def _check_instruction(prefer: str | None) -> None:
-    if prefer is None or prefer in _INSTRUCTIONS:
-        return
-    if prefer == "tma":
-        raise UnsupportedError(
-            'T.copy: prefer_instruction="tma" is not supported.',
-            hint='Use "cp_async" or "sync", or leave it out.',
+def _preference(prefer: str | None, disable_tma: bool) -> str | None:
+    """The instruction that is asked for, or "no_tma"."""
+    if not isinstance(disable_tma, bool):
+        raise ArgumentTypeError(f"T.copy: disable_tma is {disable_tma!r}, not True or False.")
+    if prefer is not None and prefer not in _INSTRUCTIONS:
+        raise ArgumentError(
+            f"T.copy: prefer_instruction is {prefer!r}.",
+            hint='It is "tma", "cp_async" or "sync".',
         )
-    raise ArgumentError(
-        f"T.copy: prefer_instruction is {prefer!r}.", hint='It is "cp_async" or "sync".'
-    )
+    if prefer == "tma" and disable_tma:
+        raise ArgumentError('T.copy: prefer_instruction="tma" and disable_tma=True contradict.')
+    return "no_tma" if disable_tma and prefer is None else prefer
+
+
+def check_eviction(what: str, policy: str | None) -> str | None:
+    """The name of a policy of the L2 cache, checked; None for the usual one."""
+    if policy is None or policy == "evict_normal":
+        return None
+    if policy not in _EVICTIONS:
+        raise ArgumentError(
+            f"{what}: eviction_policy is {policy!r}.",
+            hint="It is " + ", ".join(f'"{name}"' for name in _EVICTIONS) + ".",
+        )
+    return policy
 
 
 def _width(coalesced_width: Any, region: Region) -> int | None:

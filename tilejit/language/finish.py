@@ -38,6 +38,7 @@ from tilejit.ir.node import (
     Load,
     Node,
     Parallel,
+    Roles,
     Store,
     While,
 )
@@ -215,14 +216,23 @@ def _is_in_range(buffer: Buffer, position: tuple[Expr, ...]) -> bool:
 # -- bounds -----------------------------------------------------------------------------------
 
 
-def _check_bounds(body: Body, *, is_certain: bool) -> None:
-    """Refuse accesses to on-chip buffers that certainly run and certainly miss."""
+def _check_bounds(body: Body, *, is_certain: bool, in_role: bool = False) -> None:
+    """Refuse accesses to on-chip buffers that certainly run and certainly miss.
+
+    in_role: not all of the block's threads come there.
+    """
     for node in body:
         is_guarded = isinstance(node, Load) and node.when is not None
         if is_certain and isinstance(node, Load | Store) and not is_guarded:
-            _check_access(node)
+            by_thread = {v for e in node.index for v in variables(e) if v.kind is VarKind.THREAD}
+            if not (in_role and by_thread):
+                _check_access(node)
         for inner in node.bodies:
-            _check_bounds(inner, is_certain=is_certain and _always_runs(node))
+            _check_bounds(
+                inner,
+                is_certain=is_certain and _always_runs(node),
+                in_role=in_role or isinstance(node, Roles),
+            )
 
 
 def _always_runs(node: Node) -> bool:
@@ -231,7 +241,7 @@ def _always_runs(node: Node) -> bool:
     if isinstance(node, For):
         start, stop = int_value(node.start), int_value(node.stop)
         return None not in (start, stop) and bool(range(start or 0, stop or 0, node.step))
-    return isinstance(node, Parallel)
+    return isinstance(node, Parallel | Roles)
 
 
 def _check_access(node: Load | Store) -> None:

@@ -6,6 +6,7 @@ Knows where each is defined. Does not know what any of them does.
 from tilejit.language.branches import Else, If, Then, While
 from tilejit.language.context import MARK, Context
 from tilejit.language.launch import (
+    ClusterKernel,
     Kernel,
     get_block_binding,
     get_block_bindings,
@@ -28,6 +29,7 @@ from tilejit.language.loops import (
 
 __all__ = [
     "MARK",
+    "ClusterKernel",
     "Context",
     "DeviceLoop",
     "Else",

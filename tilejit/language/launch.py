@@ -22,10 +22,13 @@ from tilejit.errors import (
 )
 from tilejit.ir.analysis import interval
 from tilejit.ir.expr import Expr, VarKind, arith, int_value
+from tilejit.ir.kernel import Given
 from tilejit.language.context import Context
 from tilejit.language.trace import Trace, current, current_kernel, enter, leave
 from tilejit.language.value import Value, as_index
 
+USUAL_THREADS = 128
+MAX_CLUSTER = 8  # blocks, portable (CUDA Programming Guide, thread block clusters)
 MAX_THREADS = 1024  # per block, all CUDA devices (CUDA Programming Guide, compute capabilities)
 
 
@@ -34,14 +37,23 @@ class Kernel(Context):
 
     Args:
         grid: blocks along x, y and z; integers, or values of symbols and runtime scalars.
-        threads: threads of a block; an int, or up to three of them.
+        threads: threads of a block; an int, or up to three of them. Left out, the cost model
+            chooses; 128 where the kernel asks for its threads.
+        cluster: blocks of a cluster along x, y and z, or along x alone, at most 8 together: they
+            run at once, meet at `T.cluster_sync` and can share what `T.tma_copy` brings (PTX ISA,
+            "Cluster of cooperative thread arrays"). It divides the grid. Left out, passes choose
+            it for kernels whose tiles they bring themselves; 1 is for none. Needs sm_90 or newer.
 
     Raises:
-        ArgumentError, ArgumentTypeError, ResourceError: grid or threads that cannot be.
+        ArgumentError, ArgumentTypeError, ResourceError: grid, threads or cluster that cannot be.
     """
 
     def __init__(
-        self, *grid: Any, threads: int | Sequence[int] | None = None, prelude: object = None
+        self,
+        *grid: Any,
+        threads: int | Sequence[int] | None = None,
+        cluster: int | Sequence[int] | None = None,
+        prelude: object = None,
     ) -> None:
         if prelude is not None:
             raise UnsupportedError("T.Kernel: `prelude` is CUDA C source, which is not used here.")
@@ -51,7 +63,9 @@ class Kernel(Context):
                 hint="Fold two into one, and split the block's index with `//` and `%`.",
             )
         self.grid = tuple(_grid_extent(g, d) for d, g in enumerate(grid))
-        self.threads = _threads(128 if threads is None else threads)
+        self.threads = _threads(USUAL_THREADS if threads is None else threads)
+        self.is_free = threads is None
+        self.cluster = None if cluster is None else _cluster(cluster, self.grid)
         self.span = caller_span()
         self.trace: Trace | None = None
 
@@ -72,7 +86,9 @@ class Kernel(Context):
             )
         self._check_names()
         trace = Trace(host.name, host, self.span)
-        trace.grid, trace.threads = self.grid, self.threads
+        trace.grid, trace.threads, trace.is_free = self.grid, self.threads, self.is_free
+        trace.given = Given(cluster=self.cluster)
+        trace.cluster = self.cluster or (1, 1, 1)
         trace.block_vars = tuple(
             trace.new_var(
                 self.name(d, f"b{'xyz'[d]}"),
@@ -116,6 +132,19 @@ class Kernel(Context):
         trace.host.kernels.append(trace)
 
 
+class ClusterKernel(Kernel):
+    """TileLang's spelling of `T.Kernel(*grid, threads=threads, cluster=cluster_dims)`."""
+
+    def __init__(
+        self,
+        *grid: Any,
+        cluster_dims: int | Sequence[int],
+        threads: int | Sequence[int] | None = None,
+        prelude: object = None,
+    ) -> None:
+        super().__init__(*grid, threads=threads, cluster=cluster_dims, prelude=prelude)
+
+
 def _grid_extent(extent: object, d: int) -> Expr:
     e = as_index(extent, f"grid extent {d} of T.Kernel")
     high = interval(e).high
@@ -150,10 +179,43 @@ def _threads(threads: object) -> tuple[int, int, int]:
     return x, y, z
 
 
+def _cluster(cluster: object, grid: tuple[Expr, ...]) -> tuple[int, int, int]:
+    given = list(cluster) if isinstance(cluster, tuple | list) else [cluster]
+    if not 1 <= len(given) <= 3:
+        raise ArgumentError(f"T.Kernel: cluster has 1 to 3 entries, got {len(given)}.")
+    sizes: list[int] = []
+    for n in given:
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise ArgumentTypeError(
+                f"T.Kernel: cluster must be known when the kernel is traced, got {n!r}.",
+                hint="Give an int or a compile-time parameter.",
+            )
+        if n <= 0:
+            raise ArgumentError(f"T.Kernel: cluster must be positive, got {n}.")
+        sizes.append(int(n))
+    x, y, z = (*sizes, 1, 1)[:3]
+    if x * y * z > MAX_CLUSTER:
+        raise ResourceError(
+            f"T.Kernel: a cluster of {x * y * z} blocks; every chip that has clusters runs up to "
+            f"{MAX_CLUSTER}.",
+            hint="Use a smaller cluster.",
+        )
+    for d, size in enumerate((x, y, z)):
+        extent = int_value(grid[d]) if d < len(grid) else 1
+        if extent is not None and extent % size:
+            raise ArgumentError(
+                f"T.Kernel: the grid has {extent} blocks along {'xyz'[d]}, which clusters of "
+                f"{size} do not divide.",
+                hint="Round the grid up to a multiple; blocks that are too many may do nothing.",
+            )
+    return x, y, z
+
+
 def get_thread_binding(dim: int = 0) -> Value:
     """The thread's index in its block along `dim` (0 is x)."""
     trace = current_kernel("T.get_thread_binding")
     _check_dim("T.get_thread_binding", dim, 3)
+    trace.is_free = False
     while len(trace.thread_vars) <= dim:
         d = len(trace.thread_vars)
         hint, bounds = f"t{'xyz'[d]}", (0, trace.threads[d] - 1)
@@ -185,12 +247,13 @@ def get_thread_extent(dim: int = 0) -> int:
     """Threads of a block along `dim`."""
     trace = current_kernel("T.get_thread_extent")
     _check_dim("T.get_thread_extent", dim, 3)
+    trace.is_free = False
     return trace.threads[dim]
 
 
 def get_thread_extents() -> tuple[int, int, int]:
     """Threads of a block along x, y and z."""
-    return current_kernel("T.get_thread_extents").threads
+    return get_thread_extent(0), get_thread_extent(1), get_thread_extent(2)
 
 
 def get_block_extent(dim: int = 0) -> Any:

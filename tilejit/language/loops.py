@@ -207,11 +207,18 @@ def Pipelined(
     sync: object = None,
     group: Sequence[Sequence[int]] | None = None,
     annotations: object = None,
+    split: int | None = None,
 ) -> DeviceLoop:
     """A loop whose copies into shared memory run ahead of its arithmetic.
 
     num_stages: slots of each tile that is filled ahead; 0 is a plain loop, None lets the cost
-        model choose. order, stage: a schedule of the body's statements by hand.
+        model choose. order, stage: a schedule of the body's statements by hand. split: blocks
+        that share the iterations, whose sums are added in a fixed order (split-K); 1 for none,
+        None lets the cost model choose where the stages are left open too.
+
+    Raises:
+        ArgumentError: negative stages, a split below 1, or of a loop that does not only add
+            products to accumulators that begin at zero.
     """
     _refuse("T.Pipelined", sync=sync, annotations=annotations)
     if num_stages is not None and (
@@ -222,6 +229,12 @@ def Pipelined(
         raise ArgumentError(
             f"T.Pipelined: num_stages must not be negative, got {num_stages}.",
             hint="0 or 1 keeps one copy of each tile; 3 loads two rounds ahead.",
+        )
+    if split is not None and (isinstance(split, bool) or not isinstance(split, int | np.integer)):
+        raise ArgumentTypeError(f"T.Pipelined: split must be an int, got {split!r}.")
+    if split is not None and split < 1:
+        raise ArgumentError(
+            f"T.Pipelined: split must be positive, got {split}.", hint="1 means one block a tile."
         )
     steps, stages = tuple(order or ()), tuple(stage or ())
     if len(steps) != len(stages):
@@ -236,6 +249,7 @@ def Pipelined(
         None,
         LoopKind.PIPELINED,
         num_stages=None if num_stages is None else int(num_stages),
+        parts=None if split is None else int(split),
         order=steps,
         stage=stages,
         group=tuple(tuple(g) for g in group or ()),

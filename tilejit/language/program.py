@@ -16,7 +16,10 @@ from tilejit.ir.node import Body, walk
 from tilejit.language.finish import finish_body, shape_variables, used_variables
 from tilejit.language.handle import BufferHandle
 from tilejit.language.hazards import check_iterations
+from tilejit.language.layout import check_views
 from tilejit.language.trace import Trace
+from tilejit.language.warps import check_roles
+from tilejit.language.wgmma import check_multiplies
 
 
 def make_program(
@@ -70,15 +73,21 @@ def _kernel(
 ) -> Kernel:
     body = finish_body(trace.root.nodes)
     check_iterations(body)
+    check_roles(trace, body)
+    check_views(trace, body)
+    body = check_multiplies(body)
     return Kernel(
         name=name,
         params=_params(host, trace, body, overlaps),
         grid=trace.grid,
         threads=trace.threads,
+        is_free=trace.is_free,
         block_vars=trace.block_vars,
         thread_vars=trace.thread_vars,
         body=body,
         fast_math=fast_math,
+        given=trace.given,
+        cluster=trace.cluster,
         span=trace.span,
     )
 

@@ -20,6 +20,7 @@ from tilejit.dtypes import DType
 from tilejit.errors import Span, TraceError, caller_span
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, index, show, variables
+from tilejit.ir.kernel import Given, rank_in_cluster
 from tilejit.ir.node import Atomic, For, If, Load, Node, Parallel, Store, While
 
 
@@ -30,6 +31,7 @@ class FrameKind(StrEnum):
     PARALLEL = "parallel"
     BRANCH = "branch"
     WHILE = "while"
+    ROLE = "role"
 
 
 _PLACES = {
@@ -39,6 +41,7 @@ _PLACES = {
     FrameKind.PARALLEL: "the T.Parallel loop",
     FrameKind.BRANCH: "the branch",
     FrameKind.WHILE: "the while loop",
+    FrameKind.ROLE: "the T.ws body",
 }
 
 
@@ -47,6 +50,7 @@ class Frame:
     """A region of the program under construction; `nodes` is where the next node goes.
 
     owner: what opened it, where that matters to what may stand directly inside.
+    threads: of a ROLE, how many run it.
     """
 
     kind: FrameKind
@@ -55,6 +59,7 @@ class Frame:
     nodes: list[Node] = field(default_factory=list)
     is_open: bool = True
     owner: object = None
+    threads: int = 0
 
     @property
     def is_device_control(self) -> bool:
@@ -79,7 +84,9 @@ class Trace:
     host: the trace of the whole function (itself for the host part).
     arguments, outputs, kernels: of the host part: buffers and variables of the call, in call
         order; the buffers made by `T.empty`; the closed `T.Kernel` frames.
-    grid, threads, block_vars, thread_vars: of a kernel, x first.
+    grid, threads, block_vars, thread_vars: of a kernel, x first. is_free: the compiler may choose
+        other threads.
+    given, cluster: of a kernel: what the user decides that passes would; blocks of a cluster.
     failures: mistakes found too late to raise at their line; the first is raised at the end.
     known: extents that annotations in the function's body have named, by that name.
     """
@@ -99,6 +106,9 @@ class Trace:
         self._places: dict[Var, tuple[Buffer, tuple[Expr, ...]]] = {}
         self.grid: tuple[Expr, ...] = ()
         self.threads: tuple[int, int, int] = (1, 1, 1)
+        self.is_free = False
+        self.given = Given()
+        self.cluster: tuple[int, int, int] = (1, 1, 1)
         self.block_vars: tuple[Var, ...] = ()
         self.thread_vars: tuple[Var, ...] = ()
         self._names: set[str] = set(host._names) if host is not None else set()
@@ -108,6 +118,17 @@ class Trace:
     @property
     def is_kernel(self) -> bool:
         return self.host is not self
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a block."""
+        x, y, z = self.threads
+        return x * y * z
+
+    @property
+    def cluster_rank(self) -> Expr:
+        """The block's number in its cluster."""
+        return rank_in_cluster(self.block_vars, self.cluster)
 
     # -- names --------------------------------------------------------------------------------
 
@@ -159,7 +180,7 @@ class Trace:
                 hint="Move it out of the loop; inside, write the element: `B[i, j] = A[i, j]`.",
             )
         for buffer in (*node.reads, *node.writes):
-            self._check_home(buffer, node.span)
+            self.check_home(buffer, node.span)
         if not isinstance(node, While):  # its condition was checked inside the loop
             for expr in node_exprs(node):
                 self.check_scope(expr, node.span)
@@ -221,7 +242,7 @@ class Trace:
                 hint="Keep it in a buffer or `T.alloc_var`, which outlive the loop or branch.",
             )
 
-    def _check_home(self, buffer: Buffer, span: Span | None) -> None:
+    def check_home(self, buffer: Buffer, span: Span | None) -> None:
         root = buffer.root
         if root.scope is Scope.GLOBAL or root in self._homes:
             return
@@ -236,7 +257,7 @@ class Trace:
 # What may stand inside T.Parallel: steps of one iteration.
 _ELEMENTWISE = (Load, Store, Atomic, For, If, While, Parallel)
 _OPERATIONS = {"SyncThreads": "sync_threads", "BarrierArrive": "barrier_arrive",
-               "BarrierWait": "barrier_wait"}  # fmt: skip
+               "BarrierWait": "barrier_wait", "Roles": "ws"}  # fmt: skip
 
 
 def _operation(node: Node) -> str:

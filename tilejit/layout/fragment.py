@@ -185,6 +185,40 @@ class FragmentLayout:
         dims = _renumber([self.dims[d] for d in keep])
         return FragmentLayout(tuple(self.shape[d] for d in keep), dims, self.threads)
 
+    def split(self, axis: int, inner: int) -> FragmentLayout:
+        """The same places with a dimension written as two, the second of extent `inner`."""
+        assert not self.flat and self.shape[axis] % inner == 0, f"{self} by {inner}"
+        low: list[Digit] = []
+        high = list(self.dims[axis])
+        rest = inner
+        while rest > 1:
+            digit = high.pop()
+            size = math.gcd(digit.size, rest)
+            assert size in (digit.size, rest), f"{inner} does not cut {self} between digits"
+            low.insert(0, Digit(size, digit.place, digit.stride))
+            if digit.size > size:
+                high.append(Digit(digit.size // size, digit.place, digit.stride * size))
+            rest //= size
+        shape = (*self.shape[:axis], self.shape[axis] // inner, inner, *self.shape[axis + 1 :])
+        dims = (*self.dims[:axis], tuple(high), tuple(low), *self.dims[axis + 1 :])
+        return FragmentLayout(shape, dims, self.threads)
+
+    def window(self, axis: int, extent: int) -> FragmentLayout | None:
+        """The layout of any `extent` neighbours along a dimension that begin at a multiple of
+        it, where all such windows are held by the same threads alike; None where they are not."""
+        if self.flat or self.shape[axis] % extent or self.is_padded:
+            return None
+        rest, digits = extent, list(self.dims[axis])
+        while rest > 1:
+            size = digits.pop().size
+            if rest % size and size % rest:
+                return None
+            rest //= min(size, rest)
+        split = self.split(axis, extent)
+        if any(d.place != REGISTER for d in split.dims[axis]):
+            return None
+        return split.project([d for d in range(len(split.shape)) if d != axis])
+
     def same_places(self, other: FragmentLayout) -> bool:
         """True when each element is in the same threads in both (registers may be numbered
         differently, which costs nothing to convert)."""

@@ -22,6 +22,7 @@ class SharedLayout:
     the row number modulo `swizzle` (1, 2, 4 or 8), as the hardware's 32-, 64- and 128-byte
     swizzles do for rows of 32, 64 and 128 bytes (PTX ISA, "Swizzling modes").
 
+    tile_align: bytes that a whole tile's size is rounded up to a multiple of.
     strides: explicit strides in elements instead of all this (views given by the user).
     """
 
@@ -31,6 +32,7 @@ class SharedLayout:
     pitch: int = 0
     swizzle: int = 1
     strides: tuple[int, ...] | None = None
+    tile_align: int = 1
 
     def __post_init__(self) -> None:
         if not self.panel:
@@ -66,7 +68,8 @@ class SharedLayout:
     @property
     def tile_elements(self) -> int:
         """Elements from one tile (last two dimensions) to the next."""
-        return self.rows * self.pitch * (self.columns // self.panel)
+        bytes_ = self.rows * self.pitch * (self.columns // self.panel) * self.itemsize
+        return -(-bytes_ // self.tile_align) * self.tile_align // self.itemsize
 
     @property
     def bytes(self) -> int:
@@ -79,6 +82,14 @@ class SharedLayout:
     def is_linear(self) -> bool:
         """True when the offset is a plain sum of index times stride."""
         return self.strides is not None or (self.swizzle == 1 and self.panel == self.columns)
+
+    @property
+    def has_wide_rows(self) -> bool:
+        """True when every 16 bytes of a row start at a multiple of 16."""
+        if self.strides is None:
+            return self.pitch * self.itemsize % 16 == 0
+        *outer, last = self.strides
+        return last == 1 and all(s * self.itemsize % 16 == 0 for s in outer)
 
     @property
     def linear_strides(self) -> tuple[int, ...]:

@@ -29,7 +29,9 @@ from tilejit.ir.expr import (
     substitute,
 )
 from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Role
 from tilejit.isa.machine import Address, Machine, Value
+from tilejit.isa.special import UNIFORM
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.facts import Facts
 from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
@@ -134,21 +136,47 @@ class EmitterBase:
 
     @property
     def thread(self) -> Var:
-        """The linear thread index as an index expression."""
+        """The number of the thread in its role as an index expression."""
         return self._thread_var
 
-    def start(self, thread_var: Var) -> None:
-        """Give the machine's thread index a name in expressions; bind threadIdx variables."""
+    def start(self, role: Role, thread_var: Var, meeting: int) -> None:
+        """Give the executing role's threads their numbers, from 0 on, and threadIdx its variables.
+
+        meeting: the hardware barrier at which the role's threads come together.
+        """
         self._thread_var = thread_var
-        self.bind(thread_var, self.m.thread_index())
+        self.threads = role.size
+        self.meeting, self.team = meeting, role.team
+        absolute = self.m.thread_index()
+        if role.team is not None:
+            absolute = self._in_team(role, absolute)
+        self.bind(thread_var, absolute)
+        if role.first:
+            first = self.m.const(role.first, int32)
+            self.bind(thread_var, self.m.binary("sub", absolute, first, int32))
         x, y, _ = self.kernel.threads
+        total = self.kernel.num_threads
+        if role.first or role.size < total or role.team is not None:
+            assert x == total, "roles are of blocks with threads along x"
+            for var, at in zip(self.kernel.thread_vars, (absolute, None, None), strict=False):
+                self.bind(var, self.m.const(0, int32) if at is None else at)
+            return
         parts = (
-            _remainder(thread_var, x, self.kernel.num_threads),
-            _remainder(arith("floordiv", thread_var, x), y, self.kernel.num_threads // x),
+            _remainder(thread_var, x, total),
+            _remainder(arith("floordiv", thread_var, x), y, total // x),
             arith("floordiv", thread_var, x * y),
         )
         for var, part in zip(self.kernel.thread_vars, parts, strict=False):
             self.bind(var, self.index_value(part, 32)[0])
+
+    def _in_team(self, role: Role, absolute: Value) -> Value:
+        """The number of a thread in its team, whose own number becomes known."""
+        assert role.team is not None and not role.first, "teams are of a block's first threads"
+        m, size = self.m, self.m.const(role.size, int32)
+        number = m.bitcast(m.binary("floordiv", absolute, size, int32), int32, uint32)
+        (number,) = m.issue(UNIFORM, [number])
+        self.bind(role.team, m.bitcast(number, uint32, int32))
+        return m.binary("floormod", absolute, size, int32)
 
     def value(self, e: Expr) -> Value:
         """The value of an expression, in its dtype."""
@@ -388,7 +416,9 @@ class EmitterBase:
         return self._written
 
     def is_readonly(self, buffer: Buffer) -> bool:
-        """True when nothing in the kernel can write the buffer's memory."""
+        """True when nothing can write the buffer's memory while the kernel runs."""
+        if self.facts.is_dependent:
+            return False
         return any(p.buffer is buffer and p.noalias for p in self.kernel.params)
 
     # ---- private arrays ---------------------------------------------------------------------

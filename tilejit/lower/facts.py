@@ -13,8 +13,10 @@ from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
 from tilejit.ir.expr import Expr, Var, int_value, variables
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Store, walk
+from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, Store, walk
+from tilejit.ir.sync import Control, ControlOp
 from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.gemm import Gemm
 
 # A private array up to this many elements that is indexed by a runtime value is still kept in
 # registers and selected from; beyond it goes to local memory.
@@ -25,12 +27,16 @@ UNROLL_LIMIT = 64
 @dataclass(frozen=True)
 class Facts:
     """threads: user threads of a block; in_memory: private arrays that live in local memory;
-    unrolled: variables of loops that are unrolled where they are emitted."""
+    unrolled: variables of loops that are unrolled where they are emitted; read: memory that threads
+    read themselves, unlike the sources of bulk copies and of warpgroups' multiplies; is_dependent:
+    kernels before this one may still run when it starts."""
 
     aliases: Aliases
     divergence: Divergence
     in_memory: frozenset[Buffer]
     unrolled: frozenset[Var]
+    read: frozenset[Buffer]
+    is_dependent: bool = False
 
 
 def facts(kernel: Kernel) -> Facts:
@@ -41,7 +47,22 @@ def facts(kernel: Kernel) -> Facts:
         free = {v for e in at for v in variables(e)} - unrolled
         if free and root.extents and _elements(root) > SELECT_LIMIT:
             in_memory.add(root)
-    return Facts(Aliases(kernel), divergence(kernel), frozenset(in_memory), frozenset(unrolled))
+    aliases = Aliases(kernel)
+    nodes = list(walk(kernel.body))
+    read = {aliases.of(b) for n in nodes if not _is_async(n) for b in n.reads}
+    return Facts(
+        aliases,
+        divergence(kernel),
+        frozenset(in_memory),
+        frozenset(unrolled),
+        frozenset(read),
+        any(isinstance(n, Control) and n.op is ControlOp.DEPENDENCY_WAIT for n in nodes),
+    )
+
+
+def _is_async(node: Node) -> bool:
+    """True for what reads shared memory by itself, after threads have met."""
+    return node.is_async if isinstance(node, Gemm) else isinstance(node, Copy) and node.is_tma
 
 
 def _elements(buffer: Buffer) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import linecache
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from numba import cuda
@@ -25,10 +25,22 @@ from numba.cuda.target import CUDATargetContext, CUDATypingContext
 from numba.cuda.typing import builtins as typing_builtins
 
 from tilejit.isa.machine import Lowered
-from tilejit.lower.intrinsic import GranuleCall, make_intrinsic, numba_type
-from tilejit.lower.llvm_values import LOOP_BLOCK, keep_rolled
+from tilejit.lower.intrinsic import (
+    TENSOR_MAP_ALIGN,
+    GranuleCall,
+    make_intrinsic,
+    numba_type,
+)
+from tilejit.lower.llvm_values import (
+    LOOP_BLOCK,
+    constant_node,
+    ir_int,
+    keep_rolled,
+    metadata_string,
+)
 from tilejit.target import Target
 
+_BY_VALUE = re.compile(r"byval\(\[\d+ x i8\]\)")
 _ENVIRONMENT = ".NumbaEnv."  # how Numba begins the name of a function's Python environment
 
 
@@ -150,12 +162,39 @@ def lower_to_llvm(lowered: Lowered, target: Target) -> tuple[str, str]:
         function = library.get_function(result.fndesc.llvm_func_name)
         compiler.kernel_fixup(function, False)
         nvvm.set_launch_bounds(function, (_product(lowered.threads), 1))
+        if lowered.cluster != (1, 1, 1):
+            for axis, blocks in zip("xyz", lowered.cluster, strict=True):
+                _annotate(function, f"cluster_dim_{axis}", ir_int(blocks))
         for argument, alone in zip(function.args, lowered.noalias, strict=True):
             if alone:
                 argument.add_attribute("noalias")
+        _pass_by_value(function, lowered.tensor_maps)
         _keep_loops_rolled(function)
         _drop_environment(function.module)
-        return str(function.module), function.name
+        text = str(function.module)
+        if not target.has_modern_ir:  # where attributes have no types
+            text = _BY_VALUE.sub("byval", text)
+        return text, function.name
+
+
+def _pass_by_value(function: Any, is_map: Sequence[bool]) -> None:
+    """Let tensor maps be parameters themselves, read where they lie: the hardware wants the
+    address of one in parameter memory (CUDA Programming Guide, "__grid_constant__")."""
+    numbers = [n for n, is_one in enumerate(is_map, 1) if is_one]
+    for n in numbers:
+        argument = function.args[n - 1]
+        argument.add_attribute("byval")
+        argument.attributes.align = TENSOR_MAP_ALIGN
+    if numbers:
+        _annotate(function, "grid_constant", constant_node(function.module, numbers))
+
+
+def _annotate(function: Any, key: str, value: Any) -> None:
+    """Add an annotation of NVVM's to a kernel (NVVM IR Specification, "Global Property
+    Annotation")."""
+    module = function.module
+    annotations = module.add_named_metadata("nvvm.annotations")
+    annotations.add(module.add_metadata([function, metadata_string(module, key), value]))
 
 
 def _product(threads: tuple[int, int, int]) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
+from numba.cuda.datamodel import PrimitiveModel
+from numba.cuda.models import register_model
 from numba.cuda.typing.templates import AbstractTemplate, signature
 
 from tilejit.errors import InternalError, TileError
@@ -29,9 +31,31 @@ _SCALARS = {
 }  # fmt: skip
 _ADDRESS = types.CPointer(types.uint8)
 
+TENSOR_MAP_BYTES = 128  # CUDA Driver API, CUtensorMap
+TENSOR_MAP_ALIGN = 64
+
+
+class _TensorMapType(types.Type):  # type: ignore[misc]
+    """A tensor map among a kernel's parameters: the value is its address."""
+
+    def __init__(self) -> None:
+        super().__init__(name="tensor_map")
+
+
+_TENSOR_MAP = _TensorMapType()
+
+
+@register_model(_TensorMapType)
+class _TensorMapModel(PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        pointer = ir.ArrayType(ir.IntType(8), TENSOR_MAP_BYTES).as_pointer()
+        super().__init__(manager, kind, pointer)
+
 
 def numba_type(slot: Slot) -> Any:
     """The Numba type of a value: narrow floats are integers, addresses raw pointers."""
+    if slot.tensor_map:
+        return _TENSOR_MAP
     if slot.address:
         return _ADDRESS
     scalar = _SCALARS[slot.dtype.name]
@@ -121,6 +145,8 @@ def _template(call: GranuleCall) -> Any:
 
 
 def _unpack(builder: Any, argument: Any, slot: Slot) -> Any:
+    if slot.tensor_map:
+        return builder.ptrtoint(argument, ir.IntType(64))
     if slot.count is None:
         return argument
     return [builder.extract_value(argument, i) for i in range(slot.count)]

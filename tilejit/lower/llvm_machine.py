@@ -93,6 +93,7 @@ class LLVMMachine(LLVMAtomics):
             registers,
             has_effect=instruction.has_effect,
             convergent=True,
+            tied=instruction.tied,
         )
 
     def _as_register(self, value: Value, dtype: DType) -> Value:

@@ -233,15 +233,18 @@ class LLVMValues:
         has_effect: bool,
         early: bool = False,
         convergent: bool = False,
+        tied: int = 0,
     ) -> list[Value]:
         """Inline PTX; `$dN` are the outputs, of the given types, `$aN` the inputs.
 
         has_effect: it may not be dropped, repeated or moved across other memory accesses.
         early: outputs are written before all inputs have been read.
+        tied: that many outputs are the registers of the inputs of their number.
         """
         mark = "=&" if early else "="
         constraints = [mark + _LETTERS[str(kind)] for kind in outputs]
-        constraints += [_LETTERS[str(v.type)] for v in inputs]
+        constraints += [str(number) for number in range(tied)]
+        constraints += [_LETTERS[str(v.type)] for v in inputs[tied:]]
         if has_effect:
             constraints.append("~{memory}")
         if not outputs:
@@ -295,6 +298,20 @@ def keep_rolled(module: Any, latch: Any) -> None:
     loop = module.add_metadata([disable, serial])
     loop.operands = (loop, disable)  # a loop is told by a node that refers to itself
     latch.set_metadata("llvm.loop", loop)
+
+
+def ir_int(value: int) -> Value:
+    """A 32-bit constant, as metadata takes it."""
+    return ir.Constant(I32, value)
+
+
+def metadata_string(module: Any, text: str) -> Any:
+    return ir.MetaDataString(module, text)
+
+
+def constant_node(module: Any, values: Sequence[int]) -> Any:
+    """A metadata node of 32-bit numbers."""
+    return module.add_metadata([ir.Constant(I32, v) for v in values])
 
 
 def set_range(value: Value, low: int, high: int) -> None:

@@ -8,30 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tilejit.dtypes import DType, float32, int32, uint32
 from tilejit.errors import InternalError
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.analysis import divisor
+from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index
 from tilejit.ir.node import Node
 from tilejit.isa.atom import GemmAtom, MmaInstruction
 from tilejit.isa.ldmatrix import ldmatrix
 from tilejit.isa.machine import Value
-from tilejit.isa.mma import WARP, fragment_a, fragment_b
+from tilejit.isa.mma import WARP, fragment_a, fragment_b, operand_word, words_a, words_b
 from tilejit.isa.special import TF32_FROM_F32
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.index import coordinates, thread_part
 from tilejit.lower.operands import Operand, Operands, OperandSource, Spread, WarpTile
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.gemm import FetchOperands, Gemm, left_layout
+from tilejit.ops.gemm import FetchOperands, Gemm, held_operands
+
+Words = Callable[[int, int], list[Value]]
 
 FMA_STEP = 4  # values of k that one round of the plain multiply unrolls
 
 
 class MatmulEmitter(TileEmitter):
-    """All nodes."""
+    """Multiplies by single warps and threads."""
 
     def emit_tile(self, node: Node, points: Points) -> None:
         if isinstance(node, Gemm):
@@ -39,6 +41,7 @@ class MatmulEmitter(TileEmitter):
             with self.scope():
                 for region in (node.a, node.b):
                     self.check_region(region, points.points[0])
+                assert isinstance(node.atom, GemmAtom), f"{node.atom} has its own emitter"
                 if node.atom.mma is None:
                     self.emit_fma(node, points.points[0])
                 else:
@@ -93,7 +96,7 @@ class MatmulEmitter(TileEmitter):
 
     def emit_fetch(self, node: FetchOperands, point: Point) -> None:
         gemm = node.gemm
-        assert gemm.atom is not None and gemm.atom.mma is not None
+        assert isinstance(gemm.atom, GemmAtom) and gemm.atom.mma is not None
         warp_tile = self._warp_tile(gemm, gemm.atom, gemm.atom.mma)
         operands = self._operands(gemm, gemm.atom.mma, warp_tile, point).all(0)
         self.state[node.carried][:] = operands.words
@@ -113,18 +116,24 @@ class MatmulEmitter(TileEmitter):
         self, node: Gemm, mma: MmaInstruction, tile: WarpTile, point: Point
     ) -> OperandSource:
         """Where the operand words of any step of k come from."""
-        a_words = self._a_source(node, mma, tile.lane, tile.origin_m, point)
+        held = self._held_words(node, mma)
+        a_side = Operand(node.a, not node.transpose_a, point)
         b_side = Operand(node.b, node.transpose_b, point)
 
         def rows(i: int, step: int) -> list[Value]:
-            return self.rounded(a_words(i, step), mma)
+            if "a" in held:
+                return self.rounded(held["a"](i, step), mma)
+            row = arith("add", tile.origin_m, i * mma.m)
+            return self.rounded(self.load_a(a_side, mma, tile.lane, row, step * mma.k), mma)
 
         def columns(j: int, count: int, step: int) -> list[list[Value]]:
+            if "b" in held:
+                return [self.rounded(held["b"](c, step), mma) for c in range(j, j + count)]
             column = arith("add", tile.origin_n, j * mma.n)
             found = self.load_b(b_side, mma, count, tile.lane, column, step * mma.k)
             return [self.rounded(words, mma) for words in found]
 
-        group = self.columns_at_once(b_side, mma)
+        group = 1 if "b" in held else self.columns_at_once(b_side, mma)
         return OperandSource(tile, rows, columns, group)
 
     def columns_at_once(self, side: Operand, mma: MmaInstruction) -> int:
@@ -134,8 +143,7 @@ class MatmulEmitter(TileEmitter):
 
     def _split_words(self, held: list[Value], mma: MmaInstruction, tile: WarpTile) -> Operands:
         """Carried words by row and by column of instructions."""
-        a_words = mma.m * mma.k * mma.a.bits // (32 * WARP)
-        b_words = mma.k * mma.n * mma.b.bits // (32 * WARP)
+        a_words, b_words = words_a(mma), words_b(mma)
         cut = tile.rows * a_words
         a = [list(held[k : k + a_words]) for k in range(0, cut, a_words)]
         b = [list(held[k : k + b_words]) for k in range(cut, len(held), b_words)]
@@ -158,42 +166,42 @@ class MatmulEmitter(TileEmitter):
             flat = [v for w in flat for v in self.m.unpack(w, mma.acc)]
         acc[:] = flat
 
-    def _a_source(
-        self, node: Gemm, mma: MmaInstruction, lane: Expr, origin: Expr, point: Point
-    ) -> Callable[[int, int], list[Value]]:
-        """A function (row of instructions, step of k) -> the operand words of A."""
-        if node.a.buffer.scope is not Scope.FRAGMENT:
-            side = Operand(node.a, not node.transpose_a, point)
-            return lambda i, step: self.load_a(
-                side, mma, lane, arith("add", origin, i * mma.m), step * mma.k
-            )
-        held = self.state[node.a.buffer]
+    def _held_words(self, node: Gemm, mma: MmaInstruction) -> dict[str, Words]:
+        """For each operand in a fragment, "a" or "b", a function (row or column of instructions,
+        step of k) -> its operand words."""
         steps = node.k // mma.k
-        assert node.atom is not None
-        wanted = left_layout(node, node.atom, self.kernel.num_threads)
-        place = wanted.register_of(self.kernel.fragments[node.a.buffer])
-        per = mma.m * mma.k // WARP
-        per_word = max(1, 32 // mma.a.bits)
+        elements = {"a": fragment_a(mma).registers, "b": fragment_b(mma).registers}
 
-        def words(i: int, step: int) -> list[Value]:
-            first = (i * steps + step) * per
-            mine = [held[place[first + k]] for k in range(per)]
-            return [
-                self.operand_word(mine[k : k + per_word], node.a.buffer.dtype)
-                for k in range(0, per, per_word)
-            ]
+        def source(side: str, buffer: Buffer, wanted: FragmentLayout) -> Words:
+            held = self.state[buffer]
+            place = wanted.register_of(self.kernel.fragments[buffer])
+            per = elements[side]
 
-        return words
+            def words(i: int, step: int) -> list[Value]:
+                first = (i * steps + step) * per
+                mine = [held[place[first + k]] for k in range(per)]
+                return self.operand_words(mine, buffer.dtype)
 
-    def operand_word(self, values: Sequence[Value], dtype: DType) -> Value:
-        """A register of a matrix instruction from the elements it holds."""
+            return words
+
+        operands = held_operands(node, self.threads)
+        return {side: source(side, region.buffer, wanted) for side, region, wanted in operands}
+
+    def operand_words(self, values: Sequence[Value], dtype: DType) -> list[Value]:
+        """The registers of a matrix instruction from the elements they hold."""
+        if operand_word(dtype) is dtype:
+            return list(values)
         if dtype.bits == 32:
-            return self.m.bitcast(values[0], dtype, uint32)
-        return self.m.pack(values, dtype)
+            return [self.m.bitcast(v, dtype, uint32) for v in values]
+        per = 32 // dtype.bits
+        return [self.m.pack(values[i : i + per], dtype) for i in range(0, len(values), per)]
 
     def rounded(self, words: list[Value], mma: MmaInstruction) -> list[Value]:
+        return self.rounded_words(words, mma.a)
+
+    def rounded_words(self, words: list[Value], dtype: DType) -> list[Value]:
         """tf32 operands rounded: the instruction itself would cut them off, twice the error."""
-        if mma.a.name != "tfloat32":
+        if dtype.name != "tfloat32":
             return words
         floats = [self.m.bitcast(w, uint32, float32) for w in words]
         return [self.m.issue(TF32_FROM_F32, [f])[0] for f in floats]
@@ -265,13 +273,15 @@ class MatmulEmitter(TileEmitter):
         return result
 
     def can_ldmatrix(self, side: Operand, dtype: DType) -> bool:
-        """Whether rows of 16 bytes lie where ldmatrix reads them."""
-        if not side.is_k_major and dtype.bits != 16:
+        """Whether rows of 16 bytes lie where ldmatrix reads them. It gives a lane 32 bits of a row:
+        no whole float64."""
+        if dtype.bits > 32 or (not side.is_k_major and dtype.bits != 16):
             return False
-        return matrix_rows_aligned(self.shared_layout(side.region.buffer))
-
-    def shared_layout(self, buffer: Buffer) -> Any:
-        return self.kernel.shared[buffer.root] if buffer is buffer.root else None
+        column = side.point.sub(side.region.starts[-1])
+        if divisor(column, self.kernel.multiples) * dtype.bytes % 16:
+            return False
+        buffer = side.region.buffer
+        return buffer is buffer.root and self.kernel.shared[buffer].has_wide_rows
 
     def _ldmatrix(
         self, side: Operand, outer: Expr, k: Expr, count: int, transposed: bool = False
@@ -300,11 +310,7 @@ class MatmulEmitter(TileEmitter):
             at = side.at(arith("add", outer, o), arith("add", kk, k))
             source = side.region.buffer
             values += self.m.load(self.address(source, at), source.dtype)
-        per_word = max(1, 32 // dtype.bits)
-        return [
-            self.operand_word(values[i : i + per_word], dtype)
-            for i in range(0, len(values), per_word)
-        ]
+        return self.operand_words(values, dtype)
 
     # ---- plain multiply-adds ----------------------------------------------------------------
 
@@ -314,7 +320,7 @@ class MatmulEmitter(TileEmitter):
         compute = acc_dtype if acc_dtype.bits >= 32 else float32
         layout = self.kernel.fragments[node.acc.buffer]
         parts = thread_part(layout, self.thread)
-        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
+        places = [coordinates(layout, parts, r)[-2:] for r in range(layout.registers)]
         acc = self.state[node.acc.buffer]
         if node.clear:
             acc[:] = [m.const(0, acc_dtype)] * len(acc)
@@ -372,13 +378,3 @@ class MatmulEmitter(TileEmitter):
                 loaded = self.m.cast(loaded, buffer.dtype, compute)
             result[outer] = loaded
         return result
-
-
-def matrix_rows_aligned(layout: Any) -> bool:
-    """Whether every 16 bytes of a row start at a multiple of 16."""
-    if layout is None:
-        return False
-    if layout.strides is not None:
-        *outer, last = layout.strides
-        return last == 1 and all(s * layout.itemsize % 16 == 0 for s in outer)
-    return bool(layout.pitch * layout.itemsize % 16 == 0)

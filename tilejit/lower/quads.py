@@ -35,6 +35,23 @@ def tile_stride(layout: FragmentLayout, dtype: DType) -> int | None:
     return tiles.stride if tiles.place == REGISTER and tiles.size % TILES == 0 else None
 
 
+MATRIX = 8  # rows and columns of what stmatrix stores a lane's pair of
+
+
+def matrix_strides(layout: FragmentLayout, dtype: DType) -> tuple[int, int] | None:
+    """Registers from a matrix of 8x8 to the one 8 rows below and to the one 8 columns on, when
+    warps hold such matrices as stmatrix wants them (PTX ISA, stmatrix); else None."""
+    across = tile_stride(layout, dtype)
+    if across is None or len(layout.dims) < 2 or len(layout.dims[-2]) < 2:
+        return None
+    *_, halves, lanes = layout.dims[-2]
+    if (lanes.place, lanes.size, lanes.stride) != (THREAD, MATRIX, LANES):
+        return None
+    if (halves.place, halves.size) != (REGISTER, 2):
+        return None
+    return halves.stride, across
+
+
 def trade(m: Machine, words: Sequence[Value], lane: Value) -> list[Value]:
     """The four words of row `lane` of four, each lane holding one word of every row.
 

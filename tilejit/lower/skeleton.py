@@ -10,96 +10,61 @@ import keyword
 import linecache
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tilejit.dtypes import DType, bool_, int32, int64, uint8, uint32
+from tilejit.dtypes import DType, bool_, int32, int64, uint32
 from tilejit.errors import Span
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.buffer import Scope
 from tilejit.ir.expr import Expr, Var, VarKind, const, index, variables
-from tilejit.ir.kernel import Kernel, ParamKind
+from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
     Load,
+    LoopKind,
     Node,
     Parallel,
+    Role,
+    Roles,
     Store,
-    SyncThreads,
     While,
     walk,
 )
+from tilejit.ir.parts import part_kernel
+from tilejit.ir.sync import BarrierWait, SyncThreads
 from tilejit.isa import barrier as isa_barrier
+from tilejit.isa import cluster as isa_cluster
+from tilejit.isa import launch as isa_launch
 from tilejit.isa import mbarrier as isa_mbarrier
-from tilejit.isa.atom import CopyMethod
+from tilejit.isa import tma as isa_tma
 from tilejit.isa.machine import Granule, Lowered, Machine, Slot, Value
 from tilejit.isa.mma import WARP
+from tilejit.isa.wgmma import WARPGROUP as GROUP
 from tilejit.lower.facts import Facts, facts, trip_count
-from tilejit.lower.matmul import MatmulEmitter
-from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.gemm import FetchOperands, Gemm
+from tilejit.lower.grouping import (
+    Key,
+    call_name,
+    count_uses,
+    count_uses_in,
+    defines_all,
+    is_pipeline_step,
+    share_call,
+)
+from tilejit.lower.held import Held, held_as
+from tilejit.lower.hopper import KernelEmitter
+from tilejit.ops.gemm import Gemm, GemmWait
+from tilejit.ops.uses import used_variables
 
 COMMENT_COLUMN = 60
-Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
 
 
 def lower_kernel(kernel: Kernel) -> Lowered:
     """Generate the Python source of a kernel that all passes have been over, and its granules."""
     return _Skeleton(kernel).lower()
-
-
-@dataclass(frozen=True)
-class _Held:
-    """How a piece of per-thread state passes between calls.
-
-    count: registers; slot: the type of the Python variable.
-    """
-
-    dtype: DType
-    count: int
-    slot: Slot
-
-    def pack(self, machine: Machine, values: Sequence[Value]) -> Any:
-        if self.slot.count is None:
-            return values[0]
-        if self.slot.dtype is self.dtype:
-            return list(values)
-        dtype, values = self._storage(machine, values)
-        per = 32 // dtype.bits
-        padded = [*values, *[machine.const(0, dtype)] * (-len(values) % per)]
-        return [machine.pack(padded[i : i + per], dtype) for i in range(0, len(padded), per)]
-
-    def unpack(self, machine: Machine, held: Any) -> list[Value]:
-        if self.slot.count is None:
-            return [held]
-        if self.slot.dtype is self.dtype:
-            return list(held)
-        dtype = uint8 if self.dtype.is_bool else self.dtype
-        values = [v for word in held for v in machine.unpack(word, dtype)][: self.count]
-        return machine.cast(values, uint8, bool_) if self.dtype.is_bool else values
-
-    def _storage(self, machine: Machine, values: Sequence[Value]) -> tuple[DType, Sequence[Value]]:
-        if self.dtype.is_bool:
-            return uint8, machine.cast(values, bool_, uint8)
-        return self.dtype, values
-
-
-def _held(dtype: DType, count: int, is_scalar: bool) -> _Held:
-    if is_scalar:
-        return _Held(dtype, 1, Slot(dtype))
-    if dtype.bits >= 32 and dtype.name != "tfloat32":
-        return _Held(dtype, count, Slot(dtype, count))
-    if dtype.bits == 32:
-        return _Held(dtype, count, Slot(uint32, count))
-    per = 4 if dtype.is_bool else 32 // dtype.bits
-    return _Held(dtype, count, Slot(uint32, -(-count // per)))
 
 
 class _Skeleton:
@@ -111,12 +76,11 @@ class _Skeleton:
         self.names: dict[Any, str] = {}
         self.taken: set[str] = {"cuda"}
         self.depth = 1
-        self.thread_var = Var(
-            "thread", int32, VarKind.THREAD, index(0), index(kernel.num_threads - 1)
-        )
+        whole = Role("block", 0, kernel.num_threads, meeting=isa_barrier.WHOLE_BLOCK)
+        self.role = _Part(kernel, whole)
         self.held = {key: self._held_of(key) for key in self._keys(kernel.body)}
         self.user_counts = {key: len(self._users(key, kernel.body)) for key in self.held}
-        self.uses = _count_uses(kernel)
+        self.uses = count_uses(kernel)
 
     # ---- names ------------------------------------------------------------------------------
 
@@ -140,10 +104,10 @@ class _Skeleton:
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _held_of(self, key: Key) -> _Held:
+    def _held_of(self, key: Key) -> Held:
         if key.scope is Scope.FRAGMENT:
-            return _held(key.dtype, self.kernel.fragments[key].registers, False)
-        return _held(key.dtype, math.prod(key.extents), key.scope is Scope.VAR)
+            return held_as(key.dtype, self.kernel.fragments[key].registers, False)
+        return held_as(key.dtype, math.prod(key.extents), key.scope is Scope.VAR)
 
     def _keys(self, body: Body) -> list[Key]:
         """State that the nodes touch, in order of first use."""
@@ -167,16 +131,15 @@ class _Skeleton:
         entry = self.fresh(kernel.name)
         parameters: list[tuple[str, Slot]] = []
         for param in kernel.params:
-            is_address = param.kind is ParamKind.TENSOR
-            slot = Slot(int64 if is_address else param.var.dtype, address=is_address)
-            parameters.append((self.name(param.var, param.name), slot))
+            parameters.append((self.name(param.var, param.name), _parameter_slot(param)))
         for var, axis in zip(kernel.block_vars, "xyz", strict=False):
             if self.uses.get(var):
                 self.line(f"{self.name(var, var.name)} = cuda.blockIdx.{axis}")
+        if kernel.blocks_var is not None:
+            blocks = self.expression("grid_blocks", _grid_blocks, [], int32)
+            self.line(f"{self.name(kernel.blocks_var, 'blocks')} = {blocks}")
         self._init_barriers()
-        for key in self.held:
-            if not self._is_defined_first(key):
-                self._define(key)
+        self._define_state(kernel.body)
         self.body(self._merged(kernel.body))
         if not self.lines:
             self.line("pass")
@@ -188,20 +151,32 @@ class _Skeleton:
             parameters=tuple(parameters),
             noalias=tuple(p.noalias for p in kernel.params),
             granules=self.granules,
-            threads=kernel.threads,
+            threads=self.threads,
             shared_bytes=kernel.shared_bytes,
             fast_math=kernel.fast_math,
             lanes=self._lanes(),
+            cluster=kernel.cluster,
+            tensor_maps=tuple(p.kind is ParamKind.TENSOR_MAP for p in kernel.params),
         )
+
+    @property
+    def threads(self) -> tuple[int, int, int]:
+        """Threads of a block, producers included."""
+        kernel = self.kernel
+        if not kernel.extra_threads:
+            return kernel.threads
+        return (kernel.num_threads + kernel.extra_threads, 1, 1)
 
     def _lanes(self) -> int:
         """Warps run apart in the simulator when a branch of some threads waits for others."""
-        threads = self.kernel.num_threads
+        threads = math.prod(self.threads)
         if threads % WARP:
             return threads
+        if any(_is_by_warpgroup(n) for n in walk(self.kernel.body)):
+            return GROUP
         for node in walk(self.kernel.body):
             if isinstance(node, If | While) and self.facts.divergence.of(node.exprs):
-                if any(isinstance(n, BarrierWait) for n in walk((node,))):
+                if any(_waits(n) for n in walk((node,))):
                     return WARP
         return threads
 
@@ -211,19 +186,28 @@ class _Skeleton:
         if not barriers:
             return
 
-        def emit(emitter: MatmulEmitter) -> None:
+        maps = [p.var for p in self.kernel.params if p.kind is ParamKind.TENSOR_MAP]
+
+        def emit(emitter: KernelEmitter) -> None:
             m = emitter.m
             first = emitter.inside_first_thread()
+            for var in maps:  # each is fetched while the barriers are made
+                m.issue(isa_tma.PREFETCH_MAP, [emitter.value(var)], first)
             for barrier in barriers:
                 for number, count in enumerate(barrier.arrive_counts):
                     where = emitter.barrier_address(
                         barrier, index(number), emitter.single().points[0]
                     )
                     m.issue(isa_mbarrier.INIT, [where, m.const(count, uint32)], first)
-            m.issue(isa_barrier.FENCE_BLOCK)
-            m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
+            if self.kernel.cluster_size > 1:
+                m.issue(isa_mbarrier.FENCE_INIT)
+                m.issue(isa_cluster.CLUSTER_ARRIVE)
+                m.issue(isa_cluster.CLUSTER_WAIT)
+                return
+            m.issue(isa_mbarrier.FENCE_INIT if maps else isa_barrier.FENCE_BLOCK)
+            m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, math.prod(self.threads)))
 
-        self.call("init_barriers", (), emit, (), (), [], None)
+        self.call("init_barriers", maps, emit, (), (), [], None)
 
     def _merged(self, body: Body) -> list[Body]:
         """The top-level nodes in granule-sized groups: nodes between which memory of the thread's
@@ -253,7 +237,7 @@ class _Skeleton:
             users = [n for n in body if key in self._keys((n,))]
             if not users:
                 return None
-            if _defines_all(users[0], key):
+            if defines_all(users[0], key):
                 return True
             if len(users) == 1 and users[0].bodies and not isinstance(users[0], Parallel):
                 inner = [b for b in users[0].bodies if any(key in self._keys((n,)) for n in b)]
@@ -264,6 +248,18 @@ class _Skeleton:
             return False
 
         return bool(search(self.kernel.body if nodes is None else nodes))
+
+    def _define_state(self, region: Body) -> None:
+        """Define what is used in the region only, in more than one of its inner regions, and read
+        before it is set."""
+        inner = list(_inner_regions(region))
+        for key in self._keys(region):
+            if len(self._users(key, region)) < self.user_counts[key]:
+                continue
+            if any(len(self._users(key, r)) == self.user_counts[key] for r in inner):
+                continue
+            if not self._is_defined_first(key, region):
+                self._define(key)
 
     def _define(self, key: Key) -> None:
         """Zeros: reading what was never written is no accident waiting to happen."""
@@ -293,7 +289,7 @@ class _Skeleton:
             if len(group) == 1 and self._is_control(group[0]):
                 self.flush(pending)
                 self.control(group[0])
-            elif pending and len(group) == 1 and _share_call(pending[-1], group[0]):
+            elif pending and len(group) == 1 and share_call(pending[-1], group[0]):
                 pending += group
             else:
                 self.flush(pending)
@@ -308,27 +304,47 @@ class _Skeleton:
     def _is_control(self, node: Node) -> bool:
         """True when the node becomes Python control flow: every thread goes the same way, and it
         holds more than a few scalar statements."""
+        if isinstance(node, Roles):
+            return True
         if isinstance(node, For):
             if node.var in self.facts.unrolled or trip_count(node) == 1:
                 return False
         elif not isinstance(node, If | While):
             return False
-        if self.facts.divergence.of(node.exprs) or _is_pipeline_step(node):
+        if self.facts.divergence.of(node.exprs) or is_pipeline_step(node):
             return False
         return any(not isinstance(n, Load | Store | Atomic) for b in node.bodies for n in b)
 
     def control(self, node: Node) -> None:
         if isinstance(node, For):
             self._for(node)
+        elif isinstance(node, Roles):
+            self._roles(node)
         elif isinstance(node, If):
             self._if(node)
         else:
             assert isinstance(node, While)
             self._while(node)
 
-    def _nested(self, body: Body) -> None:
+    def _roles(self, node: Roles) -> None:
+        """One branch a role; the last takes all threads that are left when they are all its own."""
+        before = self.role
+        is_all = sum(role.threads for role in node.roles) == math.prod(self.threads)
+        for number, role in enumerate(node.roles):
+            if is_all and number and role is node.roles[-1]:
+                self.line("else:")
+            else:
+                condition = self.expression(f"is_{role.name}", _is_in(role), [], bool_)
+                self.line(f"{'elif' if number else 'if'} {condition}:", node.span)
+            self.role = _Part(self.kernel, replace(role, meeting=role.meeting or number + 1))
+            self._nested(role.body, is_region=True)
+            self.role = before
+
+    def _nested(self, body: Body, is_region: bool = False) -> None:
         self.depth += 1
         before = len(self.lines)
+        if is_region:
+            self._define_state(body)
         self.body((n,) for n in body)
         if len(self.lines) == before:
             self.line("pass")
@@ -350,7 +366,7 @@ class _Skeleton:
             bool_,
         )
         self.line(f"while {more}:")
-        self._nested(node.body)
+        self._nested(node.body, is_region=node.kind is LoopKind.TILES)
         self.depth += 1
         following = self.expression(
             f"next_{hint}",
@@ -391,27 +407,28 @@ class _Skeleton:
     def expression(
         self,
         hint: str,
-        compute: Callable[[MatmulEmitter], Value],
+        compute: Callable[[KernelEmitter], Value],
         exprs: Sequence[Expr],
         dtype: DType,
     ) -> str:
         """The text of a call that evaluates a scalar."""
         inputs = self._inputs({v for e in exprs for v in variables(e)})
+        role = self.role
 
         def emit(machine: Machine, values: list[Any]) -> list[Any]:
-            emitter = self._emitter(machine)
+            emitter = self._emitter(machine, role)
             for var, value in zip(inputs, values, strict=True):
                 emitter.bind(var, value)
             return [compute(emitter)]
 
         name = self.fresh(hint)
-        slots = tuple(Slot(v.dtype) for v in inputs)
+        slots = tuple(self._slot(v) for v in inputs)
         self.granules[name] = Granule(name, slots, (Slot(dtype),), emit)
         return f"{name}({', '.join(self.names[v] for v in inputs)})"
 
-    def _emitter(self, machine: Machine) -> MatmulEmitter:
-        emitter = MatmulEmitter(machine, self.kernel, self.facts)
-        emitter.start(self.thread_var)
+    def _emitter(self, machine: Machine, part: _Part) -> KernelEmitter:
+        emitter = KernelEmitter(machine, part.kernel, self.facts)
+        emitter.start(part.role, part.thread, part.role.meeting)
         return emitter
 
     def _inputs(self, used: set[Var]) -> list[Var]:
@@ -429,7 +446,7 @@ class _Skeleton:
             b.root if b.scope is not Scope.FRAGMENT else b for n in walk(nodes) for b in n.writes
         }
         changed = [k for k in keys if k in written]
-        inside = _count_uses_in(nodes)
+        inside = count_uses_in(nodes)
         outputs = [
             v
             for n in nodes
@@ -446,30 +463,30 @@ class _Skeleton:
             key=lambda b: b.name,
         )
 
-        def emit(emitter: MatmulEmitter) -> None:
+        def emit(emitter: KernelEmitter) -> None:
             for buffer in in_memory:
                 size = math.prod(buffer.extents) * buffer.dtype.bytes
                 emitter.bases[buffer] = emitter.m.alloc_local(-(-size // 16) * 16, 16)
             for node in nodes:
                 emitter.emit_node(node, emitter.single())
 
-        self.call(_call_name(nodes), inputs, emit, read, changed, outputs, nodes[0].span)
+        self.call(call_name(nodes), inputs, emit, read, changed, outputs, nodes[0].span)
 
     def call(
         self,
         hint: str,
         inputs: Sequence[Var],
-        emit: Callable[[MatmulEmitter], None],
+        emit: Callable[[KernelEmitter], None],
         read: Sequence[Key],
         changed: Sequence[Key],
         outputs: Sequence[Var],
         span: Span | None,
     ) -> None:
         """A line `outputs, state = name(inputs, state)` and its granule."""
-        held = self.held
+        held, role = self.held, self.role
 
         def run(machine: Machine, values: list[Any]) -> list[Any]:
-            emitter = self._emitter(machine)
+            emitter = self._emitter(machine, role)
             for var, value in zip(inputs, values, strict=False):
                 emitter.bind(var, value)
             for key, value in zip(read, values[len(inputs) :], strict=True):
@@ -494,105 +511,76 @@ class _Skeleton:
 
     def _slot(self, var: Var) -> Slot:
         for param in self.kernel.params:
-            if param.var is var and param.kind is ParamKind.TENSOR:
-                return Slot(int64, address=True)
+            if param.var is var:
+                return _parameter_slot(param)
         return Slot(var.dtype)
 
 
-def _as(emitter: MatmulEmitter, e: Expr, dtype: DType) -> Value:
+class _Part:
+    """A role, the kernel as its threads see it, and their number as a variable."""
+
+    def __init__(self, kernel: Kernel, role: Role) -> None:
+        self.role = role
+        self.kernel = part_kernel(kernel, role)
+        self.thread = Var("thread", int32, VarKind.THREAD, index(0), index(role.size - 1))
+
+
+def _waits(node: Node) -> bool:
+    """True for what a thread does not get past before others have come."""
+    if isinstance(node, SyncThreads):
+        return node.number is not None and not node.is_arrival
+    return isinstance(node, BarrierWait)
+
+
+def _is_by_warpgroup(node: Node) -> bool:
+    """True for what a warpgroup does as one."""
+    if isinstance(node, Gemm):
+        return node.is_async
+    return isinstance(node, Roles | GemmWait)
+
+
+def _parameter_slot(param: Param) -> Slot:
+    if param.kind is ParamKind.TENSOR_MAP:
+        return Slot(param.var.dtype, tensor_map=True)
+    is_address = param.kind in (ParamKind.TENSOR, ParamKind.WORKSPACE)
+    return Slot(int64 if is_address else param.var.dtype, address=is_address)
+
+
+def _inner_regions(body: Body) -> Iterator[Body]:
+    """The bodies inside that are entered anew: roles', and of loops over tiles."""
+    for node in body:
+        is_region = isinstance(node, Roles) or (
+            isinstance(node, For) and node.kind is LoopKind.TILES
+        )
+        for inner in node.bodies:
+            if is_region:
+                yield inner
+            else:
+                yield from _inner_regions(inner)
+
+
+def _grid_blocks(emitter: KernelEmitter) -> Value:
+    (blocks,) = emitter.m.issue(isa_launch.GRID_BLOCKS_X)
+    return emitter.m.cast([blocks], uint32, int32)[0]
+
+
+def _is_in(role: Role) -> Callable[[KernelEmitter], Value]:
+    def test(emitter: KernelEmitter) -> Value:
+        m = emitter.m
+        thread = m.cast([m.thread_index()], int32, uint32)[0]
+        if role.first:
+            thread = m.binary("sub", thread, m.const(role.first, uint32), uint32)
+        return m.binary("lt", thread, m.const(role.threads, uint32), uint32)
+
+    return test
+
+
+def _as(emitter: KernelEmitter, e: Expr, dtype: DType) -> Value:
     return emitter.index_value(e, dtype.bits)[0]
 
 
-def _compare(emitter: MatmulEmitter, var: Var, stop: Expr, step: int) -> Value:
+def _compare(emitter: KernelEmitter, var: Var, stop: Expr, step: int) -> Value:
     left, right = emitter.index_value(var), emitter.index_value(stop)
     bits = max(left[1], right[1])
     a, b = emitter.index_value(var, bits)[0], emitter.index_value(stop, bits)[0]
     return emitter.m.binary("lt" if step > 0 else "gt", a, b, int32 if bits == 32 else int64)
-
-
-def used_variables(node: Node) -> set[Var]:
-    """Variables that a node's own expressions and the buffers it touches mention."""
-    exprs: list[Expr] = list(node.exprs)
-    for buffer in (*node.reads, *node.writes):
-        while True:
-            exprs += [*buffer.shape, *buffer.element_strides, buffer.offset]
-            if not isinstance(buffer.data, Buffer):
-                break
-            buffer = buffer.data
-        if isinstance(buffer.data, Expr):
-            exprs.append(buffer.data)
-    return {v for e in exprs for v in variables(e)}
-
-
-def _count_uses_in(nodes: Iterable[Node]) -> dict[Var, int]:
-    counts: dict[Var, int] = {}
-    for node in walk(tuple(nodes)):
-        for var in used_variables(node):
-            counts[var] = counts.get(var, 0) + 1
-    return counts
-
-
-def _count_uses(kernel: Kernel) -> dict[Var, int]:
-    """How many nodes use each variable."""
-    return _count_uses_in(kernel.body)
-
-
-def _defines_all(node: Node, key: Key) -> bool:
-    """True when the node sets every element of the state without reading it."""
-    if isinstance(node, Fill | Copy):
-        if not isinstance(node.dst.buffer, Buffer) or node.dst.buffer is not key:
-            return False
-        return node.dst.is_whole and key not in node.reads
-    if isinstance(node, Gemm):
-        return node.clear and node.acc.buffer is key and node.acc.is_whole
-    if isinstance(node, FetchOperands):
-        return node.carried is key
-    if isinstance(node, Store):
-        return node.buffer is key and math.prod(key.extents) == 1
-    return False
-
-
-def _is_pipeline_step(node: Node) -> bool:
-    """Part of a pipeline's machinery: waits, meetings and copies that run ahead."""
-    if isinstance(node, AsyncCommit | AsyncWait | FetchOperands):
-        return True
-    if isinstance(node, SyncThreads):
-        return node.inserted
-    if isinstance(node, Copy):
-        return node.atom is not None and node.atom.method is CopyMethod.CP_ASYNC
-    return isinstance(node, If) and all(
-        _is_pipeline_step(n) or isinstance(n, Load) for b in node.bodies for n in b
-    )
-
-
-def _is_scalar(node: Node) -> bool:
-    if isinstance(node, If | For | While):
-        return all(_is_scalar(n) for b in node.bodies for n in b)
-    return isinstance(node, Load | Store | Atomic | BarrierArrive | BarrierWait)
-
-
-def _share_call(before: Node, node: Node) -> bool:
-    return (_is_scalar(before) and _is_scalar(node)) or (
-        _is_pipeline_step(before) and _is_pipeline_step(node)
-    )
-
-
-def _call_name(nodes: Body) -> str:
-    """A name that says what the call does, with the user's buffer names."""
-    if all(_is_pipeline_step(n) for n in nodes):
-        filled = dict.fromkeys(n.dst.buffer.name for n in walk(nodes) if isinstance(n, Copy))
-        if filled:
-            return "_".join(["fill", *filled])
-        return "sync" if isinstance(nodes[0], SyncThreads) else "wait"
-    node = nodes[0]
-    if isinstance(node, Copy):
-        return f"copy_{node.src.buffer.name}_{node.dst.buffer.name}"
-    if isinstance(node, Fill):
-        return f"fill_{node.dst.buffer.name}"
-    if isinstance(node, Gemm):
-        return f"gemm_{node.a.buffer.name}_{node.b.buffer.name}"
-    if isinstance(node, SyncThreads):
-        return "sync"
-    written = dict.fromkeys(b.name for n in walk(nodes) for b in n.writes)
-    kind = "parallel" if isinstance(node, Parallel) else "scalars" if _is_scalar(node) else "block"
-    return "_".join([kind, *list(written)[:3]])

@@ -10,18 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilejit.dtypes import bool_, int32, int64
+from tilejit.dtypes import bool_, int32, int64, uint32
 from tilejit.errors import InternalError
 from tilejit.ir.access import local_registers
 from tilejit.ir.analysis import difference, divisor
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, binary, const, int_value, variables
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
@@ -29,11 +25,11 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Store,
-    SyncThreads,
     While,
     all_writes,
     walk,
 )
+from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa import mbarrier as isa_mbarrier
@@ -77,9 +73,9 @@ class StatementEmitter(EmitterBase):
         """Nodes that all threads of the block execute together."""
         if not points.is_single:
             raise InternalError(f"{type(node).__name__} inside T.Parallel.", span=node.span)
-        m, block = self.m, self.kernel.num_threads
+        m = self.m
         if isinstance(node, SyncThreads):
-            m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, block))
+            self.emit_sync(node, points.points[0])
         elif isinstance(node, AsyncCommit):
             m.issue(isa_cp_async.COMMIT_GROUP)
         elif isinstance(node, AsyncWait):
@@ -93,6 +89,23 @@ class StatementEmitter(EmitterBase):
             m.issue(isa_mbarrier.wait_parity(self.target), [address, parity])
         else:
             raise InternalError(f"No emitter for {type(node).__name__}.", span=node.span)
+
+    def emit_sync(self, node: SyncThreads, point: Point) -> None:
+        if node.number is None:
+            self.meet()
+            return
+        number = self.m.cast([self.index_value(point.sub(node.number), 32)[0]], int32, uint32)
+        record = isa_barrier.bar_arrive_at if node.is_arrival else isa_barrier.bar_sync_at
+        self.m.issue(record(node.threads), number)
+
+    def meet(self) -> None:
+        """All threads of the executing role come together."""
+        m = self.m
+        if self.team is None:
+            m.issue(isa_barrier.bar_sync(self.meeting, self.threads))
+            return
+        number = m.binary("add", self.value(self.team), m.const(self.meeting, int32), int32)
+        m.issue(isa_barrier.bar_sync_at(self.threads), [m.cast([number], int32, uint32)[0]])
 
     def barrier_address(self, barrier: Buffer, slot: Expr, point: Point) -> Value:
         self.check(barrier, [point.sub(slot)], point.condition)

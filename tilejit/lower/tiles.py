@@ -5,24 +5,29 @@ Knows loop layouts, vector groups and asynchronous copies. Does not know matrix 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tilejit.dtypes import int32, uint32
 from tilejit.errors import InternalError
-from tilejit.ir.analysis import divisor, interval, linear, provably
-from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, arith, binary, const, index
+from tilejit.ir.analysis import depends, divisor, interval, linear, provably
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr, Var, arith, binary, const, index
 from tilejit.ir.loops import loop_layout
 from tilejit.ir.node import Body, If, Node, Parallel, Store, all_reads, all_writes, walk
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
+from tilejit.isa.stmatrix import stmatrix
+from tilejit.layout.boxes import boxes_of
 from tilejit.layout.fragment import FragmentLayout, blocked
+from tilejit.layout.shared import SharedLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part, total
-from tilejit.lower.quads import LANES, PAIR, ROW, TILES, tile_stride, trade
+from tilejit.lower.quads import LANES, MATRIX, PAIR, ROW, TILES, matrix_strides, tile_stride, trade
 from tilejit.lower.statements import (
     ROUND,
     StatementEmitter,
@@ -32,6 +37,7 @@ from tilejit.lower.statements import (
 )
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel, loop_variables, place
+from tilejit.target import Feature
 
 
 class TileEmitter(StatementEmitter):
@@ -86,7 +92,7 @@ class TileEmitter(StatementEmitter):
                 f"copies of an iteration change what others read, at {inner.span}"
             )
             if meets and (written & loaded or read & stored):
-                self.m.issue(isa_barrier.bar_sync(0, self.kernel.num_threads))
+                self.meet()
                 loaded.clear()
                 stored.clear()
             self.emit_node(inner, points)
@@ -128,8 +134,74 @@ class TileEmitter(StatementEmitter):
     # ---- wide stores ------------------------------------------------------------------------
 
     def _store_memory(self, node: Store, points: Points, values: list[Value]) -> None:
-        if not self._store_quads(node, points, values):
-            super()._store_memory(node, points, values)
+        if self._store_quads(node, points, values) or self._store_matrices(node, points, values):
+            return
+        super()._store_memory(node, points, values)
+
+    def _store_matrices(self, node: Store, points: Points, values: list[Value]) -> bool:
+        """Store an accumulator's 16-bit pairs to shared memory by stmatrix, four matrices a time;
+        False when they cannot be."""
+        layout, buffer = points.layout, node.buffer
+        strides = matrix_strides(layout, buffer.dtype) if layout is not None else None
+        if strides is None or points.once is not None or self.divergent or points.axis is None:
+            return False
+        if (
+            buffer.scope is not Scope.SHARED
+            or buffer is not buffer.root
+            or len(points.variables) < 2
+        ):
+            return False
+        if not self.target.has(Feature.STMATRIX) or not are_rows(node.index, points.variables):
+            return False
+        if any(p.condition is not None or p.bounds is not None for p in points.points):
+            return False
+        down, across = strides
+        place_of = {register: n for n, register in enumerate(points_registers(points))}
+        firsts = [
+            r for r in place_of if not (r % PAIR or r // down % 2 or r // across % 2)
+        ]  # of groups of two by two matrices
+        groups = [[r, r + down, r + across, r + down + across] for r in firsts]
+        if any(r not in place_of for group in groups for r in group):
+            return False
+        indexes = [self._matrix_row(node, points, place_of[r]) for r in firsts]
+        if any(self.address(buffer, at).align < MATRIX * buffer.dtype.bytes for at in indexes):
+            return False
+        self._meet_lanes(buffer)
+        for group, at in zip(groups, indexes, strict=True):
+            starts = [place_of[r] for r in group]
+            words = [self.m.pack(values[n : n + PAIR], buffer.dtype) for n in starts]
+            self.check(buffer, at)
+            self.m.issue(stmatrix(4), [self.m.address(self.address(buffer, at)), *words])
+        self._meet_lanes(buffer)
+        return True
+
+    def _meet_lanes(self, buffer: Buffer) -> None:
+        """Order what a lane has read and will read itself with another's store for it."""
+        if self.facts.aliases.of(buffer) in self.facts.read:
+            self.m.issue(isa_barrier.SYNC_WARP)
+
+    def _matrix_row(self, node: Store, points: Points, number: int) -> tuple[Expr, ...]:
+        """Where the row lies that the lane addresses, of four matrices that begin with a point's:
+        lanes 0 to 7 address those of the first, 8 to 15 of the one below, 16 to 23 of the one
+        beside it, and 24 to 31 of the last."""
+        point = points.points[number]
+        *_, row, column = points.variables
+        own_row = thread_digit(self.thread, LANES, MATRIX, self.threads)
+        own_column = arith("mul", thread_digit(self.thread, 1, LANES, self.threads), PAIR)
+        lane_row = thread_digit(self.thread, 1, MATRIX, self.threads)
+        below = thread_digit(self.thread, MATRIX, 2, self.threads)
+        beside = thread_digit(self.thread, 2 * MATRIX, 2, self.threads)
+        moved_row = arith("add", lane_row, arith("mul", below, MATRIX))
+        moved = {
+            row: arith("add", arith("sub", point.mapping[row], own_row), moved_row),
+            column: arith(
+                "add",
+                arith("sub", point.mapping[column], own_column),
+                arith("mul", beside, MATRIX),
+            ),
+        }
+        mapping = {**point.mapping, **{v: total(*linear(e)) for v, e in moved.items()}}
+        return tuple(Point(mapping).sub(e) for e in node.index)
 
     def _store_quads(self, node: Store, points: Points, values: list[Value]) -> bool:
         """Store an accumulator's 16-bit pairs 16 bytes a time; False when they cannot be."""
@@ -152,13 +224,15 @@ class TileEmitter(StatementEmitter):
         indexes = [tuple(point.sub(e) for e in node.index) for point in moved]
         if not all(self._is_wide(node, at) for at in indexes):
             return False
-        lane = self.value(thread_digit(self.thread, 1, LANES, self.kernel.num_threads))
+        lane = self.value(thread_digit(self.thread, 1, LANES, self.threads))
+        self._meet_lanes(node.buffer)
         for row, at in zip(rows, indexes, strict=True):
             starts = [place_of[r] for r in row]
             words = [self.m.pack(values[n : n + PAIR], dtype) for n in starts]
             elements = [v for w in trade(self.m, words, lane) for v in self.m.unpack(w, dtype)]
             when = self.guard(node.buffer, at)
             self.m.store(self.address(node.buffer, at), elements, dtype, when)
+        self._meet_lanes(node.buffer)
         return True
 
     def _moved(self, points: Points, number: int) -> Point:
@@ -166,7 +240,7 @@ class TileEmitter(StatementEmitter):
         after the trade."""
         point = points.points[number]
         assert points.axis is not None
-        quad = thread_digit(self.thread, 1, LANES, self.kernel.num_threads)
+        quad = thread_digit(self.thread, 1, LANES, self.threads)
         axis = arith("add", point.mapping[points.axis], arith("mul", quad, ROW - PAIR))
         return Point({**point.mapping, points.axis: total(*linear(axis))})
 
@@ -187,7 +261,7 @@ class TileEmitter(StatementEmitter):
         (around,) = outer.points
         assert node.atom is not None
         vector = node.atom.vector
-        layout = blocked(node.src.shape, self.kernel.num_threads, vector)
+        layout = blocked(node.src.shape, self.threads, vector)
         variables = loop_variables(node.src.shape)
         parts = thread_part(layout, self.thread)
         once = self.replica(layout)
@@ -258,6 +332,54 @@ class TileEmitter(StatementEmitter):
         """Whether all indices but the last are in range."""
         shape = node.src.buffer.shape
         return self.both(*(self.inside(e, n) for e, n in zip(at[:-1], shape[:-1], strict=True)))
+
+
+def box_places(
+    layout: SharedLayout, outer: Region, inner: Region, blocks: int, rank: Expr
+) -> Iterator[tuple[list[Expr], list[Expr]]]:
+    """Where the boxes of a region begin: the index in the tensor, and in the shared tile.
+
+    blocks, rank: of the blocks of a cluster that share the work, each taking its part.
+    """
+    boxes = boxes_of(layout, inner.extents, blocks)
+    assert boxes is not None, f"{inner} cannot be divided among {blocks} blocks"
+    rows, columns = boxes.rows, boxes.columns
+    row_share: Expr = index(0)
+    column_share: Expr = index(0)
+    if boxes.shared_axis == "rows":
+        rows //= blocks
+        row_share = arith("mul", rank, rows)
+    elif boxes.shared_axis == "columns":
+        columns //= blocks
+        column_share = arith("mul", rank, columns)
+    kept = list(zip(outer.kept, inner.kept, strict=True))
+    lead = [range(inner.extents[d]) for _, d in kept[:-2]]
+    for first in itertools.product(*lead):
+        for row in range(0, rows, boxes.box_rows):
+            for column in range(0, columns, boxes.box_columns):
+                offsets: list[Expr] = [index(n) for n in first]
+                if len(kept) > 1:
+                    offsets.append(arith("add", row_share, row))
+                offsets.append(arith("add", column_share, column))
+                outside, inside = list(outer.starts), list(inner.starts)
+                for (out, chip), offset in zip(kept, offsets, strict=True):
+                    outside[out] = arith("add", outside[out], offset)
+                    inside[chip] = arith("add", inside[chip], offset)
+                yield outside, inside
+
+
+def are_rows(at: Sequence[Expr], variables: Sequence[Var]) -> bool:
+    """Whether the last two indexes step by one with the last two variables, and nothing else
+    does."""
+    *_, row, column = variables
+    *lead, i, j = at if len(at) > 1 else (index(0), *at)
+    for e, var in ((i, row), (j, column)):
+        if linear(e)[0].get(var) != 1:
+            return False
+        rest = {v for v in (row, column) if v is not var}
+        if any(depends(term, rest) for term in linear(e)[0]):
+            return False
+    return not any(depends(e, (row, column)) for e in lead)
 
 
 def _is_private(buffer: Buffer) -> bool:

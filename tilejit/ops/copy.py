@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tilejit.ir.buffer import Buffer, Region
-from tilejit.ir.expr import Expr
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr, Var
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node
-from tilejit.isa.atom import CopyAtom
+from tilejit.isa.atom import CopyAtom, CopyMethod
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierSlot:
+    """One of the barriers of `T.alloc_barrier`."""
+
+    buffer: Buffer
+    slot: Expr
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -19,7 +27,21 @@ class Copy(Node):
     Elements of `src` outside a global tensor read as `pad`; those of `dst` are not written.
 
     coalesced_width: elements a thread moves at once, when the user says so.
+    prefer: the method that the user asks for ("tma", "cp_async", "sync", or "no_tma": not that).
+    eviction: how long the L2 cache should keep what is moved ("evict_first", "evict_last").
+    is_async: it only starts, by the tensor memory accelerator: what waits for it is written too.
     atom: decided by `select`: how it is moved, None before.
+
+    Of copies by the tensor memory accelerator, which every executing thread issues:
+    barrier: for those to shared memory, where it announces the bytes that it brings and that they
+        have come; None before roles are split.
+    cluster_axis: the grid's axis along which the blocks of a cluster share what is brought: each
+        brings its part and hands it to all; None where each brings all.
+    cluster_mask: the same for the blocks of a cluster whose bits (1 << rank) are set; the others
+        bring all for themselves.
+    tensor_map, share: decided by `describe`: the parameter that describes the global tensor; the
+        block's number among those that share.
+    whole: the copy that it is one of several parts of.
     """
 
     src: Region
@@ -27,7 +49,15 @@ class Copy(Node):
     pad: Expr | None = None
     coalesced_width: int | None = None
     prefer: str | None = None
+    eviction: str | None = None
+    is_async: bool = False
     atom: CopyAtom | None = None
+    barrier: BarrierSlot | None = None
+    cluster_axis: int | None = None
+    cluster_mask: int | None = None
+    tensor_map: Var | None = None
+    share: Expr | None = None
+    whole: Copy | None = None
 
     def __post_init__(self) -> None:
         assert self.src.shape == self.dst.shape, f"{self.src} to {self.dst}"
@@ -38,12 +68,28 @@ class Copy(Node):
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.dst.buffer,)
+        signals = () if self.barrier is None else (self.barrier.buffer,)
+        return (self.dst.buffer, *signals)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
         pad = () if self.pad is None else (self.pad,)
-        return (*self.src.starts, *self.dst.starts, *pad)
+        slot = () if self.barrier is None else (self.barrier.slot,)
+        described = () if self.tensor_map is None else (self.tensor_map,)
+        share = () if self.share is None else (self.share,)
+        return (*self.src.starts, *self.dst.starts, *pad, *slot, *described, *share)
+
+    @property
+    def is_tma(self) -> bool:
+        """True for copies by the tensor memory accelerator."""
+        return self.atom is not None and self.atom.method is CopyMethod.TMA
+
+    def sharers(self, blocks: int) -> int:
+        """The mask of the blocks that share what is brought, in a cluster of `blocks`; 0 where
+        each brings all."""
+        if self.cluster_axis is not None:
+            return (1 << blocks) - 1
+        return self.cluster_mask or 0
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -62,8 +108,20 @@ class Copy(Node):
         if self.coalesced_width is not None:
             text += f", coalesced_width={self.coalesced_width}"
         if self.prefer is not None:
-            text += f", prefer={self.prefer!r}"
-        return f"T.copy({text})" + (f"  # {self.atom}" if self.atom else "")
+            is_ruled_out = self.prefer == "no_tma"
+            text += (
+                ", disable_tma=True" if is_ruled_out else f", prefer_instruction={self.prefer!r}"
+            )
+        if self.eviction is not None:
+            text += f", eviction_policy={self.eviction!r}"
+        if self.barrier is not None:
+            text += f", barrier={names.index(self.barrier.buffer, (self.barrier.slot,))}"
+        if self.cluster_mask is not None:
+            text += f", cluster_mask={self.cluster_mask:#b}"
+        is_started = self.is_async or self.barrier is not None
+        is_started |= self.is_tma and self.dst.buffer.scope is Scope.GLOBAL
+        name = "tma_copy" if is_started else "copy"
+        return f"T.{name}({text})" + (f"  # {self.atom}" if self.atom else "")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

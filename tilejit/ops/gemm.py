@@ -12,8 +12,9 @@ from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr
 from tilejit.ir.names import Names
 from tilejit.ir.node import Body, Node
-from tilejit.isa.atom import GemmAtom
-from tilejit.isa.mma import WARP, tile_a, tile_acc
+from tilejit.isa import wgmma
+from tilejit.isa.atom import GemmAtom, WgmmaAtom
+from tilejit.isa.mma import tile_a, tile_acc, tile_b, words_a, words_b
 from tilejit.layout.fragment import FragmentLayout, blocked, register, thread
 
 
@@ -30,9 +31,11 @@ class Gemm(Node):
     """acc += op(a) @ op(b) on one tile; with `clear`, acc = op(a) @ op(b).
 
     a: (M, K), or (K, M) with transpose_a; shared or fragment.
-    b: (K, N), or (N, K) with transpose_b; shared.
+    b: (K, N), or (N, K) with transpose_b; shared or fragment.
     acc: (M, N) fragment, updated in place.
     atom: decided by `select`, None before.
+    is_async: it only starts: `acc` may not be touched, nor the operands written, before a
+        `GemmWait`. What atoms that complete later need; of others the product is there at once.
     carried: decided by `pipeline`: registers that hold the operands of the first step of k when
         the node starts, and those of `following` (the next iteration's a and b) when it ends.
         They are loaded while the last step is multiplied, after `meanwhile` has waited for them.
@@ -46,7 +49,8 @@ class Gemm(Node):
     transpose_b: bool = False
     policy: GemmWarpPolicy = GemmWarpPolicy.Square
     clear: bool = False
-    atom: GemmAtom | None = None
+    atom: GemmAtom | WgmmaAtom | None = None
+    is_async: bool = False
     carried: Buffer | None = None
     following: tuple[Region, Region] | None = None
     meanwhile: Body = ()
@@ -96,6 +100,12 @@ class Gemm(Node):
         filling, meanwhile = bodies
         return dataclasses.replace(self, filling=filling, meanwhile=meanwhile)
 
+    def with_operand(self, side: str, region: Region) -> Gemm:
+        """The multiply with another `a` or `b`."""
+        if side == "a":
+            return dataclasses.replace(self, a=region)
+        return dataclasses.replace(self, b=region)
+
     def problems(self) -> Iterator[str]:
         shapes = (self.a.shape, self.b.shape, self.acc.shape)
         if any(len(shape) != 2 for shape in shapes):
@@ -105,10 +115,9 @@ class Gemm(Node):
         b = shapes[1][::-1] if self.transpose_b else shapes[1]
         if a[1] != b[0] or (a[0], b[1]) != shapes[2]:
             yield f"multiplies {a} by {b} into {shapes[2]}"
-        if self.a.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
-            yield f"takes `a` from {self.a.buffer.scope.value}"
-        if self.b.buffer.scope is not Scope.SHARED:
-            yield f"takes `b` from {self.b.buffer.scope.value}"
+        for name, region in (("a", self.a), ("b", self.b)):
+            if region.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
+                yield f"takes `{name}` from {region.buffer.scope.value}"
         if self.acc.buffer.scope is not Scope.FRAGMENT:
             yield f"accumulates in {self.acc.buffer.scope.value}"
 
@@ -125,7 +134,30 @@ class Gemm(Node):
         if self.following:
             ahead = ", ".join(names.region(region) for region in self.following)
             comment += f"; loads {ahead} before its last step"
-        return f"T.gemm({text}){comment}"
+        return f"T.{'wgmma_gemm' if self.is_async else 'gemm'}({text}){comment}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GemmWait(Node):
+    """Wait until at most `pending` of the thread's newest asynchronous multiplies are unfinished
+    (PTX ISA, wgmma.wait_group).
+
+    registers: decided by `sync`: the fragments that multiplies in flight may read or change.
+    """
+
+    pending: int
+    registers: tuple[Buffer, ...] = ()
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        return self.registers
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        return self.registers
+
+    def show(self, names: Names) -> str:
+        return f"T.wait_wgmma({self.pending})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -161,29 +193,65 @@ class FetchOperands(Node):
 
 
 def operand_words(node: Gemm) -> int:
-    """Registers a thread needs for the operands of one step of k."""
+    """Registers a thread needs for the operands of one step of k, of the instruction's kind."""
     assert node.atom is not None and node.atom.mma is not None
     mma = node.atom.mma
     rows = node.m // (node.atom.warps_m * mma.m)
     columns = node.n // (node.atom.warps_n * mma.n)
-    a_words = mma.m * mma.k * mma.a.bits // (32 * WARP)
-    b_words = mma.k * mma.n * mma.b.bits // (32 * WARP)
-    return rows * a_words + columns * b_words
+    return rows * words_a(mma) + columns * words_b(mma)
 
 
-def acc_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+def acc_layout(node: Gemm, atom: GemmAtom | WgmmaAtom, threads: int) -> FragmentLayout:
     """Where the accumulator lives; warps beyond those of the atom hold copies."""
+    if isinstance(atom, WgmmaAtom):
+        layout = wgmma.tile_acc(atom.wgmma, node.m, node.n, atom.groups_m, atom.groups_n)
+        return _in_buffer(layout, node.acc, False, threads)
     if atom.mma is None:
-        return fma_layout(node.m, node.n, threads)
+        return _in_buffer(fma_layout(node.m, node.n, threads), node.acc, False, threads)
     layout = tile_acc(atom.mma, node.m, node.n, atom.warps_m, atom.warps_n)
-    return dataclasses.replace(layout, threads=threads)
+    return _in_buffer(layout, node.acc, False, threads)
 
 
-def left_layout(node: Gemm, atom: GemmAtom, threads: int) -> FragmentLayout:
+def left_layout(node: Gemm, atom: GemmAtom | WgmmaAtom, threads: int) -> FragmentLayout:
     """Where A must live when it comes from a fragment."""
+    if isinstance(atom, WgmmaAtom):
+        layout = wgmma.tile_a(atom.wgmma, node.m, node.k, atom.groups_m, atom.groups_n)
+        return _in_buffer(layout, node.a, node.transpose_a, threads)
     assert atom.mma is not None, "plain multiply-adds read A from shared memory"
     layout = tile_a(atom.mma, node.m, node.k, atom.warps_m, atom.warps_n)
-    return dataclasses.replace(layout, threads=threads)
+    return _in_buffer(layout, node.a, node.transpose_a, threads)
+
+
+def right_layout(node: Gemm, atom: GemmAtom | WgmmaAtom, threads: int) -> FragmentLayout:
+    """Where B must live when it comes from a fragment."""
+    assert isinstance(atom, GemmAtom) and atom.mma is not None, f"{atom} reads B from shared memory"
+    layout = tile_b(atom.mma, node.k, node.n, atom.warps_m, atom.warps_n)
+    return _in_buffer(layout, node.b, node.transpose_b, threads)
+
+
+def held_operands(node: Gemm, threads: int) -> list[tuple[str, Region, FragmentLayout]]:
+    """The operands in fragments: "a" or "b", the fragment, and where it must live."""
+    assert node.atom is not None, "select did not run"
+    sides = (("a", node.a, left_layout), ("b", node.b, right_layout))
+    return [
+        (side, region, wanted(node, node.atom, threads))
+        for side, region, wanted in sides
+        if region.buffer.scope is Scope.FRAGMENT
+    ]
+
+
+def _in_buffer(
+    layout: FragmentLayout, region: Region, is_transposed: bool, threads: int
+) -> FragmentLayout:
+    """The layout of a matrix as one of the whole buffer, which may be stored transposed and have
+    leading extents of 1."""
+    shape, dims = layout.shape, layout.dims
+    if is_transposed:
+        shape, dims = shape[::-1], dims[::-1]
+    lead = region.buffer.rank - len(shape)
+    if layout.flat:
+        return dataclasses.replace(layout, shape=(1,) * lead + shape)
+    return FragmentLayout((1,) * lead + shape, ((),) * lead + dims, threads)
 
 
 def fma_layout(m: int, n: int, threads: int) -> FragmentLayout:

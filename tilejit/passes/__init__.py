@@ -8,19 +8,28 @@ from tilejit import config
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
+from tilejit.passes.describe import describe_tensors
+from tilejit.passes.given import order_tiles
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
+from tilejit.passes.proxies import order_reads
+from tilejit.passes.schedule import choose_schedule
 from tilejit.passes.select import select_atoms
+from tilejit.passes.specialise import specialise
 from tilejit.passes.sync import insert_sync
 from tilejit.target import Target
 
 Pass = Callable[[Kernel], Kernel]
 
-# After select_atoms (which also takes the target), in this order:
+# After choose_schedule and select_atoms (which also take the target), in this order:
 PASSES: tuple[Pass, ...] = (
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
+    specialise,  # the same of what producers bring
+    order_tiles,  # blocks that walk have an order already
     insert_sync,  # hazards depend on what runs ahead
+    order_reads,  # meetings and arrivals are what tells others
+    describe_tensors,  # boxes depend on slots and clusters
     allocate_memory,  # last: every buffer, slot and scratch is known
 )
 
@@ -29,6 +38,8 @@ def stages(kernel: Kernel, target: Target) -> list[tuple[str, Kernel]]:
     """The kernel after every pass, with the pass's name."""
     result = [("trace", kernel)]
     check = config.current().verify
+    kernel = choose_schedule(kernel, target)
+    result.append(("choose_schedule", kernel))
     kernel = select_atoms(kernel, target)
     result.append(("select_atoms", kernel))
     for apply in PASSES:

@@ -30,7 +30,8 @@ def allocate_memory(kernel: Kernel) -> Kernel:
         if not buffer.is_view:
             layout = kernel.shared[buffer]
             align = SWIZZLED_ALIGN if layout.swizzle > 1 else PLAIN_ALIGN
-            sizes.append((buffer, layout.bytes, max(align, buffer.align)))
+            align = max(align, layout.tile_align, buffer.align)
+            sizes.append((buffer, layout.bytes, align))
     for buffer in kernel.scoped(Scope.BARRIER):
         if not buffer.is_view:
             sizes.append((buffer, mbarrier.BYTES * len(buffer.arrive_counts), mbarrier.BYTES))

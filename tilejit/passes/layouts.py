@@ -29,13 +29,16 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
-from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.ir.parts import each_part
+from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, WgmmaAtom
+from tilejit.layout.boxes import BOX_ALIGN, boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
-from tilejit.ops.gemm import Gemm, acc_layout, left_layout
+from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
 from tilejit.passes.select import shared_scratch
+from tilejit.passes.wgmma import warpgroup_layout
 
 # Words of a fragment a thread may hold: more cannot stay in 255 registers, and the compile time
 # of tuples grows with the square (256 words 0.5 s, 512 words 1.7 s).
@@ -49,8 +52,17 @@ def infer_layouts(kernel: Kernel) -> Kernel:
     not have it is copied through shared memory by explicit nodes.
     Raises ResourceError when a fragment is too large for the registers of its threads.
     """
+    kernel = each_part(kernel, _fragment_layouts)
+    return replace(
+        kernel, shared=_shared_layouts(kernel), notes=(*kernel.notes, *_given_notes(kernel))
+    )
+
+
+def _fragment_layouts(kernel: Kernel) -> Kernel:
+    """The same for the fragments of one set of threads."""
     inference = _Inference(kernel)
     inference.run()
+    before = kernel.fragments
     kernel = replace(
         kernel,
         fragments=inference.layouts,
@@ -58,7 +70,7 @@ def infer_layouts(kernel: Kernel) -> Kernel:
     )
     kernel = _convert_conflicts(kernel)
     _check_registers(kernel)
-    return replace(kernel, shared=_shared_layouts(kernel))
+    return replace(kernel, fragments={**before, **kernel.fragments})
 
 
 class _Inference:
@@ -79,10 +91,11 @@ class _Inference:
             self.layouts.setdefault(node.acc.buffer, acc_layout(node, node.atom, self.threads))
         self.spread()
         for node in self.gemms:  # an operand that nothing else decides is laid out as asked
-            if node.a.buffer.scope is Scope.FRAGMENT and node.a.buffer not in self.layouts:
-                assert node.atom is not None
-                self.layouts[node.a.buffer] = left_layout(node, node.atom, self.threads)
-                self.spread()
+            for _, region, wanted in held_operands(node, self.threads):
+                fits = _words(region.buffer, wanted) <= MAX_WORDS
+                if fits and region.buffer not in self.layouts:
+                    self.layouts[region.buffer] = wanted
+                    self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
         for buffer in sorted(undecided, key=lambda b: -math.prod(b.extents)):
             if buffer not in self.layouts:
@@ -297,18 +310,17 @@ class _Converter:
 
     def gemm(self, node: Gemm) -> list[Node]:
         assert node.atom is not None
-        result: list[Node] = []
-        if node.a.buffer.scope is Scope.FRAGMENT:
-            held = self.layouts[node.a.buffer]
-            wanted = left_layout(node, node.atom, self.threads)
-            if not held.same_places(wanted):
+        moved: dict[Buffer, Node] = {}
+        for side, region, wanted in held_operands(node, self.threads):
+            buffer = region.buffer
+            if not self.layouts[buffer].same_places(wanted):
                 self.notes.append(
-                    f"fragment {node.a.buffer.name} goes through shared memory to be the left "
-                    f"operand at {node.span}"
+                    f"fragment {buffer.name} goes through shared memory to be the "
+                    f"{'left' if side == 'a' else 'right'} operand at {node.span}"
                 )
-                result.append(self.moved(node, node.a.buffer, back=False))
-                scratch = self.scratch_of(node.a.buffer)
-                node = replace(node, a=replace(node.a, buffer=scratch))
+                moved.setdefault(buffer, self.moved(node, buffer, back=False))
+                node = node.with_operand(side, replace(region, buffer=self.scratch_of(buffer)))
+        result = list(moved.values())
         assert node.atom is not None
         wanted = acc_layout(node, node.atom, self.threads)
         held = self.layouts[node.acc.buffer]
@@ -329,11 +341,13 @@ class _Converter:
             registers = CopyAtom(CopyMethod.REGISTERS, 1)
             fetch = Copy(src=whole(shared), dst=whole(own), atom=registers, span=node.span)
             keep = Copy(src=whole(own), dst=whole(shared), atom=registers, span=node.span)
+            wait = GemmWait(pending=0, registers=(own,), span=node.span)
             if not node.clear:
                 result += [self.moved(node, node.acc.buffer, back=False), fetch]
             moved_acc = Region(own, node.acc.starts, node.acc.extents, node.acc.dropped)
             result += [
                 replace(node, acc=moved_acc),
+                *([wait] if node.is_async else []),
                 keep,
                 self.moved(node, node.acc.buffer, back=True),
             ]
@@ -381,9 +395,14 @@ def _redirect(body: Body, moved: dict[Buffer, Buffer]) -> Body:
     return tuple(result)
 
 
+def _words(buffer: Buffer, layout: FragmentLayout) -> int:
+    """32-bit registers that a thread needs for a fragment."""
+    return -(-layout.registers * buffer.dtype.bytes // 4)
+
+
 def _check_registers(kernel: Kernel) -> None:
     for buffer, layout in kernel.fragments.items():
-        words = -(-layout.registers * buffer.dtype.bytes // 4)
+        words = _words(buffer, layout)
         if words > MAX_WORDS:
             raise ResourceError(
                 f"Fragment `{buffer.name}` of {'x'.join(map(str, buffer.extents))} {buffer.dtype} "
@@ -398,11 +417,18 @@ def _check_registers(kernel: Kernel) -> None:
 
 
 def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
-    """Swizzled where a matrix multiply reads it, plain rows elsewhere and under views."""
+    """As given; else swizzled where a matrix multiply reads it or the tensor memory accelerator
+    fills it, plain rows elsewhere and under views."""
     operands: set[Buffer] = set()
+    panels: set[Buffer] = set()
+    boxed: set[Buffer] = set()
     for node in walk(kernel.body):
         if isinstance(node, Gemm):
             operands |= {node.a.buffer, node.b.buffer}
+            if isinstance(node.atom, WgmmaAtom):
+                panels |= {node.a.buffer, node.b.buffer}
+        elif isinstance(node, Copy) and node.is_tma:
+            boxed |= {node.src.buffer, node.dst.buffer}
     viewed = {b.root for b in kernel.buffers if b.is_view}
     result: dict[Buffer, SharedLayout] = {}
     for buffer in kernel.scoped(Scope.SHARED):
@@ -413,6 +439,13 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
             strides = tuple(int_value(s) for s in buffer.strides)
             assert None not in strides, f"{buffer.name} has runtime strides"
             result[buffer] = SharedLayout(shape, itemsize, strides=strides)  # type: ignore[arg-type]
+        elif buffer in kernel.given.layouts:
+            tile_align = BOX_ALIGN if buffer in panels | boxed else 1
+            result[buffer] = replace(kernel.given.layouts[buffer].layout, tile_align=tile_align)
+        elif buffer in panels:
+            result[buffer] = warpgroup_layout(shape, buffer.dtype)
+        elif buffer in boxed:
+            result[buffer] = boxed_layout(shape, itemsize)
         elif buffer in operands and buffer not in viewed and len(shape) >= 2:
             result[buffer] = operand_layout(shape, itemsize)
         else:
@@ -420,11 +453,19 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
     return result
 
 
-def operand_layout(shape: tuple[int, ...], itemsize: int) -> SharedLayout:
-    """The widest swizzle whose panels divide a row. Rows that none divides are an odd number of
-    16-byte chunks: 8 of them below each other already lie in different banks."""
-    row_bytes = shape[-1] * itemsize
-    for chunks in (8, 4, 2):
-        if row_bytes % (16 * chunks) == 0:
-            return SharedLayout(shape, itemsize, panel=16 * chunks // itemsize, swizzle=chunks)
-    return SharedLayout(shape, itemsize)
+def _given_notes(kernel: Kernel) -> list[str]:
+    """What explain() says of the layouts that the user gave."""
+    by_warps = {
+        region.buffer
+        for node in walk(kernel.body)
+        if isinstance(node, Gemm) and isinstance(node.atom, GemmAtom) and node.atom.mma is not None
+        for region in (node.a, node.b)
+    }
+    notes = []
+    for buffer in kernel.scoped(Scope.SHARED):
+        if buffer in kernel.given.layouts:
+            layout = kernel.given.layouts[buffer].layout
+            is_slow = buffer in by_warps and not layout.has_wide_rows
+            why = "; not ldmatrix (rows do not begin at multiples of 16 bytes)" if is_slow else ""
+            notes.append(f"{buffer.name}: layout given, {layout}{why}")
+    return notes

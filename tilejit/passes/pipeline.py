@@ -5,9 +5,10 @@ Knows which copies may run ahead and how many slots fit the chip. Does not know 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
-from tilejit.dtypes import bool_, uint32
+from tilejit.dtypes import bool_
 from tilejit.errors import UnsupportedError
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
@@ -24,8 +25,6 @@ from tilejit.ir.expr import (
 )
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
     Body,
     For,
@@ -34,15 +33,16 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Store,
-    SyncThreads,
     While,
     all_reads,
     all_writes,
     rewrite,
     walk,
 )
+from tilejit.ir.parts import common_buffers, each_part
+from tilejit.ir.sync import AsyncCommit, AsyncWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
-from tilejit.isa.mma import WARP
+from tilejit.isa.mma import WARP, operand_word
 from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
@@ -57,12 +57,17 @@ def pipeline_loops(kernel: Kernel) -> Kernel:
     Needs: atoms, layouts. Decides: `slots`; replaces the loop by prologue, steady state and
     waits. A copy that cannot run ahead stays where it is, through registers.
     """
-    pipeliner = _Pipeliner(kernel)
+    return each_part(kernel, functools.partial(_pipeline_part, common_buffers(kernel)))
+
+
+def _pipeline_part(common: set[Buffer], kernel: Kernel) -> Kernel:
+    """The same for the loops of one set of threads. common: what others use too."""
+    pipeliner = _Pipeliner(kernel, common)
     body = pipeliner.visit(kernel.body)
     return replace(
         kernel,
         body=body,
-        slots=pipeliner.slots,
+        slots={**kernel.slots, **pipeliner.slots},
         shared=pipeliner.shared,
         fragments=pipeliner.fragments,
         notes=(*kernel.notes, *pipeliner.notes),
@@ -79,8 +84,9 @@ class _Split:
 
 
 class _Pipeliner:
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, common: set[Buffer]) -> None:
         self.kernel = kernel
+        self.common = common
         self.aliases = Aliases(kernel)
         self.slots: dict[Buffer, int] = {}
         self.shared = dict(kernel.shared)
@@ -93,7 +99,7 @@ class _Pipeliner:
         for node in body:
             again = is_repeated or isinstance(node, For | While)
             fresh = node.with_bodies(*(self.visit(inner, again) for inner in node.bodies))
-            if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED:
+            if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED and not is_fed(fresh):
                 result += self.loop(fresh, is_repeated)
             else:
                 result.append(fresh)
@@ -182,7 +188,7 @@ class _Pipeliner:
         """True when the copy alone fills its buffer, each iteration anew, before any use, and
         nothing outside the loop touches it."""
         target = copy.dst.buffer
-        if not copy.dst.is_whole or target.is_view or target in self.slots:
+        if target in self.common or not copy.dst.is_whole or target.is_view or target in self.slots:
             return False
         seen = False
         for child in node.body:
@@ -232,14 +238,14 @@ class _Pipeliner:
             SyncThreads(inserted=True, span=node.span),
         )
         fill: Body = (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
-        work = [_synchronous(_into_slot(n, slotted, own)) for n in split.rest]
+        work = [_synchronous(into_slot(n, slotted, own)) for n in split.rest]
         if carries_operands(split):
             following = arith("floormod", arith("add", iteration, 1), stages)
             carried = self.operand_registers(work[-1])
-            first = tuple(_into_slot(n, slotted, index(0)) for n in split.rest[-1:])
+            first = tuple(into_slot(n, slotted, index(0)) for n in split.rest[-1:])
             assert isinstance(first[0], Gemm)
             prologue += [*arrival, FetchOperands(gemm=first[0], carried=carried, span=node.span)]
-            (ahead,) = (_into_slot(n, slotted, following) for n in split.rest[-1:])
+            (ahead,) = (into_slot(n, slotted, following) for n in split.rest[-1:])
             assert isinstance(ahead, Gemm) and isinstance(work[-1], Gemm)
             work[-1] = replace(
                 work[-1],
@@ -261,7 +267,7 @@ class _Pipeliner:
         buffer = Buffer(
             name=f"{node.a.buffer.name}_{node.b.buffer.name}_operands",
             shape=(index(threads), index(words)),
-            dtype=uint32,
+            dtype=operand_word(node.a.buffer.dtype),
             scope=Scope.FRAGMENT,
             span=node.span,
         )
@@ -276,21 +282,8 @@ class _Pipeliner:
 
     def with_slots(self, buffer: Buffer, stages: int) -> Buffer:
         """The buffer with a leading dimension of slots; it replaces the old one."""
-        fresh = replace(buffer, shape=(index(stages), *buffer.shape), strides=None)
-        layout = self.shared.pop(buffer)
-        if layout.strides is not None:
-            step = -(-layout.bytes // layout.itemsize)
-            strides: tuple[int, ...] | None = (step, *layout.strides)
-        else:
-            strides = None
-        self.shared[fresh] = SharedLayout(
-            (stages, *layout.shape),
-            layout.itemsize,
-            layout.panel,
-            layout.pitch,
-            layout.swizzle,
-            strides,
-        )
+        fresh, layout = with_slots(buffer, self.shared.pop(buffer), stages)
+        self.shared[fresh] = layout
         self.slots[fresh] = stages
         return fresh
 
@@ -311,7 +304,7 @@ class _Pipeliner:
                 moved_copy = replace(
                     child, src=_substitute_region(child.src, mapping), dst=child.dst
                 )
-                result.append(_into_slot(moved_copy, slotted, slot))
+                result.append(into_slot(moved_copy, slotted, slot))
         return tuple(result)
 
     def existing(self, node: For, value: Expr) -> Expr:
@@ -325,6 +318,26 @@ class _Pipeliner:
         if int_value(exists) is not None and exists.dtype is bool_:
             return body if int_value(exists) else ()
         return (If(condition=exists, then=body, span=node.span),)
+
+
+def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer, SharedLayout]:
+    """A buffer like this one with a leading dimension of slots, and how it lies."""
+    fresh = replace(buffer, shape=(index(slots), *buffer.shape), strides=None)
+    if layout.strides is not None:
+        step = -(-layout.bytes // layout.itemsize)
+        strides: tuple[int, ...] | None = (step, *layout.strides)
+    else:
+        strides = None
+    pitch = layout.pitch
+    if len(layout.shape) == 1:  # a slot becomes a row
+        pitch = layout.tile_elements
+    shape = (slots, *layout.shape)
+    return fresh, replace(layout, shape=shape, pitch=pitch, strides=strides)
+
+
+def is_fed(loop: For) -> bool:
+    """True when producers bring what the loop uses: `specialise` sees to it."""
+    return any(isinstance(n, Copy) and n.is_tma for n in loop.body)
 
 
 # Operand registers worth carrying over the block's meeting: beyond them the accumulator spills.
@@ -344,7 +357,9 @@ def carries_operands(split: _Split) -> bool:
     if not {gemm.a.buffer, gemm.b.buffer} <= set(split.buffers):
         return False
     per_thread = gemm.m * gemm.n // (WARP * gemm.atom.warps_m * gemm.atom.warps_n)
-    return per_thread <= MAX_ACCUMULATORS and operand_words(gemm) <= MAX_CARRIED_WORDS
+    per_thread *= max(1, gemm.acc.buffer.dtype.bytes // 4)
+    carried = operand_words(gemm) * operand_word(gemm.a.buffer.dtype).bytes // 4
+    return per_thread <= MAX_ACCUMULATORS and carried <= MAX_CARRIED_WORDS
 
 
 def _substitute_region(region: Region, mapping: dict[Var, Expr]) -> Region:
@@ -358,7 +373,7 @@ def _substitute_load(node: Load, mapping: dict[Var, Expr], out: Var) -> Load:
     return replace(node, index=at, when=when, out=out)
 
 
-def _into_slot(node: Node, slotted: dict[Buffer, Buffer], slot: Expr) -> Node:
+def into_slot(node: Node, slotted: dict[Buffer, Buffer], slot: Expr) -> Node:
     """The node with every use of a pipelined buffer pointed at one of its slots."""
 
     def region(old: Region) -> Region:

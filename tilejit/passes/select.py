@@ -6,7 +6,7 @@ buffers, pipelines or PTX.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import replace
 
 from tilejit.dtypes import bool_, int32
@@ -35,17 +35,33 @@ from tilejit.ir.node import (
     LoopKind,
     Node,
     Parallel,
+    Roles,
     Store,
-    SyncThreads,
     While,
     walk,
 )
-from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction
+from tilejit.ir.parts import part_kernel
+from tilejit.ir.sync import SyncThreads
+from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, WgmmaAtom
 from tilejit.isa.mma import MMA, WARP, find_mma
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, is_private
-from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
+from tilejit.passes.bulk import refused, whole_copy
+from tilejit.passes.hopper import copies_to_bring
+from tilejit.passes.manual import (
+    Executing,
+    bulk_copy,
+    check_needs,
+    is_aligned,
+    spelling,
+    started_multiply,
+    with_meetings,
+)
+from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
+
+WIDEST_COPY = 16  # bytes of one cp.async (PTX ISA, "cp.async")
 
 
 def select_atoms(kernel: Kernel, target: Target) -> Kernel:
@@ -57,11 +73,15 @@ def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
     not all threads take.
     """
-    kernel = _with_thread_vars(kernel)
+    check_needs(kernel, target)
+    kernel = with_meetings(_with_thread_vars(kernel))
     selector = _Selector(kernel, target)
     body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
     return replace(
-        kernel, target=target, body=body, notes=(*kernel.notes, *dict.fromkeys(selector.notes))
+        kernel,
+        target=target,
+        body=(*selector.first, *body),
+        notes=(*kernel.notes, *dict.fromkeys(selector.notes)),
     )
 
 
@@ -81,39 +101,62 @@ class _Selector:
         self.threads = kernel.num_threads
         self.divergence: Divergence = divergence(kernel)
         self.notes: list[str] = []
+        self.first: list[Node] = []  # what the kernel begins with
         self.used = _used_variables(kernel.body)
+        self.brought = copies_to_bring(kernel, target)
+        self.executing = Executing(kernel, self.divergence)
 
     def visit(self, body: Body, *, is_divergent: bool, is_pipelined: bool) -> Body:
         result: list[Node] = []
         for node in body:
             if is_divergent and needs_all_threads(node):
                 raise TraceError(
-                    f"{_spelling(node)} needs all threads of the block, but it stands in a branch "
+                    f"{_spelling(node)} needs {self.executing.words}, but it stands in a branch "
                     "or loop that not all of them take.",
                     span=node.span,
-                    hint="Move it out, or make the condition the same for the whole block.",
+                    hint="Move it out, or make the condition the same for all of them.",
                 )
             if isinstance(node, Parallel):
                 result.append(node)
             elif isinstance(node, Copy | Fill) and is_private(node):
                 result += as_loops(node)
+            elif isinstance(node, Roles):
+                result.append(self.roles(node))
+            elif isinstance(node, Copy) and node.is_async:
+                result += bulk_copy(node, self.kernel, self.executing)
             elif isinstance(node, Copy):
-                result.append(replace(node, atom=self.copy_atom(node, is_pipelined)))
+                result += self.copy(node, is_pipelined)
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
             elif isinstance(node, Atomic):
                 result += self.atomic(node, is_divergent)
             else:
-                inner = [
-                    self.visit(
-                        child,
-                        is_divergent=is_divergent or self.splits(node),
-                        is_pipelined=isinstance(node, For) and node.kind is LoopKind.PIPELINED,
-                    )
-                    for child in node.bodies
-                ]
-                result.append(node.with_bodies(*inner))
+                inner: list[Body] = []
+                for number, child in enumerate(node.bodies):
+                    with self.executing.inside(node, number):
+                        inner.append(
+                            self.visit(
+                                child,
+                                is_divergent=is_divergent or self.splits(node),
+                                is_pipelined=isinstance(node, For)
+                                and node.kind is LoopKind.PIPELINED,
+                            )
+                        )
+                result += self.executing.after_branch(node.with_bodies(*inner))
         return tuple(result)
+
+    def roles(self, node: Roles) -> Node:
+        """Each role's body as that of a kernel with the role's threads."""
+        bodies: list[Body] = []
+        before = self.kernel, self.threads, self.brought, self.executing
+        for role in node.roles:
+            self.threads = role.threads
+            self.executing = before[3].of(role)
+            part = replace(part_kernel(before[0], role), body=role.body)
+            self.brought = copies_to_bring(part, self.target, "the block's warpgroups have roles")
+            bodies.append(self.visit(role.body, is_divergent=False, is_pipelined=False))
+        self.kernel, self.threads, self.brought, self.executing = before
+        return node.with_bodies(*bodies)
 
     def splits(self, node: Node) -> bool:
         """True when threads may go different ways through the node's bodies."""
@@ -121,24 +164,64 @@ class _Selector:
 
     # ---- copies -----------------------------------------------------------------------------
 
+    def copy(self, node: Copy, is_pipelined: bool) -> list[Node]:
+        if node in self.brought.copies:
+            return [replace(node, atom=CopyAtom(CopyMethod.TMA, 0))]
+        is_epilogue = node.src.buffer.scope is Scope.FRAGMENT
+        if node.prefer == "tma" and not (is_epilogue and self.brought.copies):
+            if self.brought.copies:
+                reason = self.brought.reasons.get(node) or "no producer brings it"
+                raise refused(node, reason, self.kernel)
+            nodes, first = whole_copy(node, self.kernel, self.target)
+            self.first += first
+            return nodes
+        if node in self.brought.others:
+            self.notes.append(
+                f"copy {node.src.buffer.name} -> {node.dst.buffer.name}: by the block's threads, "
+                f"not TMA ({self.brought.reasons[node]})"
+            )
+            return [replace(node, atom=CopyAtom(CopyMethod.REGISTERS, 1))]
+        chosen = replace(node, atom=self.copy_atom(node, is_pipelined))
+        if node.eviction is not None and not (is_epilogue and self.brought.copies):
+            name = f"{node.src.buffer.name} -> {node.dst.buffer.name}"
+            self.notes.append(f"copy {name}: eviction_policy is not used by {chosen.atom}")
+        return [chosen]
+
     def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:
         source, target = node.src.buffer, node.dst.buffer
-        vector = self._async_vector(node) if is_pipelined else 0
+        why_not_tma = self.brought.reasons.get(node, "")
+        vector = self._async_vector(node, self._row_align(target)) if is_pipelined else 0
+        is_narrow = is_pipelined and vector < self._async_vector(node, WIDEST_COPY)
         if vector:
+            name, size = f"copy {source.name} -> {target.name}", vector * source.dtype.bytes
+            if why_not_tma:
+                self.notes.append(f"{name}: cp.async, not TMA ({why_not_tma})")
+            if is_narrow:
+                why = self.kernel.given.why_not(target)
+                self.notes.append(f"{name}: cp.async of {size} bytes each ({why})")
             return CopyAtom(CopyMethod.CP_ASYNC, vector)
         if is_pipelined and source.scope is Scope.GLOBAL and target.scope is Scope.SHARED:
+            tma = f"; not TMA ({why_not_tma})" if why_not_tma else ""
             self.notes.append(
                 f"copy {source.name} -> {target.name}: through registers, not asynchronous "
-                f"({self._why_not_async(node)})"
+                f"({self.kernel.given.why_not(target) if is_narrow else self._why_not_async(node)})"
+                f"{tma}"
             )
         return CopyAtom(CopyMethod.REGISTERS, 1)
 
-    def _async_vector(self, node: Copy) -> int:
-        """Elements of one cp.async, 0 when it cannot do the copy."""
+    def _row_align(self, target: Buffer) -> int:
+        """What the bytes from one row to the next are a multiple of, where that is given."""
+        given = self.kernel.given.layouts.get(target)
+        if given is None:
+            return WIDEST_COPY
+        return math.gcd(given.layout.pitch * target.dtype.bytes, WIDEST_COPY)
+
+    def _async_vector(self, node: Copy, most: int) -> int:
+        """Elements of one cp.async of at most so many bytes, 0 when it cannot do the copy."""
         source, target = node.src.buffer, node.dst.buffer
         if (source.scope, target.scope) != (Scope.GLOBAL, Scope.SHARED):
             return 0
-        if source.dtype.bytes != target.dtype.bytes or not _same_bits(source, target):
+        if source.dtype.bytes != target.dtype.bytes or not same_bits(source, target):
             return 0
         if not self.target.has(Feature.CP_ASYNC) or not node.src.shape or node.prefer == "sync":
             return 0
@@ -146,7 +229,7 @@ class _Selector:
             return 0
         if source.rank - 1 in node.src.dropped or target.rank - 1 in node.dst.dropped:
             return 0
-        for size in (16, 8, 4):
+        for size in (s for s in (WIDEST_COPY, 8, 4) if s <= most):
             vector = size // source.dtype.bytes
             if vector and self._fits(node, vector):
                 return vector
@@ -174,33 +257,51 @@ class _Selector:
         return True
 
     def _why_not_async(self, node: Copy) -> str:
-        if not _same_bits(node.src.buffer, node.dst.buffer):
+        if not same_bits(node.src.buffer, node.dst.buffer):
             return f"it converts {node.src.buffer.dtype} to {node.dst.buffer.dtype}"
         return "rows are not provably aligned to 4, 8 or 16 bytes"
 
     # ---- matrix multiply --------------------------------------------------------------------
 
     def gemm(self, node: Gemm) -> list[Node]:
-        atom, reasons = choose_gemm(node, self.target, self.threads)
         name = f"gemm {node.a.buffer.name} @ {node.b.buffer.name} -> {node.acc.buffer.name}"
-        if node.a.buffer.scope is Scope.FRAGMENT and (atom.mma is None or node.transpose_a):
-            scratch = shared_scratch(node.a.buffer)
-            copied = Copy(
-                src=node.a,
-                dst=dataclasses.replace(node.a, buffer=scratch),
+        if node.is_async:
+            started = started_multiply(node, self.kernel, self.target, self.threads)
+            assert isinstance(started.atom, WgmmaAtom), "warpgroups multiply it"
+            self._note_gemm(name, started.atom, [])
+            return [started]
+        wgmma = self.brought.gemms.get(node)
+        if wgmma is not None:
+            self._note_gemm(name, wgmma, [])
+            held = [r.buffer for r in (node.a, node.acc) if r.buffer.scope is Scope.FRAGMENT]
+            wait = GemmWait(pending=0, registers=tuple(dict.fromkeys(held)), span=node.span)
+            return [replace(node, atom=wgmma, is_async=True), wait]
+        atom, reasons = choose_gemm(node, self.target, self.threads)
+        reasons = [*self.brought.gemm_reasons.get(node, ()), *reasons]
+        copies = self.operand_copies(node) if atom.mma is None else {}
+        for side, region in (("a", node.a), ("b", node.b)):
+            copied = copies.get(region.buffer)
+            if copied is not None:
+                node = node.with_operand(side, replace(region, buffer=copied.dst.buffer))
+        self.notes += [f"{name}: {b.name} goes through shared memory" for b in copies]
+        self._note_gemm(name, atom, reasons)
+        return [*copies.values(), replace(node, atom=atom)]
+
+    def _note_gemm(self, name: str, atom: GemmAtom | WgmmaAtom, reasons: list[str]) -> None:
+        self.notes.append(f"{name}: {atom}" + "".join(f"; not {r}" for r in reasons))
+
+    def operand_copies(self, node: Gemm) -> dict[Buffer, Copy]:
+        """Copies of the operands that are fragments to shared memory."""
+        return {
+            region.buffer: Copy(
+                src=region,
+                dst=replace(region, buffer=shared_scratch(region.buffer)),
                 atom=CopyAtom(CopyMethod.REGISTERS, 1),
                 span=node.span,
             )
-            node = replace(node, a=copied.dst)
-            atom, reasons = choose_gemm(node, self.target, self.threads)
-            self.notes.append(f"{name}: {copied.src.buffer.name} goes through shared memory")
-            self._note_gemm(name, atom, reasons)
-            return [copied, replace(node, atom=atom)]
-        self._note_gemm(name, atom, reasons)
-        return [replace(node, atom=atom)]
-
-    def _note_gemm(self, name: str, atom: GemmAtom, reasons: list[str]) -> None:
-        self.notes.append(f"{name}: {atom}" + "".join(f"; not {r}" for r in reasons))
+            for region in (node.a, node.b)
+            if region.buffer.scope is Scope.FRAGMENT
+        }
 
     # ---- atomics ----------------------------------------------------------------------------
 
@@ -223,27 +324,28 @@ class _Selector:
 
     def first_thread(self) -> Expr:
         condition: Expr = const(True, bool_)
-        for var in self.kernel.thread_vars:
-            condition = binary("and", condition, binary("eq", var, const(0, var.dtype)))
+        first = self.executing.role.first  # roles are of blocks with threads along x
+        for var, number in zip(self.kernel.thread_vars, (first, 0, 0), strict=False):
+            condition = binary("and", condition, binary("eq", var, const(number, var.dtype)))
         return condition
 
 
 def needs_all_threads(node: Node) -> bool:
     """True for tile ops, whose work is shared by the block's threads."""
     if isinstance(node, Copy | Fill):
-        return not is_private(node)
-    return isinstance(node, Gemm | Parallel | SyncThreads)
+        is_started = isinstance(node, Copy) and node.is_async
+        return not is_private(node) and not is_started
+    if isinstance(node, SyncThreads):
+        return node.number is None
+    return isinstance(node, Gemm | GemmWait | Parallel) or is_aligned(node)
 
 
 def _spelling(node: Node) -> str:
-    names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel"}
-    return names.get(type(node), "T.sync_threads")
-
-
-def _same_bits(source: Buffer, target: Buffer) -> bool:
-    """True when copying needs no conversion."""
-    pair = {source.dtype.name, target.dtype.name}
-    return source.dtype is target.dtype or pair == {"float32", "tfloat32"}
+    names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel",
+             GemmWait: "T.wait_wgmma", SyncThreads: "T.sync_threads"}  # fmt: skip
+    if isinstance(node, Gemm) and node.is_async:
+        return "T.wgmma_gemm"
+    return names.get(type(node)) or spelling(node)
 
 
 def shared_scratch(like: Buffer) -> Buffer:

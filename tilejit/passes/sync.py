@@ -7,7 +7,7 @@ own elements. Does not know slots' contents or PTX.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
@@ -20,26 +20,28 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.loops import accesses, loop_layout
 from tilejit.ir.node import (
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
     Load,
     LoopKind,
     Node,
+    OneThread,
     Parallel,
+    Roles,
     Store,
-    SyncThreads,
     While,
     all_reads,
-    all_writes,
     walk,
 )
+from tilejit.ir.parts import part_kernel
+from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.sent import Sent, after_round, may_meet, signals
 
 
 def insert_sync(kernel: Kernel) -> Kernel:
@@ -48,8 +50,8 @@ def insert_sync(kernel: Kernel) -> Kernel:
     Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes. After it, between any two
     accesses to a shared or global buffer of which one writes there is a barrier, unless they
     belong to one node, or each thread surely comes back to its own elements, or they are to a
-    pipeline's slots (which the pipeline orders itself), or stand in branches that wait for each
-    other at the user's barriers.
+    pipeline's slots (which the pipeline orders itself) or to a tile of T.tma_copy (which the user
+    orders), or stand in branches or roles that wait for each other at the user's barriers.
     """
     synchroniser = _Synchroniser(kernel)
     body, _ = synchroniser.body(kernel.body, _Pending())
@@ -70,10 +72,16 @@ def _merge(a: Touched, b: Touched) -> dict[Buffer, Owner | None]:
 
 @dataclass(frozen=True)
 class _Pending:
-    """Buffers touched since the threads last met."""
+    """Buffers touched since the threads last met.
+
+    unfenced: shared buffers that ordinary stores have written, unseen by asynchronous reads.
+    sent: bulk stores to tensors that are perhaps not there yet.
+    """
 
     reads: Touched = field(default_factory=dict)
     writes: Touched = field(default_factory=dict)
+    unfenced: frozenset[Buffer] = frozenset()
+    sent: Sent = frozenset()
 
     def conflicts(self, reads: Touched, writes: Touched) -> bool:
         pairs = ((writes, self.reads), (writes, self.writes), (reads, self.writes))
@@ -84,16 +92,40 @@ class _Pending:
             if b in before
         )
 
-    def after(self, reads: Touched, writes: Touched) -> _Pending:
-        return _Pending(_merge(self.reads, reads), _merge(self.writes, writes))
+    def touches(self, tensors: Iterable[Buffer]) -> bool:
+        """Whether threads have used what bulk stores go to."""
+        return any(t in self.reads or t in self.writes for t in tensors)
+
+    def after(
+        self,
+        reads: Touched,
+        writes: Touched,
+        unfenced: Iterable[Buffer] = (),
+        sent: Iterable[tuple[Buffer, Copy | None]] = (),
+    ) -> _Pending:
+        return _Pending(
+            _merge(self.reads, reads),
+            _merge(self.writes, writes),
+            self.unfenced.union(unfenced),
+            self.sent.union(sent),
+        )
+
+    def joined(self, other: _Pending) -> _Pending:
+        """What is pending where two ways meet."""
+        return self.after(other.reads, other.writes, other.unfenced, other.sent)
+
+    def met(self) -> _Pending:
+        """After the threads have met."""
+        return _Pending(unfenced=self.unfenced, sent=self.sent)
 
 
 class _Synchroniser:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.part = kernel  # as the executing threads see it
         self.divergence: Divergence = divergence(kernel)
         written = kernel.written
-        self.exempt = frozenset(kernel.slots)
+        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel)
         self.constant = frozenset(
             b.root for b in kernel.buffers if b.scope is Scope.GLOBAL and b.root not in written
         )
@@ -119,14 +151,19 @@ class _Synchroniser:
         """The first node, and the branches after it that other threads of the block must be able
         to reach while its threads wait: those that arrive at barriers that it waits for."""
         awaited: set[Buffer] = set()
+        is_met = False  # at a named barrier, any of which may be the other's
         count = 1
         for k, node in enumerate(nodes):
             if not (isinstance(node, If) and self.divergence.of(node.exprs)):
                 break
             inner = list(walk((node,)))
+            named = [n for n in inner if isinstance(n, SyncThreads) and n.number is not None]
             if any(isinstance(n, BarrierArrive) and n.barrier.root in awaited for n in inner):
                 count = k + 1
+            if is_met and named:
+                count = k + 1
             awaited |= {n.barrier.root for n in inner if isinstance(n, BarrierWait)}
+            is_met |= any(not n.is_arrival for n in named)
         return nodes[:count]
 
     def before_all(self, nodes: list[Node], pending: _Pending) -> tuple[list[Node], _Pending]:
@@ -140,7 +177,14 @@ class _Synchroniser:
 
     def node(self, node: Node, pending: _Pending) -> tuple[list[Node], Node, _Pending]:
         if isinstance(node, SyncThreads):
-            return [], node, _Pending()
+            return [], node, pending if node.number is not None else pending.met()
+        if isinstance(node, Control):
+            before, pending = self.meet(node, pending, {}, {})
+            if node.op is ControlOp.FENCE_ASYNC:
+                pending = replace(pending, unfenced=frozenset())
+            return before, node, pending
+        if isinstance(node, Roles):
+            return self.roles(node, pending)
         if self.is_entered(node):
             before, pending = self.meet(
                 node, pending, self.shared(node.reads), self.shared(node.writes)
@@ -149,6 +193,29 @@ class _Synchroniser:
             return before, fresh, pending
         before, pending = self.meet(node, pending, *self.touched(node))
         return before, node, pending
+
+    def roles(self, node: Roles, pending: _Pending) -> tuple[list[Node], Node, _Pending]:
+        """What all threads have done before is in order with what each role does; roles wait for
+        each other by barriers; what all do after is in order with every role."""
+        sensed = {b for n in walk((node,)) if is_async_access(n) for b in n.reads}
+        fence: list[Node] = []
+        if any(b in pending.unfenced for b in self.shared(sensed)):
+            fence.append(Control(op=ControlOp.FENCE_ASYNC, span=node.span))
+            pending = replace(pending, unfenced=frozenset())
+        before, _ = self.meet(node, pending, *self.touched(node))
+        if fence and not before:
+            before = [SyncThreads(inserted=True, span=node.span)]
+        before = [*fence, *before]
+        start = pending.met() if before else _Pending(unfenced=pending.unfenced)
+        after = start if before else pending
+        whole, bodies = self.kernel, []
+        for role in node.roles:
+            self.part = part_kernel(whole, role)
+            fresh, left = self.body(role.body, start)
+            bodies.append(fresh)
+            after = after.joined(_without_owners(left))
+        self.part = whole
+        return before, node.with_bodies(*bodies), after
 
     def is_entered(self, node: Node) -> bool:
         """True when barriers may stand inside the node: all threads take the same way through
@@ -161,17 +228,32 @@ class _Synchroniser:
         self, node: Node, pending: _Pending, reads: Touched, writes: Touched
     ) -> tuple[list[Node], _Pending]:
         """A barrier if the accesses need one, and what is pending after the node."""
-        if pending.conflicts(reads, writes):
-            barrier = SyncThreads(inserted=True, span=node.span)
-            return [barrier], _Pending().after(reads, writes)
-        return [], pending.after(reads, writes)
+        meeting = SyncThreads(inserted=True, span=node.span)
+        before: list[Node] = []
+        is_entered = self.is_entered(node)
+        sent = set() if is_entered else self.sent(node)
+        on_their_way = {tensor for tensor, _ in pending.sent}
+        is_met = on_their_way & {*reads, *writes} or may_meet(sent, pending.sent)
+        if is_met or (on_their_way and not is_entered and signals(node)):
+            before.append(Control(op=ControlOp.STORE_WAIT, span=node.span))
+            pending = replace(pending, sent=frozenset())
+        is_async = is_async_access(node)
+        if is_async and any(b in pending.unfenced for b in reads):
+            before.append(Control(op=ControlOp.FENCE_ASYNC, span=node.span))
+            pending = replace(pending, unfenced=frozenset())
+        if before or pending.conflicts(reads, writes) or pending.touches(t for t, _ in sent):
+            before.append(meeting)
+            pending = pending.met()
+        unfenced = () if is_async else [b for b in writes if b.scope is Scope.SHARED]
+        return before, pending.after(reads, writes, unfenced, sent)
 
     # ---- what a node touches ----------------------------------------------------------------
 
     def touched(self, node: Node) -> tuple[Touched, Touched]:
         """What a node and all in it read and write, with owners where they are sure."""
         reads = dict.fromkeys(self.shared(all_reads(node)), None)
-        writes = dict.fromkeys(self.shared(all_writes(node)), None)
+        stored = {b for n in walk((node,)) if not is_bulk_store(n) for b in n.writes}
+        writes = dict.fromkeys(self.shared(stored), None)
         owners: dict[Buffer, set[Owner | None]] = {}
         for buffer, owner in self.owners(node):
             owners.setdefault(self.standing_for(buffer), set()).add(owner)
@@ -182,6 +264,13 @@ class _Synchroniser:
                     touched[buffer] = next(iter(found))
         return reads, writes
 
+    def sent(self, node: Node) -> set[tuple[Buffer, Copy]]:
+        """The node's bulk stores, those aside that the user waits for: the tensors that they go
+        to, and the copies they belong to."""
+        nodes = (n for n in walk((node,)) if isinstance(n, Copy) and not n.is_async)
+        stores = (n for n in nodes if is_bulk_store(n))
+        return {(self.standing_for(n.dst.buffer), n.whole or n) for n in stores}
+
     def owners(self, node: Node) -> Iterator[tuple[Buffer, Owner | None]]:
         """Every access in the node with its owner."""
         is_async = (
@@ -191,7 +280,7 @@ class _Synchroniser:
         )
         loop = None if is_async else as_parallel(node)
         if loop is not None:
-            layout = loop_layout(loop, self.kernel)
+            layout = loop_layout(loop, self.part)
             for _, buffer, at in accesses(loop):
                 yield buffer, self.loop_owner(loop, layout, buffer, at)
         elif isinstance(node, Load | Store | Atomic):
@@ -254,12 +343,16 @@ class _Synchroniser:
             then, after_then = self.body(node.then, pending)
             orelse, after_else = self.body(node.orelse, pending)
             fresh = replace(node, then=then, orelse=orelse)
-            return fresh, after_then.after(after_else.reads, after_else.writes)
+            return fresh, after_then.joined(after_else)
+        if isinstance(node, For) and _is_once(node):
+            inside, pending = self.body(node.body, pending)
+            return node.with_bodies(inside), pending
         # What the last round left pending meets the first accesses of the next.
         entry = pending
         while True:
             fresh_loop, back, left = self.round(node, entry)
-            grown = entry.after(back.reads, back.writes)
+            back = replace(back, sent=after_round(back.sent, self.sent(node), node))
+            grown = entry.joined(back)
             if grown == entry:
                 return fresh_loop, left
             entry = grown
@@ -273,6 +366,44 @@ class _Synchroniser:
         assert isinstance(node, For), f"{type(node).__name__} is no loop"
         body, back = self.body(node.body, entry)
         return node.with_bodies(body), back, entry
+
+
+def _is_once(loop: For) -> bool:
+    """True when the loop surely has one round."""
+    span = int_value(arith("sub", loop.stop, loop.start))
+    return span is not None and 0 < span * (1 if loop.step > 0 else -1) <= abs(loop.step)
+
+
+def bulk_tiles(kernel: Kernel) -> frozenset[Buffer]:
+    """The shared buffers that copies touch which only start: the user orders all accesses."""
+    return frozenset(
+        b.root
+        for n in walk(kernel.body)
+        if isinstance(n, Copy) and n.is_async
+        for b in (n.src.buffer, n.dst.buffer)
+        if b.scope is Scope.SHARED
+    )
+
+
+def _without_owners(pending: _Pending) -> _Pending:
+    """The same after threads of other numbers have been at work."""
+    reads, writes = dict.fromkeys(pending.reads), dict.fromkeys(pending.writes)
+    return replace(pending, reads=reads, writes=writes)
+
+
+def is_async_access(node: Node) -> bool:
+    """True for nodes that read shared memory asynchronously (PTX ISA, "Proxies"): they do not see
+    what ordinary stores wrote before a fence."""
+    if isinstance(node, Gemm):
+        return node.is_async
+    if isinstance(node, OneThread):
+        return any(is_async_access(n) for n in node.body)
+    return isinstance(node, Copy) and node.is_tma
+
+
+def is_bulk_store(node: Node) -> bool:
+    """True for copies to a tensor by the tensor memory accelerator."""
+    return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL
 
 
 # Stand for the variables of any T.Parallel loop, by position.

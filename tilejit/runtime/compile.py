@@ -16,8 +16,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tilejit.errors import InternalError, TileError, UnsupportedError
@@ -25,11 +26,11 @@ from tilejit.isa.machine import Lowered
 from tilejit.target import Target
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Compiled:
     """A kernel in machine code.
 
-    cubin: for the target it was compiled for. ptx: what libNVVM made.
+    cubin: for the target it was compiled for. llvm: what it was made from.
     entry: the kernel's name in both.
     registers: of a thread. spill_bytes: stored and loaded by a thread, in sum.
     stack_bytes: of a thread. shared_bytes: dynamic, of a block.
@@ -37,7 +38,9 @@ class Compiled:
     """
 
     cubin: bytes
-    ptx: str
+    llvm: str
+    target: Target
+    fast_math: bool
     entry: str
     registers: int
     spill_bytes: int
@@ -45,6 +48,11 @@ class Compiled:
     shared_bytes: int
     log: str
     stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def ptx(self) -> str:
+        """The PTX that libNVVM makes of the kernel; the way to the cubin has none."""
+        return _text(bytearray(_run_nvvm(self.llvm, self.target, self.fast_math)[0]))
 
 
 def compile_lowered(lowered: Lowered, target: Target) -> Compiled:
@@ -66,19 +74,21 @@ def compile_lowered(lowered: Lowered, target: Target) -> Compiled:
             raise _defect("The generated kernel could not be lowered", lowered, error) from error
         clock.stop("front_end")
     try:
-        ptx, remarks = _run_nvvm(llvm, target, lowered.fast_math)
+        container, remarks = _run_nvvm(llvm, target, lowered.fast_math, ["-gen-lto"])
     except Exception as error:
         raise _defect("libNVVM refused the generated code", lowered, error) from error
     clock.stop("nvvm")
     try:
-        cubin, log = _run_linker(ptx, target)
+        cubin, log = _run_linker(container, target, lowered.fast_math)
     except Exception as error:
         raise _defect("The assembler refused the generated code", lowered, error) from error
     clock.stop("link")
     registers, spills, stack = _read_usage(log)
     return Compiled(
         cubin=cubin,
-        ptx=ptx,
+        llvm=llvm,
+        target=target,
+        fast_math=lowered.fast_math,
         entry=entry,
         registers=registers,
         spill_bytes=spills,
@@ -144,15 +154,17 @@ def _defect(headline: str, lowered: Lowered, error: Exception) -> InternalError:
 # -- libNVVM ---------------------------------------------------------------------------------
 
 
-def _nvvm_options(target: Target, fast_math: bool) -> list[str]:
-    options = [f"-arch={target.compute}", "-opt=3"]
+def _math_options(fast_math: bool) -> list[str]:
+    """Of libNVVM, and of the linker, which generates the code."""
     if fast_math:
-        return [*options, "-ftz=1", "-fma=1", "-prec-div=0", "-prec-sqrt=0"]
-    return [*options, "-ftz=0", "-fma=0", "-prec-div=1", "-prec-sqrt=1"]
+        return ["-ftz=1", "-fma=1", "-prec-div=0", "-prec-sqrt=0"]
+    return ["-ftz=0", "-fma=0", "-prec-div=1", "-prec-sqrt=1"]
 
 
-def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> tuple[str, str]:
-    """The PTX, and what libNVVM said."""
+def _run_nvvm(
+    llvm: str, target: Target, fast_math: bool, more: Sequence[str] = ()
+) -> tuple[bytes, str]:
+    """The PTX, or with -gen-lto the module for the linker; and what libNVVM said."""
     from cuda.bindings import nvvm
 
     program = nvvm.create_program()
@@ -162,7 +174,7 @@ def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> tuple[str, str]:
         if "@__nv_" in llvm or '@"__nv_' in llvm:
             library = _libdevice()
             nvvm.lazy_add_module_to_program(program, library, len(library), "libdevice")
-        options = _nvvm_options(target, fast_math)
+        options = [f"-arch={target.compute}", "-opt=3", *_math_options(fast_math), *more]
         failure: Exception | None = None
         try:
             nvvm.compile_program(program, len(options), options)
@@ -172,11 +184,11 @@ def _run_nvvm(llvm: str, target: Target, fast_math: bool) -> tuple[str, str]:
         nvvm.get_program_log(program, log)
         if failure is not None:
             raise RuntimeError(_text(log)) from failure
-        ptx = bytearray(nvvm.get_compiled_result_size(program))
-        nvvm.get_compiled_result(program, ptx)
+        result = bytearray(nvvm.get_compiled_result_size(program))
+        nvvm.get_compiled_result(program, result)
     finally:
         nvvm.destroy_program(program)
-    return _text(ptx), _text(log)
+    return bytes(result), _text(log)
 
 
 def _text(buffer: bytearray) -> str:
@@ -197,15 +209,17 @@ def _libdevice() -> bytes:
 # -- nvJitLink -------------------------------------------------------------------------------
 
 
-def _run_linker(ptx: str, target: Target) -> tuple[bytes, str]:
+def _run_linker(module: bytes, target: Target, fast_math: bool) -> tuple[bytes, str]:
+    """Through link-time optimisation: of PTX the linker makes code that others could be linked to,
+    in which the assembler ignores setmaxnreg (C7504)."""
     from cuda.bindings import nvjitlink
 
-    options = [f"-arch={target.name}", "-verbose"]
+    options = [f"-arch={target.name}", "-verbose", "-lto", "-no-cache", *_math_options(fast_math)]
     linker = nvjitlink.create(len(options), options)
     try:
-        source = ptx.encode() + b"\0"
+        kind = nvjitlink.InputType.LTOIR
         try:
-            nvjitlink.add_data(linker, nvjitlink.InputType.PTX, source, len(source), "kernel")
+            nvjitlink.add_data(linker, kind, module, len(module), "kernel")
             nvjitlink.complete(linker)
         except nvjitlink.nvJitLinkError as error:
             log = bytearray(nvjitlink.get_error_log_size(linker))

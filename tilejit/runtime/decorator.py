@@ -20,6 +20,7 @@ from tilejit.runtime import device
 from tilejit.runtime.arrays import HOST, ArrayView
 from tilejit.runtime.cache import SignatureCache
 from tilejit.runtime.captures import Captures
+from tilejit.runtime.choose import choose, has_open, with_notes
 from tilejit.runtime.device import Executor
 from tilejit.runtime.factory import prim_kernel
 from tilejit.runtime.facts import slots_of
@@ -143,6 +144,25 @@ class TileFunction:
     def _build(
         self, call: Call, target: Target, multiples: Mapping[Var, int] | None = None
     ) -> TileKernel:
+        if not has_open(call.constants):
+            return self._made(call, target, multiples)
+
+        def build(constants: dict[str, Any]) -> Program:
+            return self._made(
+                dataclasses.replace(call, constants=constants), target, multiples
+            ).program
+
+        choice = choose(call.constants, build, target)
+        call = dataclasses.replace(call, constants={**call.constants, **choice.values})
+        return self._made(call, target, multiples, choice.notes)
+
+    def _made(
+        self,
+        call: Call,
+        target: Target,
+        multiples: Mapping[Var, int] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> TileKernel:
         traced = self._traced.trace(
             self._signature.trace_arguments(call), name=self.__name__, fast_math=self._fast_math
         )
@@ -152,7 +172,7 @@ class TileFunction:
                     f"{self.__name__} returns a T.prim_func, so it takes sizes, not arrays.",
                     hint=f"Call the kernel that it returns: `{self.__name__}(M, N)(a, b)`.",
                 )
-            return prim_kernel(traced, target, self._out_idx, self._fast_math)
+            return prim_kernel(traced, target, self._out_idx, self._fast_math, notes)
         if not isinstance(traced, Program):
             raise ArgumentTypeError(f"{self.__name__} returns {a_kind(traced)}.")
         if self._out_idx is not None:
@@ -163,6 +183,7 @@ class TileFunction:
         if multiples:
             kernels = (dataclasses.replace(k, multiples=multiples) for k in traced.kernels)
             traced = dataclasses.replace(traced, kernels=tuple(kernels))
+        traced = with_notes(traced, notes)
         return TileKernel(
             traced, target, call.names, constants=call.constants, overlaps=call.overlaps
         )

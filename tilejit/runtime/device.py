@@ -200,6 +200,15 @@ def capability_of(device: int) -> tuple[int, int]:
     return major, minor
 
 
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of the device: how many blocks run at once that each take a whole one."""
+    api = driver()
+    name = api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    handle = check(api.cuDeviceGet(device), f"Opening GPU {device}")
+    return int(check(api.cuDeviceGetAttribute(name, handle), f"Asking GPU {device}"))
+
+
 def runs_on(target: Target, device: int) -> bool:
     """True when a cubin of the target loads on the device: the same major version and no newer
     minor one; with a suffix, exactly that chip (CUDA Programming Guide, binary compatibility)."""

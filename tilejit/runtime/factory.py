@@ -11,15 +11,22 @@ from tilejit.errors import ArgumentError, ArgumentTypeError
 from tilejit.ir.kernel import Program
 from tilejit.language.function import PrimFunc
 from tilejit.runtime.cache import SignatureCache
+from tilejit.runtime.choose import with_notes
 from tilejit.runtime.kernel import TileKernel
 from tilejit.runtime.signature import Signature
 from tilejit.target import Target
 
 
 def prim_kernel(
-    prim: PrimFunc, target: Target, out_idx: int | Sequence[int] | None, fast_math: bool
+    prim: PrimFunc,
+    target: Target,
+    out_idx: int | Sequence[int] | None,
+    fast_math: bool,
+    notes: tuple[str, ...] = (),
 ) -> TileKernel:
     """The kernel object of a factory's inner function.
+
+    notes: lines that `explain()` begins with.
 
     Raises:
         TypeError, ValueError: parameters without a declaration, `out_idx` outside the parameters.
@@ -45,6 +52,7 @@ def prim_kernel(
         arguments = signature.trace_arguments(call, aligns)
         program = prim.trace(arguments, name=prim.name, fast_math=fast_math)
         assert isinstance(program, Program), f"{prim.name} is no program"
+        program = with_notes(program, notes)
         return TileKernel(
             program, target, names, out_idx=places, overlaps=call.overlaps, specialise=variant
         )

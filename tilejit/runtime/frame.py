@@ -5,22 +5,32 @@ Knows passes, lowering and compilation. Does not know arguments.
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tilejit import config, lower, passes
 from tilejit.dtypes import DType
+from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel, Param, ParamKind
+from tilejit.ir.node import walk
+from tilejit.ir.sync import Control, ControlOp
 from tilejit.isa.machine import Lowered
+from tilejit.runtime import device
 from tilejit.runtime.compile import Compiled, compile_lowered, disassemble
 from tilejit.runtime.launch import LoadedKernel, Packer
+from tilejit.runtime.program import Grid
+from tilejit.runtime.tensor_maps import MapSource, map_reader
+from tilejit.runtime.workspace import simulated_workspace, workspace
 from tilejit.target import Target
 
 T = TypeVar("T")
+SIMULATED_BLOCKS = 2  # of a persistent launch: few, so that each computes several tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +114,122 @@ class TileFrame:
         def load() -> LoadedKernel:
             made, lowered = self.compiled, self.lowered
             return LoadedKernel(
-                self.graph.name, made.cubin, made.entry, lowered.threads, lowered.shared_bytes
+                self.graph.name,
+                made.cubin,
+                made.entry,
+                lowered.threads,
+                lowered.shared_bytes,
+                starts_early=_waits_for_others(self.graph),
             )
 
         return self._once("load", load)
 
     @property
     def packer(self) -> Packer:
-        return self._once("pack", lambda: Packer([parameter_dtype(p) for p in self.planned.params]))
+        def make() -> Packer:
+            params = self.planned.params
+            maps = [n for n, p in enumerate(params) if p.kind is ParamKind.TENSOR_MAP]
+            return Packer([parameter_dtype(p) for p in params], maps)
+
+        return self._once("pack", make)
+
+    @property
+    def maps(self) -> tuple[MapSource | None, ...]:
+        """For each parameter, where its tensor map comes from; None for other parameters."""
+        return self._once(
+            "maps",
+            lambda: tuple(
+                MapSource(p) if p.kind is ParamKind.TENSOR_MAP else None
+                for p in self.planned.params
+            ),
+        )
+
+    @property
+    def spaces(self) -> tuple[tuple[int, Param, int], ...]:
+        """Of the parameters that are workspaces: place, parameter, bytes."""
+        return self._once(
+            "spaces",
+            lambda: tuple(
+                (n, p, math.prod(p.buffer.extents) * p.buffer.dtype.bytes)
+                for n, p in enumerate(self.planned.params)
+                if p.kind is ParamKind.WORKSPACE and p.buffer is not None
+            ),
+        )
+
+    def with_spaces(self, values: Sequence[Any], ordinal: int, stream: int) -> Sequence[Any]:
+        """The parameters' values with the addresses of the workspaces. The device's context is
+        current."""
+        if not self.spaces:
+            return values
+        values = list(values)
+        for n, param, size in self.spaces:
+            name = "zeroed" if param.is_zeroed else f"space {n}"
+            values[n] = workspace(name, size, ordinal, stream, is_zeroed=param.is_zeroed)
+        return values
+
+    def launch_values(self, env: Mapping[Var, Any]) -> list[Any]:
+        """The parameters' values for a launch, from those of the arguments; 0 for workspaces."""
+        return [
+            env.get(p.var, 0)
+            if source is None
+            else source.encoded(*(env[v] for v in source.variables))
+            for p, source in zip(self.planned.params, self.maps, strict=True)
+        ]
+
+    def simulator_values(self, env: Mapping[Var, Any], spaces: list[Any]) -> list[Any]:
+        """The same for a simulated launch, tensor maps as descriptions; memory made for workspaces
+        is added to `spaces`."""
+        values = [
+            env.get(p.var, 0)
+            if source is None
+            else source.describe(*(env[v] for v in source.variables))
+            for p, source in zip(self.planned.params, self.maps, strict=True)
+        ]
+        for n, param, _ in self.spaces:
+            assert param.buffer is not None, param
+            spaces.append(simulated_workspace(param.buffer, param.is_zeroed))
+            values[n] = spaces[-1].ctypes.data
+        return values
+
+    def order(self, places: dict[Var, int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        """Picks the parameters' values from a call's, which are at these places; workspaces get
+        any."""
+        params, maps = self.planned.params, self.maps
+        wanted = [
+            places.get(p.var, 0) if source is None else places[source.variables[0]]
+            for p, source in zip(params, maps, strict=True)
+        ]
+        readers = [
+            (n, map_reader(source, places)) for n, source in enumerate(maps) if source is not None
+        ]
+        pick: Callable[[Sequence[Any]], Any] = operator.itemgetter(*wanted)
+        if len(wanted) == 1:
+            pick = lambda pool: (pool[wanted[0]],)  # noqa: E731
+        if not wanted:
+            return lambda pool: ()
+        if not readers:
+            return pick
+
+        def order(pool: Sequence[Any]) -> Sequence[Any]:
+            values = list(pick(pool))
+            for n, read in readers:
+                values[n] = read(pool)
+            return values
+
+        return order
+
+    def launch_grid(self, grid: Grid, ordinal: int | None) -> Grid:
+        """The blocks to launch for a grid of tiles, on a GPU or (None) simulated."""
+        plan = self.planned
+        if plan.parts > 1:  # one more dimension, whatever the others are
+            axis = len(self.graph.grid)
+            grid = (*grid[:axis], plan.parts, *grid[axis + 1 :])  # type: ignore[assignment]
+        if not plan.is_persistent:
+            return grid
+        blocks = SIMULATED_BLOCKS if ordinal is None else device.multiprocessors(ordinal)
+        size = plan.cluster_size
+        tiles = grid[0] * grid[1] * grid[2]
+        return min(tiles, max(size, blocks // size * size)), 1, 1
 
     @property
     def stage_seconds(self) -> dict[str, float]:
@@ -165,7 +283,15 @@ class TileFrame:
 
 def parameter_dtype(param: Param) -> DType | None:
     """The dtype of a kernel parameter; None for an address."""
-    return None if param.kind in (ParamKind.TENSOR, ParamKind.POINTER) else param.var.dtype
+    is_number = param.kind in (ParamKind.SCALAR, ParamKind.SYMBOL)
+    return param.var.dtype if is_number else None
+
+
+def _waits_for_others(kernel: Kernel) -> bool:
+    """Whether the kernel waits for those before it in the stream by itself."""
+    return any(
+        isinstance(n, Control) and n.op is ControlOp.DEPENDENCY_WAIT for n in walk(kernel.body)
+    )
 
 
 def _dump(stage: str, text: object) -> None:

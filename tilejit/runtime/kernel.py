@@ -326,7 +326,8 @@ class TileKernel:
     def _grids(self, env: Mapping[Var, Any]) -> list[Grid]:
         grids = [grid(env) for grid in self._host.grids]
         for frame, grid in zip(self.kernels, grids, strict=True):
-            check_grid(f"{self.name} ({frame.graph.name})" if len(grids) > 1 else self.name, grid)
+            name = f"{self.name} ({frame.graph.name})" if len(grids) > 1 else self.name
+            check_grid(name, grid, frame.graph.given.cluster)
         return grids
 
     def _run_gpu(
@@ -378,8 +379,10 @@ class TileKernel:
     ) -> None:
         for frame, grid in zip(self.kernels, grids, strict=True):
             if all(n > 0 for n in grid):
-                packed = frame.packer.pack([env[p.var] for p in frame.planned.params])
-                frame.loaded.launch(grid, packed, stream, ordinal)
+                values = frame.with_spaces(frame.launch_values(env), ordinal, stream)
+                packed = frame.packer.pack(values)
+                blocks = frame.launch_grid(grid, ordinal)
+                frame.loaded.launch(blocks, packed, stream, ordinal)
 
     def _run_host(
         self,
@@ -398,8 +401,10 @@ class TileKernel:
             if executor is Executor.REFERENCE:
                 _run_reference(frame.graph, env, hosts, grid, segments)
             else:
-                order = [env[p.var] for p in frame.planned.params]
-                simulator.run_lowered(frame.lowered, grid, order, segments)
+                blocks = frame.launch_grid(grid, None)
+                spaces: list[Any] = []
+                given = frame.simulator_values(env, spaces)
+                simulator.run_lowered(frame.lowered, blocks, given, [*segments, *spaces])
 
 
 def _run_reference(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.dtypes import DType
-from tilejit.errors import ArgumentTypeError, ResourceError, a_kind
+from tilejit.errors import ArgumentError, ArgumentTypeError, ResourceError, a_kind
 from tilejit.runtime.arrays import HOST, ArrayView, host_array
 from tilejit.runtime.device import check, driver
 
@@ -35,11 +35,13 @@ _SLOT_BYTES = 8
 class Packer:
     """The parameter block of a kernel: one 8-byte slot a parameter.
 
-    dtypes: None for an address.
+    dtypes: None for an address. maps: places of the parameters that are tensor maps, whose values
+    are the addresses of the maps in host memory.
     """
 
-    def __init__(self, dtypes: Sequence[DType | None]) -> None:
+    def __init__(self, dtypes: Sequence[DType | None], maps: Sequence[int] = ()) -> None:
         self._count = len(dtypes)
+        self._maps = tuple(maps)
         formats = []
         self._raw: list[tuple[int, DType]] = []
         for n, dtype in enumerate(dtypes):
@@ -56,7 +58,7 @@ class Packer:
         """Address of the array of parameter pointers, valid in this thread until the next pack."""
         address: int
         try:
-            block, address, _ = self._local.block
+            block, address, pointers = self._local.block
         except AttributeError:
             block = ctypes.create_string_buffer(max(1, self._count) * _SLOT_BYTES)
             base = ctypes.addressof(block)
@@ -70,18 +72,29 @@ class Packer:
                 bits = np.uint16 if dtype.bits == 16 else np.uint8
                 values[n] = int(dtype.constant(values[n]).view(bits))
         self._struct.pack_into(block, 0, *values)
+        for n in self._maps:
+            pointers[n] = values[n]
         return address
 
 
 class LoadedKernel:
     """A cubin in the driver, ready to launch on any device it runs on.
 
+    starts_early: a launch may start before the kernels before it in the stream have ended; the
+        kernel waits for them itself (CUDA Programming Guide, "Programmatic Dependent Launch").
+
     Raises:
         DeviceError: the driver refuses the cubin.
     """
 
     def __init__(
-        self, name: str, cubin: bytes, entry: str, threads: tuple[int, int, int], shared_bytes: int
+        self,
+        name: str,
+        cubin: bytes,
+        entry: str,
+        threads: tuple[int, int, int],
+        shared_bytes: int,
+        starts_early: bool = False,
     ) -> None:
         api = driver()
         doing = f"Loading {name}"
@@ -92,7 +105,7 @@ class LoadedKernel:
         self._threads = threads
         self._shared_bytes = shared_bytes
         self._prepared: set[int] = set()
-        self._launch = api.cuLaunchKernel
+        self._launch = _launch_early if starts_early else api.cuLaunchKernel
 
     def _prepare(self, device: int) -> None:
         """Allow more than 48 KiB of dynamic shared memory on the device, once."""
@@ -134,11 +147,40 @@ class LoadedKernel:
             check(status, f"Launching {self._name}")
 
 
-def check_grid(name: str, grid: tuple[int, int, int]) -> None:
+def _launch_early(
+    function: Any, gx: int, gy: int, gz: int, x: int, y: int, z: int, shared_bytes: int,
+    stream: int, parameters: int, extra: int,
+) -> Any:  # fmt: skip
+    """cuLaunchKernel for a kernel that may start before those before it have ended."""
+    api = driver()
+    attribute, value = api.CUlaunchAttribute(), api.CUlaunchAttributeValue()
+    attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    config = api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = gx, gy, gz
+    config.blockDimX, config.blockDimY, config.blockDimZ = x, y, z
+    config.sharedMemBytes = shared_bytes
+    config.hStream = api.CUstream(stream)
+    config.attrs, config.numAttrs = [attribute], 1
+    return api.cuLaunchKernelEx(config, function, parameters, extra)
+
+
+def check_grid(
+    name: str, grid: tuple[int, int, int], cluster: tuple[int, int, int] | None = None
+) -> None:
     """
     Raises:
         ResourceError: more blocks along a dimension than CUDA launches.
+        ArgumentError: clusters, as the user gave them, do not divide the grid.
     """
+    for axis, blocks, size in zip("xyz", grid, cluster or (1, 1, 1), strict=True):
+        if blocks % size:
+            raise ArgumentError(
+                f"{name}: the grid has {blocks} blocks along {axis}, which clusters of {size} do "
+                "not divide.",
+                hint="Round the grid in T.Kernel(...) up to a multiple.",
+            )
     for axis, blocks, most in zip("xyz", grid, MAX_GRID, strict=True):
         if blocks > most:
             raise ResourceError(

@@ -22,8 +22,13 @@ _SAME_MEMORY = {(float32, tfloat32), (tfloat32, float32), (uint64, int64)}
 
 def symbol_multiples(symbols: Symbols) -> dict[Var, int]:
     """What divides each symbol's value: 16, 8, 4 or 1. It decides how wide memory accesses can
-    be (16 elements of the narrowest dtype are 16 bytes), so it belongs to the signature."""
-    return {v: next(m for m in (16, 8, 4, 1) if value % m == 0) for v, value in symbols.items()}
+    be (16 elements of the narrowest dtype are 16 bytes), so it belongs to the signature. Of what
+    is not positive it is 1: such strides are none that bulk copies can have."""
+    return {v: _power(value) for v, value in symbols.items()}
+
+
+def _power(value: int) -> int:
+    return next(m for m in (16, 8, 4, 1) if value % m == 0) if value > 0 else 1
 
 
 def plural(count: int, noun: str) -> str:

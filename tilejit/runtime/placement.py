@@ -65,7 +65,7 @@ def check_writable(what: str, name: str, view: ArrayView) -> None:
             hint=f"Pass `{name}.detach()`, or call inside `with torch.no_grad():`.",
         )
     for d, (extent, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
-        if stride == 0 and extent > 1:
+        if stride == 0 and extent > 1 and view.size:
             raise ArgumentError(
                 f"{what}: {name} repeats its elements along dimension {d} (its stride is 0), but "
                 "the kernel writes it.",

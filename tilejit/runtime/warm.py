@@ -9,7 +9,6 @@ way.
 from __future__ import annotations
 
 import itertools
-import operator
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from tilejit.runtime.binding import Binder
 from tilejit.runtime.device import Executor
 from tilejit.runtime.facts import Gather, Key, Slot, Values, make_gather
 from tilejit.runtime.frame import TileFrame
-from tilejit.runtime.launch import LoadedKernel, stream_handle, stream_source
+from tilejit.runtime.launch import stream_handle, stream_source
 from tilejit.runtime.matching import Symbols
 from tilejit.runtime.program import Grid, HostProgram
 
@@ -39,12 +38,13 @@ Results = Callable[[Sequence[Any], Sequence[Any]], Any]
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One kernel of a call. start: launches it on its grid, where that is fixed; order: picks its
-    parameters from the call's values."""
+    parameters from the call's values; has_spaces: some of them are workspaces."""
 
     start: Callable[[int, int], None] | None
     pack: Callable[[Sequence[Any]], int]
     order: Callable[[Values], Sequence[Any]]
-    loaded: LoadedKernel
+    frame: TileFrame
+    has_spaces: bool
 
 
 class WarmLaunch:
@@ -107,12 +107,17 @@ class WarmLaunch:
         if grids is None:
             for step in self._steps:
                 assert step.start is not None, "a fixed grid has its launcher"
-                step.start(handle, step.pack(step.order(pool)))
+                values = step.order(pool)
+                if step.has_spaces:
+                    values = step.frame.with_spaces(values, self._ordinal, handle)
+                step.start(handle, step.pack(values))
             return
         for step, grid in zip(self._steps, grids, strict=True):
             if all(n > 0 for n in grid):
-                packed = step.pack(step.order(pool))
-                step.loaded.launch(grid, packed, handle, self._ordinal)
+                values = step.frame.with_spaces(step.order(pool), self._ordinal, handle)
+                packed = step.pack(values)
+                blocks = step.frame.launch_grid(grid, self._ordinal)
+                step.frame.loaded.launch(blocks, packed, handle, self._ordinal)
 
 
 def settle(
@@ -175,15 +180,12 @@ def _variable(argument: Buffer | Var) -> Var:
 
 
 def _step(frame: TileFrame, grid: Grid | None, variables: Sequence[Var], ordinal: int) -> _Step:
-    places = {v: n for n, v in enumerate(variables)}
-    wanted = [places[p.var] for p in frame.planned.params]
-    order: Callable[[Values], Sequence[Any]]
-    if len(wanted) > 1:
-        order = operator.itemgetter(*wanted)
-    else:
-        order = lambda pool: [pool[n] for n in wanted]  # noqa: E731
-    start = None if grid is None else frame.loaded.launcher(grid, ordinal)
-    return _Step(start, frame.packer.pack, order, frame.loaded)
+    order = frame.order({v: n for n, v in enumerate(variables)})
+    if grid is None:
+        return _Step(None, frame.packer.pack, order, frame, bool(frame.spaces))
+    blocks = frame.launch_grid(grid, ordinal)
+    start = frame.loaded.launcher(blocks, ordinal)
+    return _Step(start, frame.packer.pack, order, frame, bool(frame.spaces))
 
 
 def _results(

@@ -1,11 +1,10 @@
 """Finds races in a block: accesses of two threads to one place that nothing orders.
 
-Knows, for every place, who wrote and who read it when, and for every thread up to when it knows
-what each other thread did. Does not know what is stored, nor how barriers count.
+Knows, for every place, who wrote and who read it when. Does not know what is stored, nor how
+barriers count.
 
-Time is a counter of the block's accesses. `known[u, t]` is the time up to which thread u comes
-after what thread t did; a barrier raises it. An access of u conflicts with an earlier one of t at
-a time later than `known[u, t]`.
+An access of thread u conflicts with an earlier one of thread t at a time later than the order's
+`known[u, t]`. What is read asynchronously is held until it has been read.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.errors import SimulationError, Span
+from tilejit.sim.order import Order
 
 Array = np.ndarray[Any, Any]
 
@@ -26,48 +26,28 @@ _SYNC_HINT = (
 )
 
 
-class Order:
-    """What comes before what among a block's `threads` (in whole warps).
+class Flights:
+    """What asynchronous readers do with the places of a region.
 
-    site_of: the source span of what happened at a time.
+    fenced: the time of the fence that covers the last write. held: how many are still reading,
+    holder: the last of them.
     """
 
-    site_of: Callable[[int], Span | None]
+    def __init__(self, places: int) -> None:
+        self.fenced = np.zeros(places, np.int64)
+        self.held = np.zeros(places, np.int16)
+        self.holder = np.zeros(places, np.int32)
+        self._names: dict[str, int] = {}
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.time = 0
-        self.synced = 0  # everything until then comes before everything after, for all threads
-        self.known = np.zeros((threads, threads), np.int64)
-        self.bit = np.uint32(1) << (np.arange(threads, dtype=np.uint32) % np.uint32(32))
+    def refine(self, factor: int) -> None:
+        for name in ("fenced", "held", "holder"):
+            setattr(self, name, getattr(self, name).repeat(factor))
 
-    def start(self, site_of: Callable[[int], Span | None]) -> None:
-        """Another block starts, after everything until now."""
-        self.site_of = site_of
-        self.synchronise_all()
+    def number_of(self, name: str) -> int:
+        return self._names.setdefault(name, len(self._names))
 
-    def tick(self) -> int:
-        self.time += 1
-        return self.time
-
-    def release(self, threads: Array) -> Array:
-        """What `threads` know together, themselves included: up to when, for each thread."""
-        together = self.known[threads].max(axis=0)
-        together[threads] = self.time
-        return together  # type: ignore[no-any-return]
-
-    def acquire(self, threads: Array, known: Array) -> None:
-        """`threads` now come after what a `release` told."""
-        self.known[threads] = np.maximum(self.known[threads], known)
-
-    def synchronise_all(self) -> None:
-        """All threads of the block have met."""
-        self.known.fill(self.time)
-        self.synced = self.time
-
-    def comes_after(self, threads: Array, other: int, time: int) -> Array:
-        """Which of `threads` come after what `other` did at `time`."""
-        return (threads == other) | (self.known[threads, other] >= time)  # type: ignore[no-any-return]
+    def name_of(self, place: int) -> str:
+        return list(self._names)[int(self.holder[place])]
 
 
 class History:
@@ -91,7 +71,7 @@ class History:
         self._noun = noun
         self._name = name
         self._report_unwritten = report_unwritten
-        self._warps = order.threads // 32
+        self._warps = order.warps
         self._grain = grain
         places = -(-size // grain)
         self._writer = np.zeros(places, np.int32)
@@ -101,6 +81,7 @@ class History:
         # by place and warp: time of the last read and which lanes have read
         self._read = np.zeros(places * self._warps, np.int64)
         self._readers = np.zeros(places * self._warps, np.uint32)
+        self._flights: Flights | None = None
 
     # --- accesses --------------------------------------------------------------------------------
 
@@ -113,13 +94,28 @@ class History:
             self._report_unwritten_read(places, written)
         if written.max() > self._order.synced:
             self._check_writers(threads, places, written, "reads", None)
+        self._record_read(threads, places, time)
+
+    def _record_read(self, threads: Array, places: Array, time: int) -> None:
         flat = places * self._warps + (threads >> 5)
         stale = self._read[flat] <= self._order.synced
         if stale.any():
             self._readers[flat[stale]] = 0
+        others = (self._readers[flat] & ~self._order.bit[threads]) != 0
+        if others.any():
+            self._forget_reads(threads[others], flat[others])
         np.bitwise_or.at(self._readers, flat, self._order.bit[threads])
         self._read[flat] = time
         self._last_read[places] = time
+
+    def _forget_reads(self, threads: Array, flat: Array) -> None:
+        """Reads of a warp that a thread which now reads comes after: who comes after the new read
+        comes after them."""
+        lanes = np.arange(32)
+        reader = (flat % self._warps)[:, None] * 32 + lanes
+        is_before = self._order.known[threads[:, None], reader] >= self._read[flat][:, None]
+        before = (is_before.astype(np.uint32) << lanes.astype(np.uint32)).sum(1, dtype=np.uint32)
+        np.bitwise_and.at(self._readers, flat, ~before)
 
     def write(
         self,
@@ -134,6 +130,8 @@ class History:
         threads, places = self._places(threads, offset, width)
         time = self._order.tick()
         written = self._written[places]
+        if self._flights is not None:
+            self._check_held(threads, places)
         if written.max() > self._order.synced:
             excused = self._is_atomic[places] if is_atomic else None
             if excused is None and same is not None:
@@ -157,10 +155,67 @@ class History:
         self._writer[places] = threads
         self._written[places] = self._order.tick()
 
+    # --- what agents do --------------------------------------------------------------------------
+
+    def start_load(self, thread: int, agent: int, offset: Array, width: int) -> None:
+        """`thread` starts a copy whose writes, by `agent`, may land from now on."""
+        threads = np.full(len(offset), thread)
+        self.write(threads, offset, width)
+        _, places = self._places(threads, offset, width)
+        self._writer[places] = agent
+        self._written[places] = _IN_FLIGHT
+
+    def land_load(self, offset: Array, width: int, time: int) -> None:
+        """The writes have landed; agents see each other's without a fence."""
+        _, places = self._places(offset, offset, width)
+        self._written[places] = time
+        self._async().fenced[places] = time
+
+    def hold(self, threads: Array, name: str, offset: Array, width: int) -> None:
+        """`threads` together start something, `name` in words, that reads bytes by and by. Its
+        bytes are distinct."""
+        _, places = self._places(offset, offset, width)
+        self._order.tick()
+        written, writer = self._written[places], self._writer[places]
+        if self._report_unwritten and not written.all():
+            self._report_unwritten_read(places, written)
+        flights = self._async()
+        fenced = flights.fenced[places]
+        known = self._order.known_by_all(threads)[writer]
+        for problem, bad in (
+            ("is still filling", written == _IN_FLIGHT),
+            ("wrote, and nothing orders the two", known < written),
+            ("wrote without a fence.proxy.async after it", fenced < written),
+            ("wrote, and nothing orders it and the fence.proxy.async after that", known < fenced),
+        ):
+            if bad.any():
+                self._report_hold(name, problem, places, int(bad.argmax()))
+        flights.held[places] += 1
+        flights.holder[places] = flights.number_of(name)
+
+    def release_hold(self, reader: int, offset: Array, width: int, time: int) -> None:
+        """The bytes have been read; the thread or agent `reader` counts as who did it."""
+        readers, places = self._places(np.full(len(offset), reader), offset, width)
+        self._async().held[places] -= 1
+        self._record_read(readers, places, time)
+
+    def fence(self, threads: Array, time: int) -> None:
+        """What `threads` have written comes before what agents read for those who come later."""
+        flights = self._async()
+        late = np.flatnonzero(flights.fenced < self._written)
+        flights.fenced[late[np.isin(self._writer[late], threads)]] = time
+
+    def _async(self) -> Flights:
+        if self._flights is None:
+            self._flights = Flights(len(self._written))
+        return self._flights
+
     # --- checks ----------------------------------------------------------------------------------
 
     def _places(self, threads: Array, offset: Array, width: int) -> tuple[Array, Array]:
         """Thread and place of every place touched."""
+        if self._warps != self._order.warps:
+            self._widen()
         grain = self._grain
         while width % grain or (offset & (grain - 1)).any():
             grain //= 2
@@ -179,6 +234,45 @@ class History:
         for name in ("_read", "_readers"):
             by_place = getattr(self, name).reshape(-1, self._warps)
             setattr(self, name, by_place.repeat(factor, axis=0).reshape(-1))
+        if self._flights is not None:
+            self._flights.refine(factor)
+
+    def _widen(self) -> None:
+        """There are more agents than before."""
+        more = self._order.warps - self._warps
+        for name in ("_read", "_readers"):
+            by_place = getattr(self, name).reshape(-1, self._warps)
+            setattr(self, name, np.pad(by_place, ((0, 0), (0, more))).reshape(-1))
+        self._warps = self._order.warps
+
+    def _check_held(self, threads: Array, places: Array) -> None:
+        held = self._async().held[places]
+        if not held.any():
+            return
+        first = int(held.argmax())
+        raise SimulationError(
+            f"{self._order.who(threads[first])} writes {self._noun} that "
+            f"{self._async().name_of(places[first])} is still reading.",
+            notes=[self._where(places[first])],
+            hint="Wait for it first.",
+        )
+
+    def _report_hold(self, name: str, problem: str, places: Array, first: int) -> None:
+        written, writer = self._written[places[first]], int(self._writer[places[first]])
+        other = self._order.name(writer)
+        if "filling" in problem and writer < self._order.threads:
+            other = f"an asynchronous copy of {other}"
+        raise SimulationError(
+            f"{name[0].upper()}{name[1:]} reads {self._noun} that {other} {problem}.",
+            notes=[self._where(places[first])],
+            hint="Let each thread that writes execute a fence.proxy.async and then meet the "
+            "reader at a barrier."
+            if "fence" in problem
+            else "Wait for the copy first."
+            if "filling" in problem
+            else _SYNC_HINT,
+            related=self._sites([(int(written), "written here")] if written < _IN_FLIGHT else []),
+        )
 
     def _check_writers(
         self, threads: Array, places: Array, written: Array, verb: str, excused: Array | None
@@ -193,18 +287,19 @@ class History:
             return
         first = int(bad.argmax())
         where = self._where(places[first])
+        who, other = self._order.who(threads[first]), self._order.name(int(writer[first]))
+        is_agent = writer[first] >= self._order.threads
         if in_flight[first]:
+            other = other if is_agent else f"an asynchronous copy of {other}"
             raise SimulationError(
-                f"Thread {threads[first]} {verb} {self._noun} that an asynchronous copy of "
-                f"thread {writer[first]} is still filling.",
+                f"{who} {verb} {self._noun} that {other} is still filling.",
                 notes=[where],
                 hint="Wait for the copy first.",
             )
         raise SimulationError(
-            f"Thread {threads[first]} {verb} {self._noun} that thread {writer[first]} wrote, "
-            "and nothing orders the two.",
+            f"{who} {verb} {self._noun} that {other} wrote, and nothing orders the two.",
             notes=[where],
-            hint=_SYNC_HINT,
+            hint="Wait for the copy first." if is_agent else _SYNC_HINT,
             related=self._sites([(int(written[first]), "written here")]),
         )
 
@@ -225,8 +320,8 @@ class History:
             return
         row, lane = (int(i) for i in np.argwhere(bad)[0])
         raise SimulationError(
-            f"Thread {threads[at[row]]} writes {self._noun} that thread {reader[row, lane]} "
-            "read, and nothing orders the two.",
+            f"{self._order.who(writer[row, 0])} writes {self._noun} that "
+            f"{self._order.name(int(reader[row, lane]))} read, and nothing orders the two.",
             notes=[self._where(places[at[row]])],
             hint=_SYNC_HINT,
             related=self._sites([(int(time[at[row], warp[row]]), "read here")]),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.errors import Span
-from tilejit.sim.block import Block
+from tilejit.sim.block import CLUSTER_SHIFT, Block
 from tilejit.sim.hazards import History
 from tilejit.sim.memory import LocalMemory, Memory, raw_dtype
 
@@ -38,12 +38,13 @@ class LaneEffects:
 
     def __init__(self, block: Block, group: int) -> None:
         self._block = block
-        self._group = group
+        self._group = block.rank * block.groups + group
         self.width = block.width
         first = group * block.lanes
-        self._threads = first + np.arange(self.width)
-        self.thread: Array = self._threads.astype(np.int32)
-        real = self._threads < min(first + block.lanes, block.threads)
+        numbers = first + np.arange(self.width)
+        self.thread: Array = numbers.astype(np.int32)
+        self._threads = block.first + numbers
+        real = numbers < min(first + block.lanes, block.threads)
         self.everyone: Array = real
         self.mask: Array | None = None if real.all() else real
         self.active: Array = real
@@ -86,6 +87,8 @@ class LaneEffects:
     def memory_of(self, space: str) -> Memory:
         if space == "global":
             return self._block.memory
+        if space == "cluster":
+            return self._block.cluster_memory
         return self._block.shared if space == "shared" else self.local
 
     # --- memory ----------------------------------------------------------------------------------
@@ -149,17 +152,27 @@ class LaneEffects:
         if space == "local" or self._block.watch.order is None:
             return
         for region, at in self.memory_of(space).split(place, width, verb):
-            history = self._block.watch.history_of(region, space)
+            noun = "shared" if space == "cluster" else space
+            history = self._block.watch.history_of(region, noun)
             if history is not None:
                 yield history, self._threads[lanes[at]], place[at] - region.base, at
 
     def read(self, space: str, address: Array, size: int) -> Array:
+        self._check_alive(space, address)
         raw = self.read_raw(space, address.astype(np.int64), size, self._effective())
         return np.ascontiguousarray(raw).view(np.uint8).reshape(-1, size)
 
-    def write(self, space: str, address: Array, data: Array) -> None:
+    def write(self, space: str, address: Array, data: Array, where: Array | None = None) -> None:
+        self._check_alive(space, address)
         raw = np.ascontiguousarray(data).view(raw_dtype(data.shape[1]))[:, 0]
-        self.write_raw(space, address.astype(np.int64), raw, self._effective())
+        mask = self._effective() if where is None else self.active & where
+        self.write_raw(space, address.astype(np.int64), raw, mask)
+
+    def _check_alive(self, space: str, address: Array) -> None:
+        """Raise when an address is in the memory of a block of the cluster that has ended."""
+        if space == "cluster":
+            for place in np.unique(address[self.active] >> CLUSTER_SHIFT << CLUSTER_SHIFT):
+                self._block.find(int(place))
 
     def _effective(self) -> Array | None:
         return None if self.active.all() else self.active
@@ -221,6 +234,9 @@ class LaneEffects:
         )
         self._block.mark(self._span)
 
+    def arrive_block(self, barrier: int, threads: int) -> None:
+        self._block.barriers.leave(self._threads[self.active], barrier, threads)
+
     def sync_warp(self) -> None:
         self._block.barriers.sync_warp(self._threads[self.active])
 
@@ -229,8 +245,21 @@ class LaneEffects:
         self._block.barriers.initialise(self._threads[on], address[on], count[on])
 
     def mbarrier_arrive(self, address: Array) -> None:
-        on = self.active
-        self._block.barriers.arrive(self._threads[on], address[on])
+        for block, on, place in self._by_block(address):
+            block.barriers.arrive(self._threads[on], place)
+
+    def mbarrier_expect(self, address: Array, count: Array) -> None:
+        for block, on, place in self._by_block(address):
+            block.barriers.expect(self._threads[on], place, count[on])
+
+    def _by_block(self, address: Array) -> Iterator[tuple[Block, Array, Array]]:
+        """Each block of the cluster that the active lanes' addresses are in, with the lanes and
+        the addresses there."""
+        rank = np.where(self.active, address >> CLUSTER_SHIFT, -1)
+        for number in np.unique(rank[self.active]).tolist():
+            lanes = np.flatnonzero(rank == number)
+            block, _ = self._block.find(number << CLUSTER_SHIFT)
+            yield block, lanes, address[lanes] & (1 << CLUSTER_SHIFT) - 1
 
     def mbarrier_wait(self, address: Array, parity: Array) -> None:
         on = self.active

@@ -22,7 +22,7 @@ from tilejit.isa.machine import Address, State
 from tilejit.ops.scalar import bitcast_array, cast_array, evaluate_op
 from tilejit.sim.block import Block
 from tilejit.sim.fma import fused_multiply_add
-from tilejit.sim.lane_context import LaneEffects
+from tilejit.sim.lane_async import AsyncEffects
 from tilejit.sim.memory import SHARED_BASE, raw_dtype
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ _BY_CONSTANT = {
 }  # fmt: skip
 
 
-class LaneMachine(LaneEffects):
+class LaneMachine(AsyncEffects):
     """`isa.machine.Machine` and `isa.machine.LaneContext` for group `group` of a block."""
 
     checks_indexes = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -21,22 +22,25 @@ import numpy as np
 
 from tilejit.errors import SimulationError, Span
 from tilejit.isa.machine import Granule, Lowered, Slot
+from tilejit.isa.tma import TensorMap
 from tilejit.sim.barriers import Stopped
-from tilejit.sim.block import Block, Checks, Watch
+from tilejit.sim.block import Checks, Cluster, Grid, Watch
 from tilejit.sim.lanes import LaneMachine
 from tilejit.sim.memory import Memory, host_memory
 from tilejit.sim.recording import program_of
 
 Array = np.ndarray[Any, Any]
+Argument = Array | int | float | TensorMap
 
 _CALLS_A_TURN = 256  # granules a group runs before others may, should it be waiting for them
+_MAPS_BASE = 0x7E << 40  # where the parameters of a kernel seem to be
 _one_kernel = threading.Lock()  # Numba's simulator keeps the running kernel in a global
 
 
 def run_lowered(
     lowered: Lowered,
     grid: tuple[int, int, int],
-    arguments: Sequence[Array | int | float],
+    arguments: Sequence[Argument],
     segments: Sequence[Array] = (),
     *,
     checks: Checks | None = None,
@@ -44,8 +48,8 @@ def run_lowered(
     """Run `lowered` on a grid of blocks; memory is written in place.
 
     Args:
-        arguments: one a parameter, in order: a number, or for an address parameter an array or
-            its address (`array.ctypes.data`).
+        arguments: one a parameter, in order: a number, for an address parameter an array or
+            its address (`array.ctypes.data`), for a tensor map a `TensorMap`.
         segments: the arrays that make up global memory, besides those among `arguments`.
         checks: what is looked for; races by default.
 
@@ -61,12 +65,17 @@ def run_lowered(
     )
     arrays = [*segments, *(a for a in arguments if isinstance(a, np.ndarray) and a.ndim)]
     memory = host_memory([(_name_of(array, lowered, arguments), array) for array in arrays])
-    launch = _Launch(lowered, memory, checks or Checks())
-    values = [_plain(argument) for argument in arguments]
+    values = [_plain(argument, number) for number, argument in enumerate(arguments)]
+    maps = {
+        int(value): argument
+        for value, argument in zip(values, arguments, strict=True)
+        if isinstance(argument, TensorMap)
+    }
+    launch = _Launch(lowered, grid, memory, maps, checks or Checks())
     with _one_kernel:
         kernel = FakeCUDAKernel(_Entry(launch), device=False)
         try:
-            kernel[grid, (launch.groups, 1, 1)](*values)
+            kernel[launch.clusters, (launch.groups, 1, 1)](*values)
         except Stopped:
             failure = launch.failure
             assert failure is not None, "a simulated thread stopped without a reason"
@@ -75,18 +84,22 @@ def run_lowered(
             launch.stop()
 
 
-def _plain(argument: Array | int | float) -> int | float:
+def _plain(argument: Argument, number: int) -> int | float:
     """Numba's simulator would wrap an array; addresses and numbers it leaves alone."""
+    if isinstance(argument, TensorMap):
+        return _MAPS_BASE + 128 * number
     if isinstance(argument, np.ndarray) and argument.ndim:
         return int(argument.ctypes.data)
     return argument.item() if isinstance(argument, np.ndarray | np.generic) else argument
 
 
-def _name_of(array: Array, lowered: Lowered, arguments: Sequence[Array | int | float]) -> str:
+def _name_of(array: Array, lowered: Lowered, arguments: Sequence[Argument]) -> str:
     """The parameter that holds an address in the array."""
     low, high = np.lib.array_utils.byte_bounds(array)
     for (name, slot), argument in zip(lowered.parameters, arguments, strict=True):
-        if slot.address and low <= _plain(argument) < high:
+        is_map = isinstance(argument, TensorMap)
+        address = argument.address if isinstance(argument, TensorMap) else _plain(argument, 0)
+        if (slot.address or is_map) and low <= address < high:
             return name
     return "an argument"
 
@@ -97,15 +110,33 @@ class _Launch:
     failure: the first error, kept because Numba's simulator makes a new exception of it.
     """
 
-    def __init__(self, lowered: Lowered, memory: Memory, checks: Checks) -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        grid: tuple[int, int, int],
+        memory: Memory,
+        maps: dict[int, TensorMap],
+        checks: Checks,
+    ) -> None:
         self._lowered = lowered
-        self._memory = memory
         self._watch = Watch(checks)
-        self._threads = lowered.threads[0] * lowered.threads[1] * lowered.threads[2]
-        self.groups = -(-self._threads // (lowered.lanes or self._threads))
+        self._grid = Grid(
+            threads=math.prod(lowered.threads),
+            lanes=lowered.lanes,
+            shared_bytes=lowered.shared_bytes,
+            memory=memory,
+            blocks=grid,
+            cluster=lowered.cluster,
+            maps=maps,
+        )
+        for extent, step in zip(grid, lowered.cluster, strict=True):
+            assert extent % step == 0, f"a grid of {grid} in clusters of {lowered.cluster}"
+        x, y, z = (n // step for n, step in zip(grid, lowered.cluster, strict=True))
+        self.clusters = (x, y, z)
+        self.groups = self._grid.groups * math.prod(lowered.cluster)
         self.failure: BaseException | None = None
         self._has_ended = False
-        self._blocks: dict[tuple[int, int, int], Block] = {}
+        self._running: dict[tuple[int, int, int], Cluster] = {}
         self._lock = threading.Lock()
         self._here = threading.local()  # .machine, .calls: of the group that a thread simulates
         self._filename = _register(lowered)
@@ -121,46 +152,53 @@ class _Launch:
         return names[self._lowered.entry]  # type: ignore[no-any-return]
 
     def run_group(self, thread: Any, arguments: Sequence[int | float]) -> None:
-        """Run the generated function in the simulator's thread `thread`."""
+        """Run the generated function in the simulator's thread `thread`, whose block stands for a
+        cluster."""
         where = (thread.blockIdx.x, thread.blockIdx.y, thread.blockIdx.z)
-        group = thread.threadIdx.x
-        block = self._block(where)
+        number = thread.threadIdx.x
+        cluster = self._cluster(where)
+        block = cluster.blocks[number // self._grid.groups]
+        thread.blockIdx = type(thread.blockIdx)(*self._block_index(where, block.rank))
+        turns = cluster.turns
         try:
-            block.turns.enter(group)
-            self._here.machine = LaneMachine(block, group)
+            turns.enter(number)
+            machine = self._here.machine = LaneMachine(block, number % self._grid.groups)
             self._here.calls = 0
             self.entry(*arguments)
+            machine.end()
         except Stopped:
             raise
         except BaseException as error:
             if self.failure is None:
                 self.failure = error
-            block.turns.fail(error)
+            turns.fail(error)
             raise Stopped("the kernel failed") from None
         else:
-            if block.turns.leave(group):
-                del self._blocks[where]
-                self._watch.forget(block.shared_region)
+            if turns.leave(number):
+                del self._running[where]
         finally:
-            self.failure = self.failure or block.turns.failure
+            self.failure = self.failure or turns.failure
         if self.failure is not None:
             raise Stopped("the kernel failed")
 
     def stop(self) -> None:
         """End the threads that are left, should the launch have been interrupted."""
         self._has_ended = True
-        for block in list(self._blocks.values()):
-            block.turns.fail(Stopped("the launch has ended"))
+        for cluster in list(self._running.values()):
+            cluster.turns.fail(Stopped("the launch has ended"))
 
-    def _block(self, where: tuple[int, int, int]) -> Block:
+    def _cluster(self, where: tuple[int, int, int]) -> Cluster:
         with self._lock:
-            found = self._blocks.get(where)
+            found = self._running.get(where)
             if found is None:
-                low = self._lowered
-                found = self._blocks[where] = Block(
-                    self._threads, low.lanes, low.shared_bytes, self._memory, self._watch
-                )
+                found = self._running[where] = Cluster(self._grid, self._watch, where[0])
             return found
+
+    def _block_index(self, where: tuple[int, int, int], rank: int) -> tuple[int, ...]:
+        """Where in the grid a block of a cluster is; ranks count along x first."""
+        x, y, _ = extents = self._lowered.cluster
+        inside = (rank % x, rank // x % y, rank // (x * y))
+        return tuple(w * e + i for w, e, i in zip(where, extents, inside, strict=True))
 
     def _twin(self, granule: Granule) -> Callable[..., Any]:
         """What the generated source calls in place of the granule's intrinsic."""

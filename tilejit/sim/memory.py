@@ -31,9 +31,12 @@ def raw_dtype(width: int) -> np.dtype[Any]:
 
 
 class Region:
-    """Contiguous bytes at `base`, most often accessed `grain` (a power of two) at a time."""
+    """Contiguous bytes at `base`, most often accessed `grain` (a power of two) at a time.
 
-    __slots__ = ("_windows", "base", "bytes", "grain", "is_writable", "name", "size")
+    origin: the region whose bytes these are, seen from elsewhere; itself for most.
+    """
+
+    __slots__ = ("_windows", "base", "bytes", "grain", "is_writable", "name", "origin", "size")
 
     def __init__(
         self, base: int, bytes_: Array, name: str, is_writable: bool = True, grain: int = 16
@@ -44,6 +47,7 @@ class Region:
         self.name = name
         self.is_writable = is_writable
         self.grain = grain
+        self.origin: Region = self
         self._windows: dict[int, Array] = {}
 
     def window(self, width: int) -> Array:
@@ -55,6 +59,12 @@ class Region:
                 (count,), raw_dtype(width), buffer=self.bytes.data if count else b"", strides=(1,)
             )
         return found
+
+    def seen_from(self, base: int) -> Region:
+        """The same bytes at another address."""
+        other = Region(base, self.bytes, self.name, self.is_writable, self.grain)
+        other.origin = self.origin
+        return other
 
     def holds(self, low: int, high: int) -> bool:
         return self.base <= low and high <= self.base + self.size
@@ -95,6 +105,20 @@ class Memory:
         for region, lanes in self.split(address, width, "writes"):
             self._write_region(region, address[lanes], raw[lanes])
 
+    def part(
+        self, start: int, shape: Sequence[int], strides: Sequence[int], dtype: Any, verb: str
+    ) -> tuple[Region, Array]:
+        """The region that holds a strided array at address `start`, and a view of it."""
+        last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        address, width = np.array([start], np.int64), last + dtype.itemsize
+        ((region, _),) = self.split(address, width, verb)
+        if verb != "reads":
+            self._check_writable(region)
+        view: Array = np.ndarray(
+            tuple(shape), dtype, region.bytes.data, start - region.base, tuple(strides)
+        )
+        return region, view
+
     def check(self, address: Array, width: int, verb: str) -> None:
         """Raise when bytes outside every region would be touched."""
         self.split(address, width, verb)
@@ -105,12 +129,15 @@ class Memory:
         there = self.read(address, width)
         return (_as_bytes(there, width) == _as_bytes(raw, width)).all(axis=1)  # type: ignore[no-any-return]
 
-    def _write_region(self, region: Region, address: Array, raw: Array) -> None:
+    def _check_writable(self, region: Region) -> None:
         if not region.is_writable:
             raise SimulationError(
                 f"The kernel writes to {region.name}, which is read-only.",
                 hint="Pass an array that may be written.",
             )
+
+    def _write_region(self, region: Region, address: Array, raw: Array) -> None:
+        self._check_writable(region)
         window, index = region.window(raw.dtype.itemsize), address - region.base
         window[index] = raw
         back = window[index]

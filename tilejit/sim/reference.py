@@ -1,7 +1,8 @@
-"""Runs a tile graph in NumPy, a block at a time: the definition of what a program means.
+"""Runs a tile graph in NumPy, a block or cluster at a time: the definition of what a program means.
 
-Knows every node that can occur before roles are split. Does not know layouts, instructions or
-generated code: asynchronous copies complete at once, and synchronisation of threads does nothing.
+Knows every node that users write. Does not know layouts, instructions or generated code:
+asynchronous copies and multiplies complete at once. Roles, and the blocks of a cluster, run side by
+side, each until it must wait; a wait that can never end is an error.
 
 Tile ops act on whole arrays. The body of a `T.Parallel` is executed statement by statement, each
 for all iterations at once: its loads before its store. Statements outside one run once, or, where
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,27 +23,36 @@ import numpy as np
 from tilejit.errors import InternalError, SimulationError
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.divergence import divergence
-from tilejit.ir.expr import Expr, Var
+from tilejit.ir.expr import Expr, Var, index
 from tilejit.ir.kernel import Kernel, ParamKind
 from tilejit.ir.node import (
-    AsyncCommit,
-    AsyncWait,
     Atomic,
-    BarrierArrive,
-    BarrierWait,
     Body,
     For,
     If,
+    Let,
     Load,
     Node,
+    OneThread,
     Parallel,
+    Roles,
     Store,
-    SyncThreads,
     While,
     walk,
 )
+from tilejit.ir.parts import part_kernel
+from tilejit.ir.sync import (
+    AsyncCommit,
+    AsyncWait,
+    BarrierArrive,
+    BarrierExpect,
+    BarrierWait,
+    Control,
+    Elect,
+    SyncThreads,
+)
 from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.gemm import FetchOperands, Gemm
+from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.scalar import Array, cast_array
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
@@ -53,6 +64,7 @@ from tilejit.sim.reference_memory import (
     holds_nowhere,
 )
 from tilejit.sim.reference_state import BlockState
+from tilejit.sim.reference_sync import Cluster, Meetings
 from tilejit.sim.reference_values import (
     ThreadDependent,
     Value,
@@ -60,7 +72,6 @@ from tilejit.sim.reference_values import (
     as_value,
     is_lane_value,
 )
-from tilejit.sim.strands import Strands
 
 
 def run_kernel(
@@ -81,31 +92,36 @@ def run_kernel(
     """
     arrays = {key: value for key, value in arguments.items() if isinstance(key, Buffer)}
     addresses = AddressSpace([*arrays.values(), *memory])
-    state = BlockState(arrays, addresses, kernel.num_threads, divergence(kernel).buffers)
-    executor = _Executor(kernel, state)
-    for param in kernel.params:
-        if param.kind is ParamKind.TENSOR:
-            assert param.buffer is not None, f"parameter {param.name} has no buffer"
-            value = arrays[param.buffer].ctypes.data
+    differing = divergence(kernel)
+    cluster = Cluster(kernel)
+    for _ in range(kernel.cluster_size):
+        state = BlockState(arrays, addresses, kernel.num_threads, differing)
+        executor = _Executor(kernel, state, cluster)
+        cluster.members.append(executor)
+        for param in kernel.params:
+            if param.kind is ParamKind.TENSOR:
+                assert param.buffer is not None, f"parameter {param.name} has no buffer"
+                value = arrays[param.buffer].ctypes.data
+            else:
+                value = arguments[param.var]
+            executor.variables[param.var] = as_value(value, param.var.dtype)
+    for blocks in cluster.places(grid):
+        cluster.start()
+        parts = [
+            functools.partial(executor.run_block, block)
+            for executor, block in zip(cluster.members, blocks, strict=True)
+        ]
+        if len(parts) == 1:
+            parts[0]()
         else:
-            value = arguments[param.var]
-        executor.variables[param.var] = as_value(value, param.var.dtype)
-    nx, ny, nz = grid
-    for z in range(nz):
-        for y in range(ny):
-            for x in range(nx):
-                executor.run_block((x, y, z))
+            cluster.strands.run(parts)
 
 
-class _Executor:
-    """Executes the nodes of one kernel, block after block."""
+class _Executor(Meetings):
+    """Executes the nodes of one kernel, block after block; or of one role of a block."""
 
-    def __init__(self, kernel: Kernel, state: BlockState) -> None:
-        self.kernel = kernel
-        self.state = state
-        self.values = state.values
-        self.variables = state.values.variables
-        self.strands = Strands()
+    def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster) -> None:
+        super().__init__(kernel, state, cluster)
         self.beside = waiting_branches(kernel.body)
         self.begun: set[If] = set()  # run by the branch before them already
         self.actions: dict[type[Node], Callable[[Any], None]] = {
@@ -122,19 +138,49 @@ class _Executor:
             BarrierArrive: self.run_arrive,
             BarrierWait: self.run_wait,
             SyncThreads: self.run_sync,
+            BarrierExpect: self.run_expect,
+            Control: self.run_control,
+            Roles: self.run_roles,
+            OneThread: self.run_one_thread,
+            Let: self.run_let,
+            Elect: self.run_elect,
             AsyncCommit: self.run_nothing,
             AsyncWait: self.run_nothing,
+            GemmWait: self.run_nothing,
             FetchOperands: self.run_nothing,
         }
 
     def run_block(self, block: tuple[int, int, int]) -> None:
-        self.state.start_block()
+        """Run the kernel's body; the cluster has been started."""
         self.variables.update(zip(self.kernel.block_vars, block, strict=False))
         rest = np.arange(self.kernel.num_threads, dtype=np.int32)
         for var, extent in zip(self.kernel.thread_vars, self.kernel.threads, strict=False):
             self.variables[var] = (rest % extent).astype(var.dtype.numpy)
             rest = rest // extent
         self.run(self.kernel.body)
+        self.cluster.leave(self.kernel.num_threads)
+
+    def run_roles(self, node: Roles) -> None:
+        """Each role by an executor of its own, side by side."""
+        self.need_all_threads("T.ws")
+        parts = []
+        for role in node.roles:
+            part = replace(part_kernel(self.kernel, role), body=role.body)
+            lens = self.state.seen_by(role.first, role.threads)
+            for var in self.kernel.thread_vars[:1]:
+                own = np.arange(role.first, role.first + role.threads)
+                lens.values.variables[var] = own.astype(var.dtype.numpy)
+            executor = _Executor(part, lens, self.cluster)
+            parts.append(functools.partial(executor.run, role.body))
+        self.strands.run(parts)
+
+    def run_one_thread(self, node: OneThread) -> None:
+        first = np.arange(self.kernel.num_threads) == 0
+        self.run_masked(node.body, both(self.state.mask, first))
+
+    def run_let(self, node: Let) -> None:
+        value = self.values.whole(node.value)
+        self.variables[node.var] = value
 
     def run(self, body: Body) -> None:
         for node in body:
@@ -211,9 +257,7 @@ class _Executor:
         if len(arms) == 1:
             self.run_masked(*arms[0])
             return
-        mask = self.state.mask
-        self.strands.run([functools.partial(self.run_masked, *arm) for arm in arms])
-        self.state.mask = mask
+        self.run_beside([functools.partial(self.run_masked, *arm) for arm in arms])
 
     def run_while(self, node: While) -> None:
         active = self.state.mask
@@ -263,18 +307,18 @@ class _Executor:
 
     # --- scalar access ---------------------------------------------------------------------------
 
-    def index(self, exprs: Sequence[Expr]) -> tuple[Value, ...]:
+    def indices(self, exprs: Sequence[Expr]) -> tuple[Value, ...]:
         return tuple(self.values.whole(e) for e in exprs)
 
     def run_load(self, node: Load) -> None:
         when = None if node.when is None else self.values.value(node.when)
-        self.variables[node.out] = self.state.gather(node.buffer, self.index(node.index), when)
+        self.variables[node.out] = self.state.gather(node.buffer, self.indices(node.index), when)
 
     def run_store(self, node: Store) -> None:
-        self.state.scatter(node.buffer, self.index(node.index), self.values.value(node.value))
+        self.state.scatter(node.buffer, self.indices(node.index), self.values.value(node.value))
 
     def run_atomic(self, node: Atomic) -> None:
-        index, value = self.index(node.index), self.values.value(node.value)
+        index, value = self.indices(node.index), self.values.value(node.value)
         arrays = [v for v in (*index, value, self.state.mask) if is_lane_value(v)]
         lanes: tuple[int, ...] = ()
         if self.state.box is not None:
@@ -299,11 +343,39 @@ class _Executor:
     # --- tiles -----------------------------------------------------------------------------------
 
     def run_copy(self, node: Copy) -> None:
+        if node.is_async or node.is_tma:
+            self.run_bulk_copy(node)
+            return
         if not any(r.buffer.scope.is_per_thread for r in (node.src, node.dst)):
             self.need_all_threads("T.copy")
         source, target = node.src.buffer.dtype, node.dst.buffer.dtype
         pad = 0 if node.pad is None else self.values.value(node.pad)
         self.state.write(node.dst, cast_array(self.state.read(node.src, pad), source, target))
+
+    def run_bulk_copy(self, node: Copy) -> None:
+        """A copy that threads start: once, or once for each place that they name."""
+        if node.barrier is not None:
+            self.check_slots(node.barrier.buffer, self.values.whole(node.barrier.slot))
+        starts = [self.values.whole(e) for e in (*node.src.starts, *node.dst.starts)]
+        mask, rank = self.state.mask, len(node.src.starts)
+        if any(map(is_lane_value, starts)):
+            chosen = np.broadcast_to(True if mask is None else mask, (self.kernel.num_threads,))
+            wide = [np.broadcast_to(s, chosen.shape)[chosen] for s in starts]
+            places = dict.fromkeys(zip(*(w.tolist() for w in wide), strict=True))
+        else:
+            places = {tuple(starts): None}
+        self.state.mask = None
+        try:
+            for place in places:
+                at = tuple(index(n) for n in place)
+                source, target = (
+                    replace(node.src, starts=at[:rank]),
+                    replace(node.dst, starts=at[rank:]),
+                )
+                kinds = source.buffer.dtype, target.buffer.dtype
+                self.state.write(target, cast_array(self.state.read(source), *kinds))
+        finally:
+            self.state.mask = mask
 
     def run_fill(self, node: Fill) -> None:
         if not node.dst.buffer.scope.is_per_thread:
@@ -324,69 +396,6 @@ class _Executor:
         )
         self.state.write(node.acc, result)
 
-    # --- synchronisation -------------------------------------------------------------------------
-
-    def run_nothing(self, node: Node) -> None:
-        """Asynchronous copies have completed already, and a multiply reads its operands itself."""
-
-    def run_sync(self, node: SyncThreads) -> None:
-        self.need_all_threads("T.sync_threads")
-
-    def barriers(self, barrier: Buffer) -> list[tuple[int, int]]:
-        root = barrier.root
-        return self.state.barriers.setdefault(root, [(0, 0)] * len(root.arrive_counts))
-
-    def run_arrive(self, node: BarrierArrive) -> None:
-        slots = self.values.whole(node.slot)
-        threads = self.kernel.num_threads
-        mask = np.broadcast_to(True if self.state.mask is None else self.state.mask, (threads,))
-        slots = np.broadcast_to(slots, (threads,))[mask]
-        state = self.barriers(node.barrier)
-        for slot, count in zip(*np.unique(slots, return_counts=True), strict=True):
-            self.check_slot(node.barrier, int(slot))
-            arrivals, phases = state[slot]
-            completed, arrivals = divmod(arrivals + int(count), _count(node.barrier, int(slot)))
-            state[slot] = arrivals, phases + completed
-
-    def run_wait(self, node: BarrierWait) -> None:
-        slots, parities = self.values.whole(node.slot), self.values.whole(node.parity)
-        if not is_lane_value(slots) and not is_lane_value(parities):
-            pairs = {(int(slots), int(parities) & 1)}
-        else:
-            mask = True if self.state.mask is None else self.state.mask
-            wide = np.broadcast_arrays(slots, parities & 1, mask)
-            chosen = np.asarray(wide[2], np.bool_)
-            pairs = set(zip(wide[0][chosen].tolist(), wide[1][chosen].tolist(), strict=True))
-        state = self.barriers(node.barrier)
-        for slot, parity in sorted(pairs):
-            self.check_slot(node.barrier, slot)
-            if not self.has_completed(state, slot, parity):
-                arrivals, phases = state[slot]
-                needed = _count(node.barrier, slot)
-                raise SimulationError(
-                    f"Waiting on `{node.barrier.name}[{slot}]` for the phase of parity {parity} "
-                    "would wait for ever.",
-                    span=node.span,
-                    notes=[f"Phase {phases} has {arrivals} of {needed} arrivals."],
-                    hint="A phase completes when as many threads have arrived as alloc_barrier "
-                    "was told.",
-                )
-
-    def has_completed(self, state: list[tuple[int, int]], slot: int, parity: int) -> bool:
-        """Let others run until the phase of `parity` has completed; False when it never will."""
-        mask, span = self.state.mask, self.values.span
-        result = self.strands.wait_until(lambda: state[slot][1] % 2 != parity)
-        self.state.mask, self.values.span = mask, span
-        return result
-
-    def check_slot(self, barrier: Buffer, slot: int) -> None:
-        count = len(barrier.root.arrive_counts)
-        if not 0 <= slot < count:
-            raise SimulationError(
-                f"`{barrier.name}[{slot}]` does not exist: there are {count} barriers.",
-                span=self.values.span,
-            )
-
 
 def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:
     """The branches that wait for barriers, and those with barriers right after each."""
@@ -394,13 +403,21 @@ def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:
     for k, node in enumerate(body):
         for inner in node.bodies:
             result |= waiting_branches(inner)
-        if isinstance(node, If) and _holds(node, BarrierWait):
+        if isinstance(node, If) and _waits(node):
             rest = itertools.takewhile(
-                lambda n: isinstance(n, If) and _holds(n, BarrierWait, BarrierArrive),
+                lambda n: isinstance(n, If) and (_waits(n) or _holds(n, BarrierArrive)),
                 body[k + 1 :],
             )
             result[node] = tuple(n for n in rest if isinstance(n, If))
     return result
+
+
+def _waits(node: Node) -> bool:
+    """True when threads in it wait for others that are not in it."""
+    return any(
+        isinstance(n, BarrierWait) or (isinstance(n, SyncThreads) and n.number is not None)
+        for n in walk((node,))
+    )
 
 
 def _holds(node: Node, *kinds: type[Node]) -> bool:
@@ -408,7 +425,3 @@ def _holds(node: Node, *kinds: type[Node]) -> bool:
 
 
 _UNKNOWN = ThreadDependent()
-
-
-def _count(barrier: Buffer, slot: int) -> int:
-    return barrier.root.arrive_counts[slot]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tilejit.errors import SimulationError
 from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.divergence import Divergence
 from tilejit.ir.expr import Expr
 from tilejit.ops.scalar import Array
 from tilejit.sim.reference_memory import (
@@ -31,11 +32,31 @@ from tilejit.sim.reference_values import Value, Values, as_value, is_lane_value
 _NO_ARRAY: Array = np.zeros(0, np.uint8)
 
 
+@dataclass
+class Phases:
+    """A barrier that counts: `count` phases of `needed` arrivals have completed.
+
+    bytes: that the phase waits for besides.
+    """
+
+    needed: int
+    arrivals: int = 0
+    count: int = 0
+    bytes: int = 0
+
+    def arrive(self, threads: int) -> None:
+        self.arrivals += threads
+        while self.arrivals >= self.needed and not self.bytes:
+            self.arrivals -= self.needed
+            self.count += 1
+
+
 class BlockState:
-    """The memory and the values of one block.
+    """The memory and the values of one block, as those threads of it see them that execute.
 
     mask: lanes that execute; None for all.
     box: extents of the T.Parallel being executed, else None: then lanes are threads.
+    barriers, meetings: of the block: those that count, and the hardware's by number.
     """
 
     def __init__(
@@ -43,15 +64,16 @@ class BlockState:
         arrays: Mapping[Buffer, Array],
         addresses: AddressSpace,
         num_threads: int,
-        divergent: frozenset[Buffer],
+        differing: Divergence,
     ) -> None:
         self.values = Values()
         self.mask: Mask = None
         self.box: tuple[int, ...] | None = None
-        self.num_threads = num_threads
+        self._num_threads = num_threads
+        self._own = slice(0, num_threads)  # the executing threads
         self._arrays = arrays
         self._addresses = addresses
-        self._divergent = divergent
+        self._differing = differing
         self._global_views: dict[Buffer, View] = {}
         self.start_block()
 
@@ -60,7 +82,27 @@ class BlockState:
         self._blocks: dict[Buffer, Block] = {}
         self._private: dict[Buffer, Block] = {}
         self._views: dict[tuple[Buffer, int], View] = {}
-        self.barriers: dict[Buffer, list[tuple[int, int]]] = {}  # arrivals, completed phases
+        self.barriers: dict[Buffer, list[Phases]] = {}
+        self.meetings: dict[int, Any] = {}
+
+    def seen_by(self, first: int, threads: int) -> BlockState:
+        """The same block as some of its threads see it, with values of their own."""
+        lens = BlockState(self._arrays, self._addresses, self._num_threads, self._differing)
+        lens._own = slice(first, first + threads)
+        lens._blocks, lens.barriers, lens.meetings = self._blocks, self.barriers, self.meetings
+        for var, value in self.values.variables.items():
+            if is_lane_value(value) and value.shape == (self._num_threads,):
+                value = value[lens._own]
+            lens.values.variables[var] = value
+        return lens
+
+    @property
+    def _is_role(self) -> bool:
+        return self._own != slice(0, self._num_threads)
+
+    def _differs(self, root: Buffer) -> bool:
+        """Whether the threads of the block have values of their own there."""
+        return root in self._differing.buffers or root in self._differing.mixed
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -144,10 +186,19 @@ class BlockState:
                 extents=buffer.extents,
                 guarded=False,
             )
-            view = (block or self._block(inner)).view(view, strides, offset, self.values.span)
+            view = (block or self._own_rows(inner)).view(view, strides, offset, self.values.span)
             if not private:
                 self._views[key] = view
         return view
+
+    def _own_rows(self, root: Buffer) -> Block:
+        """The buffer's memory, of the executing threads where it is each thread's own."""
+        block = self._block(root)
+        if not (self._is_role and root.scope.is_per_thread and self._differs(root)):
+            return block
+        assert block.poison is not None
+        rows = block.bytes[self._own]
+        return Block(rows, (np.arange(len(rows)),), block.poison[self._own])
 
     def _block(self, root: Buffer) -> Block:
         block = self._blocks.get(root)
@@ -159,8 +210,8 @@ class BlockState:
             prefix: Index = (0,)
             poison = None
             if root.scope.is_per_thread:
-                if root in self._divergent:
-                    lanes, prefix = (self.num_threads,), (np.arange(self.num_threads),)
+                if self._differs(root):
+                    lanes, prefix = (self._num_threads,), (np.arange(self._num_threads),)
                 poison = np.zeros((*lanes, size), np.bool_)
             memory = fresh_bytes(lanes, size, root.dtype, root.scope is Scope.VAR)
             block = self._blocks[root] = Block(memory, prefix, poison)
@@ -173,7 +224,7 @@ class BlockState:
         block = self._private.get(root)
         if block is None:
             assert self.box is not None
-            outer = self._block(root)
+            outer = self._own_rows(root)
             assert outer.poison is not None
             poison = outer.poison.any(axis=0) | _differs(outer.bytes, root.dtype.bytes)
             shape = (*self.box, outer.bytes.shape[-1])
@@ -188,7 +239,7 @@ class BlockState:
     def end_parallel(self) -> None:
         """Give per-thread buffers the values that all iterations agree on."""
         for root, block in self._private.items():
-            outer, item = self._block(root), root.dtype.bytes
+            outer, item = self._own_rows(root), root.dtype.bytes
             assert outer.poison is not None and block.poison is not None
             final = block.bytes.reshape(-1, outer.bytes.shape[-1])
             unread = block.poison.reshape(final.shape)[:, ::item]  # as `View` marks elements
@@ -210,6 +261,10 @@ class BlockState:
             part = view.gather(index, mask, self.values.span)
             result = part if result is None else np.where(mask, part, result)
         assert result is not None, f"no lane reads {buffer.name}"
+        is_role_wide = self._is_role and buffer.root in self._differing.mixed
+        if is_role_wide and buffer.root not in self._differing.buffers and self.box is None:
+            if is_lane_value(result) and np.all(result == result.flat[0]):
+                return as_value(result.flat[0], buffer.dtype)
         return result
 
     def scatter(self, buffer: Buffer, index: Index, value: Value) -> None:

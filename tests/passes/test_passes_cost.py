@@ -1,0 +1,102 @@
+"""The cost model against times that were measured on an H100, L2 cache flushed (microseconds)."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from dataclasses import replace
+
+import pytest
+
+import tilejit.language as T
+from tilejit import tilejit
+from tilejit.passes import cost, select
+from tilejit.target import as_target
+
+HOPPER = as_target("sm_90a")
+
+
+@tilejit
+def matmul(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BM, BN, BK=64):
+    M, K = A.shape
+    N = C.shape[1]
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM)) as (bx, by):
+        a = T.alloc_shared((BM, BK), A.dtype)
+        b = T.alloc_shared((BN, BK), B.dtype)
+        acc = T.alloc_fragment((BM, BN), "float32")
+        T.clear(acc)
+        for k in T.Pipelined(T.ceildiv(K, BK)):
+            T.copy(A[by * BM, k * BK], a)
+            T.copy(B[bx * BN, k * BK], b)
+            T.gemm(a, b, acc, transpose_B=True)
+        T.copy(acc, C[by * BM, bx * BN])
+
+
+# M, N, K: [(BM, BN, warpgroups, parts, microseconds), ...]
+MEASURED = {
+    (16, 6144, 4096): [(64, 128, 1, 2, 32), (64, 64, 1, 1, 31), (64, 128, 1, 1, 29)],
+    (16, 4096, 14336): [(64, 128, 1, 4, 59), (64, 128, 1, 1, 66), (64, 128, 1, 2, 57)],
+    (16, 10240, 8192): [(64, 64, 1, 1, 93), (64, 128, 1, 1, 72), (64, 128, 1, 2, 87)],
+    (16, 57344, 8192): [(64, 128, 1, 1, 337), (64, 64, 1, 1, 345), (64, 256, 1, 1, 330)],
+    (128, 8192, 8192): [(128, 128, 2, 2, 67), (128, 256, 2, 4, 76), (128, 64, 1, 1, 62)],
+    (1024, 6144, 4096): [(256, 192, 2, 1, 68), (128, 192, 2, 1, 70), (128, 256, 2, 1, 90)],
+    (1024, 4096, 4096): [(128, 256, 2, 1, 48), (128, 128, 2, 1, 59), (64, 256, 1, 1, 59)],
+    (1024, 10240, 8192): [(128, 128, 2, 1, 263), (256, 192, 2, 1, 248), (128, 256, 2, 1, 253)],
+    (1024, 8192, 28672): [(128, 256, 2, 1, 587), (256, 128, 2, 1, 594), (128, 192, 2, 1, 657)],
+    (4096, 4096, 4096): [(128, 256, 2, 1, 179)],
+    (2048, 2048, 2048): [(128, 256, 2, 1, 27.5)],
+}
+
+
+def planned(M, N, K, BM, BN, warpgroups=2):
+    spec = T.Tensor((M, K), "bfloat16"), T.Tensor((N, K), "bfloat16"), T.Tensor((M, N), "bfloat16")
+    kernel = matmul.compile(*spec, target="sm_90a", BM=BM, BN=BN).kernels[0].graph
+    kernel = replace(kernel, threads=(warpgroups * 128, 1, 1), is_free=False)
+    return cost.plan(select.select_atoms(kernel, HOPPER))
+
+
+@pytest.mark.parametrize("size", MEASURED, ids=str)
+def test_estimates_are_near_what_was_measured(size):
+    ratios = []
+    for BM, BN, warpgroups, parts, measured in MEASURED[size]:
+        plan = planned(*size, BM, BN, warpgroups)
+        assert not isinstance(plan, str), plan
+        ratios.append(plan.estimate(parts).seconds * 1e6 / measured)
+    assert all(0.75 < ratio < 1.3 for ratio in ratios), ratios
+    assert statistics.pstdev(map(math.log, ratios)) < 0.12
+
+
+@pytest.mark.parametrize("size", [s for s in MEASURED if len(MEASURED[s]) > 1], ids=str)
+def test_what_is_estimated_fastest_is_nearly_the_fastest(size):
+    pairs = []
+    for BM, BN, warpgroups, parts, measured in MEASURED[size]:
+        plan = planned(*size, BM, BN, warpgroups)
+        pairs.append((plan.estimate(parts).seconds, measured))
+    assert min(pairs)[1] <= 1.06 * min(measured for _, measured in pairs)
+
+
+def test_tile_that_does_not_fit_is_refused_with_a_reason():
+    reason = planned(4096, 4096, 4096, 256, 128, warpgroups=1)
+    assert re.fullmatch(r"about \d+ registers a thread are more than it can have", reason)
+
+
+def test_bound_is_named():
+    assert planned(4096, 4096, 4096, 128, 256).estimate().bound == "the tensor cores"
+    assert planned(16, 57344, 8192, 64, 128).estimate().bound == "memory"
+    assert planned(8192, 8192, 8192, 64, 64).estimate().bound == "bringing tiles"
+
+
+def test_busy_share_of_a_large_product_is_high():
+    assert 0.9 < planned(16384, 16384, 16384, 128, 256).estimate().busy < 1
+    assert planned(16, 4096, 4096, 64, 128).estimate().busy < 0.3
+
+
+def test_extents_that_the_call_decides_are_taken_as_usual_ones():
+    m = T.dynamic("m")
+    spec = T.Tensor((m, 4096), "bfloat16"), T.Tensor((4096, 4096), "bfloat16")
+    out = T.Tensor((m, 4096), "bfloat16")
+    graph = matmul.compile(*spec, out, target="sm_90a", BM=128, BN=256).kernels[0].graph
+    graph = replace(graph, threads=(256, 1, 1), is_free=False)
+    dynamic = cost.plan(select.select_atoms(graph, HOPPER)).estimate()
+    assert dynamic.seconds == planned(4096, 4096, 4096, 128, 256).estimate().seconds

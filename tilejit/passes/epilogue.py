@@ -1,0 +1,327 @@
+"""Sends accumulators to global memory by the tensor memory accelerator: in strips through shared
+memory, while the next strip or tile is computed.
+
+Knows how the warpgroups hold an accumulator. Does not know roles or slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from tilejit.dtypes import DType, int32
+from tilejit.ir.aliases import Aliases
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Load, Node, OneThread, Parallel, Store, rewrite, walk
+from tilejit.ir.sync import Control, ControlOp, SyncThreads
+from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
+from tilejit.layout.shared import SharedLayout
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.bulk import refused
+from tilejit.passes.late import Late, can_wait
+from tilejit.passes.registers import GROUP
+from tilejit.passes.tma import misfit
+from tilejit.passes.wgmma import ROWS, warpgroup_layout
+
+STRIP_BYTES = 128  # of a row: the widest swizzle
+MOST_STRIPS = 2
+FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
+
+
+@dataclass
+class Staging:
+    """A kernel whose accumulators leave through shared memory.
+
+    buffers: the strips there, written by warpgroups of their own. late: the copy that is left for
+        the next tile's time.
+    """
+
+    kernel: Kernel
+    buffers: list[Buffer] = field(default_factory=list)
+    late: Late | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def stage_stores(kernel: Kernel, free: int, teams: int = 1, team: Var | None = None) -> Staging:
+    """Replace copies of accumulators to tensors that the accelerator can write.
+
+    free: bytes of shared memory that the strips may take. teams, team: of the consumers (`Role`),
+    each with strips of its own.
+    """
+    staging = Staging(kernel)
+    stager = _Stager(kernel, staging, free, teams, index(0) if team is None else team)
+    body = rewrite(kernel.body, stager.visit)
+    staging.kernel = replace(
+        kernel,
+        body=body,
+        fragments=stager.fragments,
+        shared=stager.shared,
+        slots={**kernel.slots, **{b: b.extents[0] for b in staging.buffers}},
+    )
+    return staging
+
+
+class _Stager:
+    def __init__(self, kernel: Kernel, staging: Staging, free: int, teams: int, team: Expr) -> None:
+        self.kernel = kernel
+        self.free = free
+        self.teams = teams
+        self.team = team
+        self.staging = staging
+        self.shared: dict[Buffer, SharedLayout] = dict(kernel.shared)
+        self.fragments = dict(kernel.fragments)
+        self.thread = kernel.thread_vars[0]
+        self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
+        self.strips: dict[tuple[tuple[int, ...], DType], Buffer] = {}
+        self.aliases = Aliases(kernel)
+        held = {n: self._held(n) for n in walk(kernel.body)}
+        # Tensors that threads write: no order is between their writes and the accelerator's
+        self.by_threads = {
+            self.aliases.of(b)
+            for n, atom in held.items()
+            if atom is None and not (isinstance(n, Copy) and n.is_tma)
+            for b in n.writes
+        }
+        # Copies that share strips follow each other in any order: the slot that one begins with
+        # may be the one that another ended with.
+        self.is_uneven = any(
+            len(_strips(n, atom)[1]) % MOST_STRIPS
+            for n, atom in held.items()
+            if isinstance(n, Copy) and atom is not None
+        )
+
+    def _held(self, node: Node) -> WgmmaAtom | None:
+        """The multiply by which warpgroups hold what the node copies to a tensor; None for other
+        nodes."""
+        if not isinstance(node, Copy) or node.atom is None:
+            return None
+        source, target = node.src.buffer, node.dst.buffer
+        if (source.scope, target.scope) != (Scope.FRAGMENT, Scope.GLOBAL):
+            return None
+        return self._holder(source) if node.src.is_whole and source.rank == 2 else None
+
+    def visit(self, node: Node) -> Node | tuple[Node, ...]:
+        atom = self._held(node)
+        if not isinstance(node, Copy) or atom is None:
+            return node
+        source, target = node.src.buffer, node.dst.buffer
+        width, strips = _strips(node, atom)
+        buffer = self._strip_buffer(source, target, atom, width, len(strips))
+        probe = self._store(node, buffer, atom, width, 0, (0, 0))
+        prefer = node.prefer if node.prefer == "tma" else None
+        reason = misfit(replace(probe, atom=None, prefer=prefer), self.kernel)
+        if self.aliases.of(target) in self.by_threads:
+            reason = reason or f"threads write {target.name} too"
+        size = math.prod(buffer.extents) * buffer.dtype.bytes
+        if buffer not in self.shared and size > self.free:
+            reason = reason or f"{size} bytes of shared memory for it are not left"
+        if reason and node.prefer == "tma":
+            raise refused(node, reason, self.kernel)
+        if reason:
+            self.staging.notes.append(
+                f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"
+            )
+            self.by_threads.add(self.aliases.of(target))
+            return node
+        if buffer not in self.shared:
+            self.free -= size
+            self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
+            self.staging.buffers.append(buffer)
+        note = f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
+        if self.teams == 1 and can_wait(self.kernel, node, len(strips)):
+            self.staging.notes.append(f"{note}, while the next tile is multiplied")
+            return (self._hold(node, buffer, atom, width, strips),)
+        self.staging.notes.append(note)
+        return tuple(
+            n
+            for number, place in enumerate(strips)
+            for n in self._strip(node, buffer, atom, width, number, place)
+        )
+
+    def _hold(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        strips: list[tuple[int, int]],
+    ) -> Parallel:
+        """The loop that keeps what the copy stores, which waits."""
+        source = node.src.buffer
+        held = Buffer(
+            name=f"{source.name}_held",
+            shape=source.shape,
+            dtype=node.dst.buffer.dtype,
+            scope=Scope.FRAGMENT,
+            span=source.span,
+        )
+        layout = self.fragments[held] = self.fragments[source]
+
+        def strip(number: int, region: Region) -> list[Node]:
+            kept = replace(node, src=replace(node.src, buffer=held), dst=region, whole=node)
+            place = strips[number]
+            return self._strip(kept, buffer, atom, width, number, place)
+
+        self.staging.late = Late(node, held, len(strips), strip)
+        places = tuple(
+            Var(name, int32, VarKind.PARALLEL, index(0), index(n - 1))
+            for name, n in zip("ij", source.extents, strict=True)
+        )
+        loaded = Var(source.name, source.dtype, VarKind.VALUE)
+        load = Load(out=loaded, buffer=source, index=places, span=node.span)
+        value = cast(loaded, held.dtype)
+        store = Store(buffer=held, index=places, value=value, span=node.span)
+        extents = source.extents
+        body = (load, store)
+        return Parallel(vars=places, extents=extents, body=body, layout=layout, span=node.span)
+
+    def _holder(self, fragment: Buffer) -> WgmmaAtom | None:
+        """The multiply whose accumulator lies as the fragment does."""
+        layout = self.kernel.fragments[fragment]
+        for gemm in self.gemms:
+            if isinstance(gemm.atom, WgmmaAtom):
+                if self.kernel.fragments[gemm.acc.buffer] == layout:
+                    return gemm.atom
+        return None
+
+    def _strip_buffer(
+        self, source: Buffer, target: Buffer, atom: WgmmaAtom, width: int, strips: int
+    ) -> Buffer:
+        """Two strips a warpgroup, so that one is written while the other is sent; one where space
+        is short."""
+        groups = self.teams * atom.groups_m * atom.groups_n
+        each = groups * ROWS * width * target.dtype.bytes
+        slots = max(1, min(MOST_STRIPS, strips, self.free // each))
+        shape = (slots, self.teams * atom.groups_m, atom.groups_n, ROWS, width)
+        found = self.strips.get((shape, target.dtype))
+        if found is None:
+            found = self.strips[shape, target.dtype] = Buffer(
+                name=f"{target.name}_strips",
+                shape=tuple(index(n) for n in shape),
+                dtype=target.dtype,
+                scope=Scope.SHARED,
+                span=source.span,
+            )
+        return found
+
+    def _strip(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        number: int,
+        place: tuple[int, int],
+    ) -> list[Node]:
+        """One strip: write it when its slot has been read, send it."""
+        slots, span = buffer.extents[0], node.span
+        meeting = SyncThreads(
+            inserted=True,
+            number=self._barrier(atom),
+            threads=GROUP,
+            span=span,
+        )
+        store = self._store(node, buffer, atom, width, number % slots, place)
+        written = self._written(node, buffer, atom, width, number % slots, place)
+        read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
+        read_before = Control(op=ControlOp.STORE_WAIT_READ, count=max(slots - 2, 0), span=span)
+        sent: list[Node] = [
+            OneThread(body=(store,), each=GROUP, span=span),
+            Control(op=ControlOp.STORE_COMMIT, span=span),
+        ]
+        fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
+        # where they meet for this strip, all learn that the other slot has been read
+        filled = [written, fence, read_before, meeting, *sent]
+        follows_itself = slots == 1 or (number == 0 and self.is_uneven)
+        return [read, meeting, *filled] if follows_itself else filled
+
+    def _barrier(self, atom: WgmmaAtom) -> Expr:
+        """The hardware barrier of the thread's warpgroup."""
+        group = arith("floordiv", self.thread, GROUP)
+        first = arith("mul", self.team, atom.groups_m * atom.groups_n)
+        return arith("add", arith("add", first, group), FIRST_BARRIER)
+
+    def _of_team(self, number: Expr, atom: WgmmaAtom) -> Expr:
+        """A number along the first of the warpgroups' dimensions, among those of all teams."""
+        return arith("add", arith("mul", self.team, atom.groups_m), number)
+
+    def _written(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        slot: int,
+        place: tuple[int, int],
+    ) -> Parallel:
+        """The loop by which each thread writes the part of a strip that it holds."""
+        source, target = node.src.buffer, node.dst.buffer
+        columns = source.extents[1] // atom.groups_n
+        extents = (atom.groups_m, atom.groups_n, ROWS, width)
+        d, g, i, j = variables = tuple(
+            Var(name, int32, VarKind.PARALLEL, index(0), index(n - 1))
+            for name, n in zip("dgij", extents, strict=True)
+        )
+        at = (
+            arith("add", arith("mul", d, atom.rows * ROWS), arith("add", i, place[0] * ROWS)),
+            arith("add", arith("mul", g, columns), arith("add", j, place[1] * width)),
+        )
+        loaded = Var(source.name, source.dtype, VarKind.VALUE)
+        load = Load(out=loaded, buffer=source, index=at, span=node.span)
+        value = cast(loaded, target.dtype)
+        home = (index(slot), self._of_team(d, atom), g, i, j)
+        store = Store(buffer=buffer, index=home, value=value, span=node.span)
+        # (groups_m, rows, ROWS, groups_n, strips, width)
+        held = self.fragments[source].split(0, ROWS).split(0, atom.rows)
+        held = held.split(3, columns).split(4, width)
+        return Parallel(
+            vars=variables,
+            extents=extents,
+            body=(load, store),
+            layout=held.project((0, 3, 2, 5)),
+            span=node.span,
+        )
+
+    def _store(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        slot: int,
+        place: tuple[int, int],
+    ) -> Copy:
+        """The copy of a warpgroup's strip to the tensor, issued by one thread of it."""
+        source, target = node.src.buffer, node.dst.buffer
+        columns = source.extents[1] // atom.groups_n
+        group = arith("floordiv", self.thread, GROUP)
+        down = arith("floordiv", group, atom.groups_n)
+        across = arith("floormod", group, atom.groups_n)
+        row = arith("add", arith("mul", down, atom.rows * ROWS), place[0] * ROWS)
+        column = arith("add", arith("mul", across, columns), place[1] * width)
+        corner = (index(slot), self._of_team(down, atom), across, index(0), index(0))
+        inner = Region(buffer, corner, (1, 1, 1, ROWS, width), frozenset({0, 1, 2}))
+        starts: list[Expr] = list(node.dst.starts)
+        extents = list(node.dst.extents)
+        for d, offset, extent in zip(node.dst.kept, (row, column), (ROWS, width), strict=True):
+            starts[d] = arith("add", starts[d], offset)
+            extents[d] = extent
+        outer = Region(target, tuple(starts), tuple(extents), node.dst.dropped)
+        return Copy(
+            src=inner,
+            dst=outer,
+            atom=CopyAtom(CopyMethod.TMA, 0),
+            eviction=node.eviction,
+            whole=node.whole or node,
+            span=node.span,
+        )
+
+
+def _strips(node: Copy, atom: WgmmaAtom) -> tuple[int, list[tuple[int, int]]]:
+    """The columns of a strip, and where in a warpgroup's part of the accumulator each lies."""
+    columns = node.src.buffer.extents[1] // atom.groups_n
+    width = math.gcd(STRIP_BYTES // node.dst.buffer.dtype.bytes, atom.wgmma.n)
+    return width, [(r, c) for r in range(atom.rows) for c in range(columns // width)]

@@ -1,0 +1,163 @@
+"""Whether a kernel is split into producers, which bring tiles by the tensor memory accelerator, and
+warpgroups that multiply them.
+
+Knows what must hold for that. Does not know slots, barriers or registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from tilejit.dtypes import tfloat32
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import For, LoopKind, Node, Roles, While, walk
+from tilejit.ir.sync import Control, ControlOp
+from tilejit.isa.atom import WgmmaAtom
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.bring import Reach, is_inward
+from tilejit.passes.registers import GROUP, MAX_THREADS
+from tilejit.passes.tma import misfit, same_bits
+from tilejit.passes.wgmma import choose_wgmma
+from tilejit.target import Feature, Target
+
+
+@dataclass(frozen=True)
+class Brought:
+    """copies: those that producers make; others: those beside them in loops, made by the block's
+    threads. gemms: the atoms of multiplies by warpgroups.
+    reasons, gemm_reasons: why others are not among them, where that is worth a word."""
+
+    copies: frozenset[Copy] = frozenset()
+    others: frozenset[Copy] = frozenset()
+    gemms: dict[Gemm, WgmmaAtom] = field(default_factory=dict)
+    reasons: dict[Copy, str] = field(default_factory=dict)
+    gemm_reasons: dict[Gemm, list[str]] = field(default_factory=dict)
+
+
+def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Brought:
+    """What producers bring and warpgroups multiply.
+
+    obstacle: what rules producers out, if that is known.
+
+    A kernel has producers when it has a multiply for warpgroups and copies in T.Pipelined loops
+    that can be brought, those of all such multiplies' operands among them.
+    """
+    if not target.has(Feature.TMA, Feature.WGMMA, Feature.SETMAXNREG):
+        return Brought()
+    nodes = list(walk(kernel.body))
+    reasons = _reasons(kernel)
+    unrounded = unrounded_tiles(kernel, {c for c, r in reasons.items() if not r})
+    viewed = {b.root for b in kernel.buffers if b.is_view}
+    gemms = [n for n in nodes if isinstance(n, Gemm)]
+    fits = {n: _choose(n, kernel, target, viewed, unrounded) for n in gemms}
+    atoms = {n: atom for n, atom in fits.items() if isinstance(atom, WgmmaAtom)}
+    why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
+    refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
+    if not atoms:  # where it is for want of rounding by TMA, the copies say why
+        threads = kernel.num_threads
+        fit = [n for n in gemms if isinstance(choose_wgmma(n, kernel, target, threads), WgmmaAtom)]
+        missed = unrounded & {r.buffer for n in fit for r in (n.a, n.b)}
+        own = {c: r for c, r in refused.items() if c.dst.buffer in missed}
+        return Brought(reasons=own, gemm_reasons=why)
+    general = obstacle or _obstacle(kernel, nodes)
+    operands = {r.buffer for n in atoms for r in (n.a, n.b)}
+    is_fed = any(c not in refused for c in pipelined_copies(kernel))
+    if general or not is_fed or any(c.dst.buffer in operands for c in refused):
+        reason = general or "its operands are not brought by TMA"
+        own = dict(refused) if not general else dict.fromkeys(pipelined_copies(kernel), general)
+        unrounded = unrounded_tiles(kernel, ())
+        kept = {
+            n: a
+            for n, a in atoms.items()
+            if _is_filled_by_threads(n, kernel) and not unrounded & {n.a.buffer, n.b.buffer}
+        }
+        why |= {n: [f"wgmma ({reason})"] for n in atoms if n not in kept}
+        return Brought(gemms=kept, reasons=own, gemm_reasons=why)
+    copies = frozenset(c for c, r in reasons.items() if not r)
+    others = frozenset(refused)
+    return Brought(copies, others, atoms, {c: r for c, r in reasons.items() if r}, why)
+
+
+def _choose(
+    node: Gemm, kernel: Kernel, target: Target, viewed: set[Buffer], unrounded: set[Buffer]
+) -> WgmmaAtom | str:
+    chosen = choose_wgmma(node, kernel, target, kernel.num_threads)
+    for region in (node.a, node.b):
+        name = region.buffer.name
+        if isinstance(chosen, str) or region.buffer.scope is not Scope.SHARED:
+            continue
+        if region.buffer in viewed:
+            chosen = f"{name} has views, so it lies in plain rows"
+        elif region.buffer in unrounded:
+            chosen = f"{name} is not rounded to tf32 on its way into shared memory"
+    return chosen
+
+
+def unrounded_tiles(kernel: Kernel, brought: Collection[Copy]) -> set[Buffer]:
+    """The tf32 tiles in shared memory whose elements TMA does not round: warpgroups would cut them
+    off, twice the error. It rounds what it alone brings and multiplies alone read."""
+    found: set[Buffer] = set()
+    for node in walk(kernel.body):
+        written = () if node in brought else node.writes
+        read = () if isinstance(node, Gemm) else node.reads
+        found |= {b.root for b in (*written, *read) if b.dtype is tfloat32}
+    return {b for b in found if b.scope is Scope.SHARED}
+
+
+def _reasons(kernel: Kernel) -> dict[Copy, str]:
+    """For every copy from global to shared memory without conversion, why it is not brought."""
+    reach = Reach(kernel).reasons
+    plain = [c for c in reach if same_bits(c.src.buffer, c.dst.buffer)]
+    return {c: misfit(c, kernel) or reach[c] for c in plain}
+
+
+def pipelined_copies(kernel: Kernel) -> list[Copy]:
+    """Plain copies into shared memory that stand in loops with stages."""
+    return [
+        n
+        for loop in walk(kernel.body)
+        if isinstance(loop, For) and _has_stages(loop)
+        for n in loop.body
+        if isinstance(n, Copy) and is_inward(n) and same_bits(n.src.buffer, n.dst.buffer)
+    ]
+
+
+def _is_pipelined(copy: Copy, kernel: Kernel) -> bool:
+    return copy in pipelined_copies(kernel)
+
+
+def _has_stages(loop: For) -> bool:
+    if loop.kind is not LoopKind.PIPELINED:
+        return False
+    return loop.num_stages is None or loop.num_stages > 1
+
+
+def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
+    """What in the kernel rules producers out."""
+    if any(b.scope is Scope.BARRIER for b in kernel.buffers):
+        return "the kernel has barriers of its own"
+    if any(isinstance(n, Roles) for n in nodes):
+        return "the block's warpgroups have roles"
+    if any(isinstance(n, Gemm) and n.is_async for n in nodes):
+        return "the kernel waits for multiplies itself"
+    if any(isinstance(n, While) for n in nodes):
+        return "the kernel has a loop whose end only the block knows"
+    if any(isinstance(n, Control) and n.op is not ControlOp.FENCE_DEVICE for n in nodes):
+        return "the kernel orders asynchronous work itself"
+    if kernel.threads[1:] != (1, 1):
+        return "the block's threads have more than one dimension"
+    if kernel.num_threads + GROUP > MAX_THREADS:
+        return f"a block has no room for producers beside {kernel.num_threads} threads"
+    return ""
+
+
+def _is_filled_by_threads(node: Gemm, kernel: Kernel) -> bool:
+    """True when ordinary stores fill the operands in shared memory, so that a fence is enough."""
+    operands: set[Buffer] = {
+        r.buffer.root for r in (node.a, node.b) if r.buffer.scope is Scope.SHARED
+    }
+    pipelined = {c.dst.buffer.root for c in pipelined_copies(kernel)}
+    return not operands & pipelined

@@ -1,0 +1,555 @@
+"""Splits a kernel into a producer, which fills slots of shared memory, and consumers, which do the
+rest.
+
+Knows what is brought, who waits for whom, and when a slot is free again. Does not know PTX or
+offsets in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tilejit.dtypes import int32
+from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import (
+    Body,
+    For,
+    If,
+    Let,
+    Load,
+    LoopKind,
+    Node,
+    OneThread,
+    Role,
+    Roles,
+    Store,
+    all_writes,
+    walk,
+)
+from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
+from tilejit.ops.copy import BarrierSlot, Copy
+from tilejit.ops.gemm import Gemm, GemmWait
+from tilejit.passes.bring import Feed, feeds, is_inward, touches
+from tilejit.passes.epilogue import Staging, stage_stores
+from tilejit.passes.given import cluster_of, registers_of
+from tilejit.passes.late import after, during, main_loop
+from tilejit.passes.pipeline import into_slot, with_slots
+from tilejit.passes.registers import GROUP
+from tilejit.passes.teams import team_count, times
+from tilejit.passes.tiles import is_same_along, tile_walk, visit_number
+from tilejit.passes.wgmma import multiply_clocks
+from tilejit.target import Target
+
+MAX_SLOTS = 12  # more wait for nothing
+TEAM_BARRIER = 14  # the hardware barrier of the first team
+FEWEST_SLOTS = 2  # one is filled while the other is used; one alone where no two fit
+BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
+ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
+
+
+def specialise(kernel: Kernel) -> Kernel:
+    """Decide the roles of a kernel whose copies are brought by a producer.
+
+    Needs: atoms, layouts. Decides: `slots`, roles, barriers, `extra_threads`, `cluster`,
+    `is_persistent`. Kernels without such copies stay as they are.
+    """
+    brought = [n for n in walk(kernel.body) if isinstance(n, Copy) and n.is_tma and is_inward(n)]
+    brought = [n for n in brought if n.barrier is None]
+    if not brought:
+        return kernel
+    return _Specialiser(kernel, brought).run()
+
+
+@dataclass(eq=False)
+class _Channel:
+    """What passes one feed from producer to consumers.
+
+    fed, used: how often the producer has filled, and the consumers have left, a slot.
+    is_deferred: a slot is left one iteration late, when its multiply is surely over.
+    by_group: one thread of each warpgroup says for all that a slot is free.
+    """
+
+    feed: Feed
+    slots: int
+    slotted: dict[Buffer, Buffer]
+    full: Buffer
+    empty: Buffer
+    fed: Buffer
+    used: Buffer
+    by_group: bool
+    is_deferred: bool = False
+
+
+class _Specialiser:
+    def __init__(self, kernel: Kernel, brought: list[Copy]) -> None:
+        assert kernel.target is not None, "select did not run"
+        self.target: Target = kernel.target
+        self.brought = brought
+        self.kernel = kernel
+        self.shared = dict(kernel.shared)
+        self.teams = team_count(kernel, brought)
+        self.turn = _counter("turn")
+        self.team = Var("team", int32, VarKind.THREAD, index(0), index(self.teams - 1))
+        self.staging: Staging = stage_stores(
+            kernel, self._free_bytes()[0], self.teams, self.team if self.teams > 1 else None
+        )
+        self.kernel = self.staging.kernel
+        self.shared = dict(self.kernel.shared)
+        self.slots = dict(self.kernel.slots)
+        self.channels: dict[Copy, _Channel] = {}
+        self.notes: list[str] = []
+        self.thread = self.kernel.thread_vars[0]
+        self.cluster, self.axis = cluster_of(self.kernel, brought)
+
+    def run(self) -> Kernel:
+        kernel = self.kernel
+        self._open_channels(kernel.body, None, self._free_slots())
+        produced = _prune(self.produce(kernel.body))
+        consumed = self.consume(kernel.body, None)
+        walked = tile_walk(kernel, self.cluster, self.axis)
+        self.notes += walked.notes
+        threads = kernel.num_threads * self.teams
+        up, down = registers_of(kernel, self.teams)
+        producer: list[Node] = []
+        consumer: list[Node] = []
+        if up:
+            producer.append(Control(op=ControlOp.REGISTERS_DOWN, count=down))
+            consumer.append(Control(op=ControlOp.REGISTERS_UP, count=up))
+        channels = list(dict.fromkeys(self.channels.values()))
+        producer.append(
+            OneThread(body=(*_zeros(c.fed for c in channels), *walked.around(produced)))
+        )
+        role = Role("consumer", 0, threads)
+        if self.teams > 1:
+            role = replace(role, teams=self.teams, team=self.team, meeting=TEAM_BARRIER)
+            consumed = self._in_turn(consumed, channels)
+            self.notes.append(f"{self.teams} teams of {kernel.num_threads} threads take turns")
+        consumer += self._starts(channels)
+        late = self.staging.late
+        if late is None:
+            consumer += walked.around(consumed, role)
+        else:
+            loop = main_loop(self.kernel.body)
+            assert loop is not None, "a copy waits for a loop"
+            visit = visit_number()
+            consumed = during(late, consumed, loop, kernel, walked, visit)
+            consumer += walked.around(consumed, role, visit)
+            consumer += after(late, kernel, walked)
+        if self.staging.buffers:
+            consumer.append(Control(op=ControlOp.STORE_WAIT_READ))
+        roles = Roles(
+            roles=(
+                replace(role, body=tuple(consumer)),
+                Role("producer", threads, GROUP, tuple(producer)),
+            )
+        )
+        body: list[Node] = [roles]
+        if self.cluster > 1:  # a block's memory must outlive what others send to it
+            body += [Control(op=ControlOp.CLUSTER_ARRIVE), Control(op=ControlOp.CLUSTER_WAIT)]
+        self._say(channels, up, down)
+        return walked.finish(
+            replace(
+                kernel,
+                body=tuple(body),
+                shared=self.shared,
+                slots=self.slots,
+                extra_threads=threads - kernel.num_threads + GROUP,
+                notes=(*kernel.notes, *self.notes),
+            )
+        )
+
+    # ---- teams ------------------------------------------------------------------------------
+
+    def _starts(self, channels: Sequence[_Channel]) -> list[Node]:
+        """Where each team begins in the ring: after the tiles of the teams before it."""
+        if self.teams == 1:
+            return _zeros(c.used for c in channels)
+        result = _zeros([self.turn])
+        for channel in channels:
+            value = cast(arith("mul", self.trips(channel), self.team), int32)
+            result.append(Store(buffer=channel.used, index=(index(0),), value=value))
+        return result
+
+    def trips(self, channel: _Channel) -> Expr:
+        """How often the channel is filled for a tile."""
+        found = times(self.kernel.body, channel.feed.copies[0])
+        assert found is not None, "teams have equal tiles"
+        return found
+
+    def _in_turn(self, body: Body, channels: Sequence[_Channel]) -> Body:
+        """A tile's work, whose multiplies wait until those of the team before are over; after them
+        the ring has the other teams' tiles."""
+        full = {c.full for c in channels}
+        waits = [
+            n
+            for n, node in enumerate(body)
+            if any(isinstance(x, BarrierWait) and x.barrier in full for x in walk((node,)))
+        ]
+        # one barrier a team, completed by the team before it; the first begins unasked
+        turns, count = _barriers("turns", self.teams, 1), self.turn
+        now = Var("turn_now", int32, VarKind.VALUE, index(0))
+        is_first = binary("eq", self.team, const(0, int32))
+        parity = binary("xor", binary("and", now, const(1, int32)), cast(is_first, int32))
+        after = arith("floormod", arith("add", self.team, 1), self.teams)
+        opened: list[Node] = [
+            Load(out=now, buffer=count, index=(index(0),)),
+            BarrierWait(barrier=turns, slot=self.team, parity=parity),
+        ]
+        lane = arith("floormod", self.thread, self.kernel.num_threads)
+        closed: list[Node] = [
+            If(
+                condition=arith("eq", lane, 0),
+                then=(BarrierArrive(barrier=turns, slot=after),),
+            ),
+        ]
+        ended: list[Node] = [Store(buffer=count, index=(index(0),), value=arith("add", now, 1))]
+        for channel in channels:
+            used = Var(f"{channel.used.name}_end", int32, VarKind.VALUE, index(0))
+            skipped = arith("mul", self.trips(channel), self.teams - 1)
+            value = cast(arith("add", used, skipped), int32)
+            ended += [
+                Load(out=used, buffer=channel.used, index=(index(0),)),
+                Store(buffer=channel.used, index=(index(0),), value=value),
+            ]
+        first, last = waits[0], waits[-1] + 1
+        return (*body[:first], *opened, *body[first:last], *closed, *body[last:], *ended)
+
+    def _say(self, channels: Sequence[_Channel], up: int, down: int) -> None:
+        for channel in channels:
+            names = ", ".join(b.name for b in channel.slotted)
+            plural = "slot" if channel.slots == 1 else "slots"
+            self.notes.append(f"a producer warp fills {channel.slots} {plural} of {names} by TMA")
+        if up:
+            self.notes.append(f"registers: {up} a consumer thread, {down} a producer thread")
+        self.notes += self.staging.notes
+
+    # ---- channels ---------------------------------------------------------------------------
+
+    def _free_bytes(self) -> tuple[int, int]:
+        """Shared memory that is left with as many stages as the user asked for, or the fewest that
+        work; and the bytes of one stage more, of the loops whose stages are left open."""
+        fed = {c.dst.buffer for c in self.brought}
+        size = {b: -(-layout.bytes // 1024) * 1024 for b, layout in self.shared.items()}
+        taken = BARRIER_BYTES + sum(n for b, n in size.items() if b not in fed)
+        each = 0
+        for loop, copies in self._fed_loops(self.kernel.body, None):
+            bytes_ = sum(size[c.dst.buffer] for c in copies)
+            if loop is None or loop.kind is not LoopKind.PIPELINED:
+                taken += bytes_
+            elif loop.num_stages is None:
+                each += bytes_
+                taken += bytes_ * FEWEST_SLOTS
+            else:
+                taken += bytes_ * loop.num_stages
+        return self.target.shared_bytes - taken, each
+
+    def _free_slots(self) -> int:
+        """Slots that fit of what is brought in loops whose stages the user left open."""
+        left, each = self._free_bytes()
+        if not each:
+            return 1
+        return max(1, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
+
+    def _fed_loops(self, body: Body, loop: For | None) -> list[tuple[For | None, list[Copy]]]:
+        mine = [n for n in body if isinstance(n, Copy) and n in self.brought]
+        result = [(loop, mine)] if mine else []
+        for node in body:
+            inside = node if isinstance(node, For) else loop
+            for inner in node.bodies:
+                result += self._fed_loops(inner, inside)
+        return result
+
+    def _open_channels(self, body: Body, loop: For | None, free: int) -> None:
+        """A channel for each feed of the body and of all in it."""
+        for feed in feeds(body, self.brought):
+            slots = 1
+            if loop is not None and loop.kind is LoopKind.PIPELINED:
+                slots = free if loop.num_stages is None else loop.num_stages
+            self._open(feed, slots, body)
+        if loop is not None:
+            self._defer(body)
+        for node in body:
+            inside = node if isinstance(node, For) else None
+            for inner in node.bodies:
+                self._open_channels(inner, inside, free)
+
+    def _open(self, feed: Feed, slots: int, body: Body) -> None:
+        readers = [n for n in walk(body) if any(b.root in feed.buffers for b in n.reads)]
+        by_group = all(isinstance(n, Gemm) and n.is_async for n in readers)
+        name = "_".join(b.name for b in feed.buffers)
+        leavers = self.kernel.num_threads // GROUP if by_group else self.kernel.num_threads
+        slotted = {}
+        for buffer in feed.buffers:
+            fresh, layout = with_slots(buffer, self.shared.pop(buffer), slots)
+            self.shared[fresh], self.slots[fresh] = layout, slots
+            slotted[buffer] = fresh
+        channel = _Channel(
+            feed=feed,
+            slots=slots,
+            slotted=slotted,
+            full=_barriers(f"{name}_full", slots, 1),
+            empty=_barriers(f"{name}_empty", slots, leavers * self.cluster),
+            fed=_counter(f"{name}_fed"),
+            used=_counter(f"{name}_used"),
+            by_group=by_group,
+        )
+        assert by_group or self.cluster == 1, "only warpgroups leave slots of a whole cluster"
+        for copy in feed.copies:
+            self.channels[copy] = channel
+
+    def _defer(self, body: Body) -> None:
+        """In a loop whose accumulators only its multiplies touch, and whose operands threads do not
+        write, the next multiply starts before the last one's slot is left; unless other warpgroups
+        have enough to multiply meanwhile."""
+        channels = self._channels_in(body)
+        gemms = [n for n in body if isinstance(n, Gemm) and n.is_async]
+        groups = self.kernel.num_threads // GROUP
+        others_work = (groups - 1) / groups * sum(multiply_clocks(n) for n in gemms)
+        if others_work >= ISSUE_CLOCKS:
+            return
+        held = _registers_of(gemms)
+        others = [n for n in body if not isinstance(n, Gemm | GemmWait)]
+        if not channels or not gemms or any(touches(n, held) for n in others):
+            return
+        operands = {r.buffer.root for g in gemms for r in (g.a, g.b)}
+        made = [n for n in others if n not in self.channels]
+        if any(b.root in operands for n in made for b in all_writes(n)):
+            return
+        if all(c.by_group and c.slots > 1 for c in channels):
+            for channel in channels:
+                channel.is_deferred = True
+
+    def _channels_in(self, body: Body) -> list[_Channel]:
+        mine = [self.channels[n] for n in body if isinstance(n, Copy) and n in self.channels]
+        return list(dict.fromkeys(mine))
+
+    # ---- the producer -----------------------------------------------------------------------
+
+    def produce(self, body: Body) -> Body:
+        """What of the body brings tiles, and what that needs."""
+        result: list[Node] = []
+        slot_of: dict[_Channel, Var] = {}
+        for node in body:
+            if isinstance(node, Copy) and node in self.channels:
+                channel = self.channels[node]
+                if node is channel.feed.copies[0]:
+                    opened, slot_of[channel], parity = _turn(channel, channel.fed)
+                    free = binary("xor", parity, const(1))
+                    result += [
+                        *opened,
+                        BarrierWait(
+                            barrier=channel.empty,
+                            slot=slot_of[channel],
+                            parity=free,
+                            span=node.span,
+                        ),
+                    ]
+                result.append(self._filling(node, channel, slot_of[channel]))
+                if node is channel.feed.copies[-1]:
+                    result.append(
+                        BarrierArrive(barrier=channel.full, slot=slot_of[channel], span=node.span)
+                    )
+                    result += _count(channel.fed, slot_of[channel])
+            elif isinstance(node, Let | Load):
+                result.append(node)
+            elif isinstance(node, For | If):
+                inner = [self.produce(child) for child in node.bodies]
+                if any(isinstance(n, Copy) for child in inner for n in walk(child)):
+                    result.append(_serial(node).with_bodies(*inner))
+        return tuple(result)
+
+    def _filling(self, copy: Copy, channel: _Channel, slot: Var) -> Node:
+        filled = into_slot(copy, channel.slotted, slot)
+        assert isinstance(filled, Copy)
+        is_shared = self.axis is not None and is_same_along(copy, self.kernel, self.axis)
+        return replace(
+            filled,
+            barrier=BarrierSlot(channel.full, slot),
+            cluster_axis=self.axis if is_shared else None,
+        )
+
+    # ---- consumers --------------------------------------------------------------------------
+
+    def consume(self, body: Body, loop: For | None) -> Body:
+        """The body without what the producer does, waiting for it."""
+        channels = self._channels_in(body)
+        deferred = [c for c in channels if c.is_deferred]
+        slot_of: dict[_Channel, Var] = {}
+        result: list[Node] = []
+        for place, node in enumerate(body):
+            if isinstance(node, Copy) and node in self.channels:
+                continue
+            if isinstance(node, GemmWait) and deferred:
+                continue
+            for channel in (c for c in channels if c.feed.first == place):
+                opened, slot_of[channel], parity = _turn(channel, channel.used)
+                wait = BarrierWait(
+                    barrier=channel.full, slot=slot_of[channel], parity=parity, span=node.span
+                )
+                result += [*opened, wait]
+            fresh = self._inside(node)
+            for channel, slot in slot_of.items():
+                fresh = [into_slot(n, channel.slotted, slot) for n in fresh]
+            result += fresh
+            for channel in channels:
+                if not channel.is_deferred and _leaves_at(channel, body) == place:
+                    result += self._leave(channel, slot_of[channel])
+                    result += _count(channel.used, slot_of[channel])
+        if deferred:
+            assert loop is not None, "only loops leave slots late"
+            result += self._leave_late(body, loop, deferred, slot_of)
+        return tuple(result)
+
+    def _inside(self, node: Node) -> list[Node]:
+        """The node with consumers' bodies, and what follows a loop that leaves slots late."""
+        if not node.bodies or isinstance(node, Gemm):
+            return [node]
+        loop = node if isinstance(node, For) else None
+        inner = [self.consume(child, loop) for child in node.bodies]
+        fresh = _serial(node).with_bodies(*inner)
+        if loop is None or not any(c.is_deferred for c in self._channels_in(loop.body)):
+            return [fresh]
+        deferred = [c for c in self._channels_in(loop.body) if c.is_deferred]
+        registers = _registers_of([n for n in loop.body if isinstance(n, Gemm)])
+        ran = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
+        result: list[Node] = [
+            fresh,
+            GemmWait(pending=0, registers=registers, span=node.span),
+        ]
+        for channel in deferred:
+            loaded, last = _before(channel)
+            result += [*loaded, *self._leave(channel, last, ran)]
+        return result
+
+    def _leave_late(
+        self,
+        body: Body,
+        loop: For,
+        deferred: list[_Channel],
+        slot_of: dict[_Channel, Var],
+    ) -> list[Node]:
+        """Leave the slots of the iteration before: its multiplies are over when only this one's
+        are not."""
+        gemms = [n for n in body if isinstance(n, Gemm)]
+        wait = GemmWait(pending=len(gemms), registers=_registers_of(gemms), span=loop.span)
+        result: list[Node] = [wait]
+        has_before = arith("gt" if loop.step > 0 else "lt", loop.var, loop.start)
+        for channel in deferred:
+            loaded, last = _before(channel)
+            result += [*loaded, *self._leave(channel, last, has_before)]
+            result += _count(channel.used, slot_of[channel])
+        return result
+
+    def _leave(self, channel: _Channel, slot: Expr, when: Expr | None = None) -> list[Node]:
+        """Say that the slot may be filled again, to all blocks that fill it."""
+        span = channel.feed.copies[0].span
+        if not channel.by_group:
+            arrive: Node = BarrierArrive(barrier=channel.empty, slot=slot, span=span)
+            return [arrive] if when is None else [If(condition=when, then=(arrive,), span=span)]
+        lane = arith("floormod", self.thread, GROUP)
+        says = arith("lt", lane, self.cluster)
+        condition = says if when is None else binary("and", says, when)
+        arrive = BarrierArrive(
+            barrier=channel.empty,
+            slot=slot,
+            cta=lane if self.cluster > 1 else None,
+            span=span,
+        )
+        return [If(condition=condition, then=(arrive,), span=span)]
+
+
+def _registers_of(gemms: Sequence[Gemm]) -> tuple[Buffer, ...]:
+    """Fragments that multiplies in flight read or change."""
+    held = [r.buffer for g in gemms for r in (g.a, g.acc) if r.buffer.scope is Scope.FRAGMENT]
+    return tuple(dict.fromkeys(held))
+
+
+def _leaves_at(channel: _Channel, body: Body) -> int:
+    """The place of the node after which the channel's tile is not used any more."""
+    last = channel.feed.last
+    node = body[last]
+    if isinstance(node, Gemm) and node.is_async:
+        return next(n for n in range(last, len(body)) if isinstance(body[n], GemmWait))
+    return last
+
+
+def _barriers(name: str, count: int, arrivals: int) -> Buffer:
+    return Buffer(
+        name=name,
+        shape=(index(count),),
+        dtype=int32,
+        scope=Scope.BARRIER,
+        arrive_counts=(arrivals,) * count,
+    )
+
+
+def _counter(name: str) -> Buffer:
+    return Buffer(name=name, shape=(index(1),), dtype=int32, scope=Scope.VAR)
+
+
+def _zeros(counters: object) -> list[Node]:
+    return [
+        Store(buffer=c, index=(index(0),), value=const(0, int32))
+        for c in counters  # type: ignore[attr-defined]
+    ]
+
+
+def _turn(channel: _Channel, counter: Buffer) -> tuple[list[Node], Var, Expr]:
+    """The slot whose turn it is, and the parity of how often it has been filled before."""
+    count = Var(counter.name, int32, VarKind.VALUE, index(0))
+    if channel.slots == 1:
+        slot = Var(f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(0))
+        which: Expr = const(0, int32)
+        turn: Expr = count
+    else:
+        slot = Var(f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(channel.slots - 1))
+        which = arith("floormod", count, channel.slots)
+        turn = arith("floordiv", count, channel.slots)
+    nodes: list[Node] = [
+        Load(out=count, buffer=counter, index=(index(0),)),
+        Let(var=slot, value=which),
+    ]
+    return nodes, slot, binary("and", turn, const(1))
+
+
+def _before(channel: _Channel) -> tuple[list[Node], Expr]:
+    """The slot used last."""
+    count = Var(f"{channel.used.name}_now", int32, VarKind.VALUE, index(0))
+    last = arith("floormod", arith("add", count, channel.slots - 1), channel.slots)
+    return [Load(out=count, buffer=channel.used, index=(index(0),))], last
+
+
+def _count(counter: Buffer, slot: Var) -> list[Node]:
+    """One turn more."""
+    count = Var(f"{counter.name}_next", int32, VarKind.VALUE, index(0))
+    return [
+        Load(out=count, buffer=counter, index=(index(0),)),
+        Store(buffer=counter, index=(index(0),), value=arith("add", count, 1)),
+    ]
+
+
+def _serial(node: Node) -> Node:
+    """A pipelined loop without its stages: they have become slots."""
+    if isinstance(node, For) and node.kind is LoopKind.PIPELINED:
+        return replace(node, kind=LoopKind.SERIAL, num_stages=0)
+    return node
+
+
+def _prune(body: Body) -> Body:
+    """The body without values that nothing uses."""
+    return _prune_into(body, set())
+
+
+def _prune_into(body: Body, wanted: set[Var]) -> Body:
+    result: list[Node] = []
+    for node in reversed(body):
+        if isinstance(node, Let | Load) and not set(node.defines) & wanted:
+            continue
+        inner = [_prune_into(child, wanted) for child in reversed(node.bodies)]
+        fresh = node.with_bodies(*reversed(inner)) if inner else node
+        wanted |= {v for e in node.exprs for v in variables(e)}
+        result.append(fresh)
+    return tuple(reversed(result))

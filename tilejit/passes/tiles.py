@@ -1,0 +1,300 @@
+"""Lets a block compute tile after tile, in an order that keeps neighbours in the L2 cache.
+
+Knows grids, clusters and which tiles share operands. Does not know what a tile's work is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tilejit.dtypes import int32
+from tilejit.ir.analysis import divisor
+from tilejit.ir.buffer import Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, index, int_value, variables
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, Role, walk
+from tilejit.isa.atom import WgmmaAtom
+from tilejit.layout.boxes import boxes_of
+from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.nominal import existing, nominal
+from tilejit.passes.wgmma import multiply_clocks
+
+MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
+MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
+TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
+
+
+@dataclass
+class Walk:
+    """How the tiles of a kernel are visited.
+
+    cluster: blocks that share tiles of operands, along `axis` of the grid.
+    group: rows of tiles (along y) that are visited together; by_columns: columns instead.
+    """
+
+    kernel: Kernel
+    cluster: int
+    axis: int | None
+    group: int
+    by_columns: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.block = Var("block", int32, VarKind.BLOCK, index(0), index(MAX_BLOCKS - 1))
+        self.blocks = Var("blocks", int32, VarKind.SCALAR, index(1), index(MAX_BLOCKS))
+
+    def around(self, body: Body, role: Role | None = None, visit: Var | None = None) -> Body:
+        """The loop over a block's tiles around the work for one; of a role with teams, each takes
+        its turn. visit: a variable for the number of the block's tile."""
+        if not body:
+            return body
+        visits = self.visits()
+        opened: list[Node] = []
+        if visit is None:
+            visit = visit_number()
+        turn = visit
+        if role is not None and role.team is not None:
+            turn = Var("turn", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+            mine = arith("add", arith("mul", turn, role.teams), role.team)
+            visit = Var("visit", int32, VarKind.VALUE, index(0), index(MAX_BLOCKS - 1))
+            opened.append(Let(var=visit, value=mine))
+            left = arith("sub", arith("add", visits, role.teams - 1), role.team)
+            visits = arith("floordiv", left, role.teams)
+        loop = For(
+            var=turn,
+            start=index(0),
+            stop=visits,
+            kind=LoopKind.TILES,
+            body=(*opened, *self.place(visit), *body),
+            span=self.kernel.span,
+        )
+        return (loop,)
+
+    def visits(self) -> Expr:
+        """How many tiles the block computes."""
+        step = self._step()
+        left = arith("sub", arith("add", self._total(), arith("sub", step, 1)), self._first())
+        return arith("floordiv", left, step)
+
+    def place(self, visit: Expr, names: Mapping[Var, Var] | None = None) -> list[Node]:
+        """The block variables of the block's tile of that number; names: others for them."""
+        last = arith("sub", self._total(), 1)
+        unit = Var("unit", int32, VarKind.VALUE, index(0), last)
+        value = arith("add", self._first(), arith("mul", visit, self._step()))
+        return [Let(var=unit, value=value), *self.decode(unit, self.units(), names or {})]
+
+    def _first(self) -> Expr:
+        return arith("floordiv", self.block, self.cluster)
+
+    def _step(self) -> Expr:
+        return arith("floordiv", self.blocks, self.cluster)
+
+    def _total(self) -> Expr:
+        total: Expr = index(1)
+        for extent in self.units():
+            total = arith("mul", total, extent)
+        return total
+
+    def units(self) -> list[Expr]:
+        """Extents of the grid in what a cluster computes at once."""
+        return [
+            arith("floordiv", extent, self.cluster) if d == self.axis else extent
+            for d, extent in enumerate(self.kernel.grid)
+        ]
+
+    def decode(self, unit: Expr, units: Sequence[Expr], names: Mapping[Var, Var]) -> list[Node]:
+        """The block variables of a unit: `group` rows of it together, each column before the
+        next."""
+        x, y, *z = units if len(units) > 1 else (*units, index(1))
+        if self.by_columns:
+            x, y = y, x
+        nodes: list[Node] = []
+        places: list[Expr]
+        rest = unit
+        if z:
+            plane = arith("mul", x, y)
+            rest = self._named("place", arith("floormod", unit, plane), plane, nodes)
+            depth = arith("floordiv", unit, plane)
+        if self.group == 1:
+            places = [arith("floormod", rest, x), arith("floordiv", rest, x)]
+        else:
+            wide = arith("mul", x, self.group)
+            band = arith("mul", arith("floordiv", rest, wide), self.group)
+            inside = arith("floormod", rest, wide)
+            rows: Expr = index(self.group)
+            if divisor(y) % self.group:
+                rows = arith("min", rows, arith("sub", y, band))
+                rows = self._named("rows", rows, index(self.group + 1), nodes, low=1)
+            places = [
+                arith("floordiv", inside, rows),
+                arith("add", band, arith("floormod", inside, rows)),
+            ]
+        if self.by_columns:
+            places.reverse()
+        if z:
+            places.append(depth)
+        rank = arith("floormod", self.block, self.cluster)
+        for d, (var, place) in enumerate(
+            zip(self.kernel.block_vars, places[: len(units)], strict=True)
+        ):
+            if d == self.axis:
+                place = arith("add", arith("mul", place, self.cluster), rank)
+            nodes.append(Let(var=names.get(var, var), value=place))
+        return nodes
+
+    def _named(self, name: str, value: Expr, stop: Expr, nodes: list[Node], low: int = 0) -> Expr:
+        var = Var(name, int32, VarKind.VALUE, index(low), arith("sub", stop, 1))
+        nodes.append(Let(var=var, value=value))
+        return var
+
+    def finish(self, kernel: Kernel) -> Kernel:
+        """The kernel whose blocks walk."""
+        total: Expr = index(1)
+        for extent in self.kernel.grid:
+            total = arith("mul", total, extent)
+        return replace(
+            kernel,
+            grid=(total,),
+            block_vars=(self.block,),
+            blocks_var=self.blocks,
+            cluster=(self.cluster, 1, 1),
+            is_persistent=True,
+        )
+
+
+def visit_number() -> Var:
+    """A variable for the number of a block's tile."""
+    return Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+
+
+def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:
+    """The order of a kernel's tiles: groups of rows such that what runs at once reads little."""
+    if len(kernel.grid) == 1:
+        group = 1
+        order = "in order"
+    else:
+        group = best_group(kernel, cluster, axis)
+        order = f"in groups of {group} along y"
+    by_columns = kernel.given.order == "column"
+    if kernel.given.panel:
+        group = max(1, kernel.given.panel // (cluster if axis == (0 if by_columns else 1) else 1))
+        order = f"in panels of {kernel.given.panel} {kernel.given.order}s, as asked"
+    walked = Walk(kernel, cluster, axis, group, by_columns)
+    walked.notes.append(f"each block computes tiles one after the other, {order}")
+    if cluster > 1 and axis is not None:
+        walked.notes.append(
+            f"clusters of {cluster} blocks along {'xyz'[axis]} share what they read"
+        )
+    return walked
+
+
+def best_group(kernel: Kernel, cluster: int, axis: int | None) -> int:
+    """Rows of tiles (along y) in a group, such that the tiles that run at once read the fewest
+    bytes."""
+    along_x, along_y = bytes_along(kernel, 0), bytes_along(kernel, 1)
+    steps = [cluster if axis == d else 1 for d in (0, 1)]
+    running = max(1, TYPICAL_BLOCKS // cluster)
+    most = int_value(kernel.grid[1])
+    most = running if most is None else max(1, most // steps[1])
+    best = (math.inf, 1)
+    for rows in range(1, min(running, most) + 1):
+        columns = running / rows
+        read = rows * steps[1] * along_y + columns * steps[0] * along_x
+        best = min(best, (read, rows))
+    return best[1]
+
+
+def bytes_along(kernel: Kernel, axis: int) -> int:
+    """Bytes of the brought tiles that differ from tile to tile along an axis of the grid."""
+    total = 0
+    for copy in _brought(kernel):
+        if not is_same_along(copy, kernel, axis):
+            total += _bytes(copy)
+    return max(total, 1)
+
+
+def _bytes(copy: Copy) -> int:
+    return math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
+
+
+def _brought(kernel: Kernel) -> list[Copy]:
+    return [
+        n
+        for n in walk(kernel.body)
+        if isinstance(n, Copy) and n.is_tma and n.src.buffer.scope is Scope.GLOBAL
+    ]
+
+
+def is_same_along(copy: Copy, kernel: Kernel, axis: int) -> bool:
+    """Whether blocks that differ along the grid's axis only bring the same tile."""
+    moving = _moving(kernel, axis)
+    return not any(variables(e) & moving for e in copy.exprs)
+
+
+def is_in_step(copy: Copy, kernel: Kernel, axis: int) -> bool:
+    """Whether blocks that differ along the grid's axis only make the copy equally often."""
+    moving = _moving(kernel, axis)
+
+    def within(body: Body) -> bool:
+        for node in body:
+            if any(copy is n for inner in node.bodies for n in walk(inner)):
+                steady = not any(variables(e) & moving for e in node.exprs)
+                return steady and all(within(inner) for inner in node.bodies)
+        return True
+
+    return within(kernel.body)
+
+
+def _moving(kernel: Kernel, axis: int) -> set[Var]:
+    """The variables that may differ between blocks that differ along the grid's axis only."""
+    moving: set[Var] = set(kernel.block_vars[axis : axis + 1])
+    for node in walk(kernel.body):
+        if isinstance(node, Load) and node.buffer.scope is not Scope.GLOBAL:
+            moving.update(node.defines)  # a block's own memory
+        elif isinstance(node, Let | Load) and any(variables(e) & moving for e in node.exprs):
+            moving.update(node.defines)
+        elif isinstance(node, For) and any(variables(e) & moving for e in node.exprs):
+            moving.add(node.var)
+    return moving
+
+
+def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None]:
+    """How many blocks share tiles, and along which axis of the grid: two, along the axis that saves
+    most, where the grid divides so and only multiplies by warpgroups read what is shared.
+
+    Only where the L2 cache brings less than is multiplied: blocks that share tiles wait for each
+    other, and neighbours' requests for the same lines meet on their way even so.
+    """
+    best: tuple[float, int | None] = (0.0, None)
+    if not only_multiplied(kernel, brought):
+        return 1, None
+    assert kernel.target is not None, "select did not run"
+    size = sum(_bytes(c) * existing(c.src) for c in brought)
+    clocks = sum(multiply_clocks(n) for n in walk(kernel.body) if isinstance(n, Gemm))
+    chip = kernel.target.chip
+    tiles = math.prod(nominal(extent) for extent in kernel.grid)
+    if size <= clocks * chip.brought_bytes or tiles < MANY_WAVES * chip.multiprocessors:
+        return 1, None
+    for axis, extent in enumerate(kernel.grid):
+        if divisor(extent) % 2 or not all(is_in_step(c, kernel, axis) for c in brought):
+            continue
+        saved = 0.0
+        for copy in brought:
+            layout = kernel.shared[copy.dst.buffer]
+            if is_same_along(copy, kernel, axis) and boxes_of(layout, copy.dst.extents, 2):
+                saved += _bytes(copy) * existing(copy.src) / 2
+        if saved > max(best[0], size / 5):
+            best = (saved, axis)
+    return (2, best[1]) if best[0] else (1, None)
+
+
+def only_multiplied(kernel: Kernel, brought: Sequence[Copy]) -> bool:
+    buffers = {c.dst.buffer for c in brought}
+    for node in walk(kernel.body):
+        is_multiply = isinstance(node, Gemm) and isinstance(node.atom, WgmmaAtom)
+        if not is_multiply and any(b.root in buffers for b in node.reads):
+            return False
+    return True
