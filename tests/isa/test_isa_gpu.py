@@ -451,11 +451,7 @@ def test_a_bulk_load_on_the_gpu_rounds_to_tf32_as_it_means(check_load):
 
 @pytest.mark.parametrize("add", [False, True], ids=["store", "add"])
 @pytest.mark.parametrize("kind", ["int32", "float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "start",
-    [(20, 80), (0, 64), (36, 0), (60, 0), (8, 160), (-3, 8), (8, -16), (-40, 8), (8, -160)],
-    ids=str,
-)
+@pytest.mark.parametrize("start", [(20, 80), (0, 64), (36, 0), (60, 0), (8, 160)], ids=str)
 def test_a_bulk_store_on_the_gpu_is_what_it_means(kind, start, add, execute, tensor_on_gpu):
     rng = np.random.default_rng(2)
     dtype = dtypes.as_dtype(kind).numpy

@@ -42,10 +42,12 @@ STEP_CLOCKS = 430  # of an iteration at least, for each 128 bytes of K
 ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
 ROW_BYTES = 128  # of a box, which TMA brings at once
 ROW_CLOCKS = 1.85  # that it takes for one, long or short
+ABSENT_CLOCKS = 5.0  # for one that lies outside of the tensor
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
 MEMORY_SHARE = 0.9  # of the peak bandwidth
 SCATTER_BYTES = 900  # of what an iteration brings, that cost memory time and are not there
+ALONE_SHARE = 0.02  # of work and memory traffic, whichever is shorter, that does not overlap
 IDLE_SHARE = 0.08  # slower, where few multiprocessors work: they do not draw all of the memory
 EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
 UNWRITTEN_BYTES = 20e6  # in the L2 cache from before, which make room as others are read
@@ -70,8 +72,8 @@ class Estimate:
 @dataclass
 class _Work:
     """Of one block. clocks: not overlapped; tensor: of the tensor cores, overlapped or not;
-    brought, rows: bytes from global to shared memory, and rows of at most 128 bytes that they lie
-    in; read: bytes of operands from there."""
+    brought, rows: bytes from global to shared memory, and clocks for the rows of at most 128 bytes
+    that they lie in; read: bytes of operands from there."""
 
     clocks: float = 0.0
     tensor: float = 0.0
@@ -128,9 +130,9 @@ class Plan:
         memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter
         waves, last = divmod(units, chip.multiprocessors * here)
         whole = 1 - last / units
-        clocks = float(START_CLOCKS) + max(waves * each, memory * whole) + waves * sums
+        clocks = START_CLOCKS + _both(waves * each, memory * whole) + waves * sums
         if last:
-            clocks += max(each, memory * (1 - whole)) + sums
+            clocks += _both(each, memory * (1 - whole)) + sums
         clocks += EDGE_SHARE * each
         clocks *= 1 + IDLE_SHARE * max(0.0, 1 - units / chip.multiprocessors)
         busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
@@ -142,6 +144,11 @@ class Plan:
         elif self.loop.brought / chip.brought_bytes > self.loop.tensor:
             bound = "bringing tiles"
         return Estimate(clocks / (chip.clock * 1e9), busy, bound)
+
+
+def _both(work: float, memory: float) -> float:
+    """Clocks of what overlaps, but not all of it."""
+    return max(work, memory) + ALONE_SHARE * min(work, memory)
 
 
 def plan(kernel: Kernel) -> Plan | str:
@@ -268,7 +275,9 @@ class _Planner:
         transfer = inner.brought / chip.brought_bytes
         arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
+        tiles = math.prod(nominal(e) for e in self.kernel.grid)
         has_turns = groups == 1 and any(isinstance(n, Copy) and n.is_tma for n in node.body)
+        has_turns = has_turns and tiles >= 2 * chip.multiprocessors
         issue = ISSUE_CLOCKS if groups < 2 and not has_turns else 0.0
         slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
         slab = max(1.0, *slabs, 1.0)  # of K, in lines of memory
@@ -278,7 +287,7 @@ class _Planner:
             inner.tensor + issue,
             (inner.read + inner.brought) / SHARED_BYTES,
             transfer,
-            inner.rows * ROW_CLOCKS,
+            inner.rows,
             arrival,
             STEP_CLOCKS * slab,
         )
@@ -291,8 +300,10 @@ class _Planner:
             size = math.prod(node.dst.extents) * node.src.buffer.dtype.bytes
             if _is_ahead(node):
                 row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
-                rows = size / row if node.is_tma else 0.0
-                return _Work(brought=size * existing(node.src), rows=rows)
+                share = existing(node.src)
+                each = share * ROW_CLOCKS + (1 - share) * ABSENT_CLOCKS
+                rows = size / row * each if node.is_tma else 0.0
+                return _Work(brought=size * share, rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
                 return _Work(clocks=size / STORE_BYTES)
         if isinstance(node, Parallel):
