@@ -11,6 +11,8 @@ import threading
 
 import pytest
 
+import tilejit.language as T
+from tilejit import tilejit
 from tilejit.dtypes import bfloat16, bool_, float16, float32, float64, int32, uint8
 from tilejit.errors import InternalError, UnsupportedError
 from tilejit.isa.machine import Address, Granule, Lowered, Slot
@@ -336,3 +338,25 @@ def test_disassemble_passes_the_cubin_and_returns_the_text(monkeypatch, tmp_path
     with pytest.raises(InternalError) as caught:
         disassemble(b"x")
     assert "no such format" in str(caught.value)
+
+
+def test_ptx_is_made_only_for_who_asks(monkeypatch):
+    """The linker wants LTO-IR: PTX costs another run of libNVVM."""
+    runs = []
+
+    def counted(llvm, target, fast_math, more=()):
+        runs.append(tuple(more))
+        return run(llvm, target, fast_math, more)
+
+    run = compile_module._run_nvvm
+    monkeypatch.setattr(compile_module, "_run_nvvm", counted)
+
+    @tilejit
+    def kernel(A: T.Tensor):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(32):
+                A[i] = 1.0
+
+    compiled = kernel.compile(T.Tensor((32,), "float32"), target="sm_90a")
+    assert compiled.cubin and runs == [("-gen-lto",)]
+    assert ".entry" in compiled.ptx and compiled.ptx and runs == [("-gen-lto",), ()]

@@ -59,7 +59,7 @@ class TileFrame:
         self._lock = threading.RLock()
         self._made: dict[str, object] = {}
         self._seconds: dict[str, float] = {}
-        _dump("trace", graph)
+        _dump("trace", graph.__str__)
 
     def __repr__(self) -> str:
         return f"<{self.graph.name} for {self.target}>"
@@ -83,7 +83,7 @@ class TileFrame:
     def _plan(self) -> Kernel:
         after = passes.stages(self.graph, self.target)
         for name, kernel in after[1:]:
-            _dump(name, kernel)
+            _dump(name, kernel.__str__)
         return after[-1][1]
 
     @property
@@ -93,8 +93,8 @@ class TileFrame:
 
     def _lower(self, plan: Kernel) -> Lowered:
         lowered = lower.lower_kernel(plan)
-        _dump("source", lowered.source)
-        _dump("explain", self.explain())
+        _dump("source", lambda: lowered.source)
+        _dump("explain", self.explain)
         return lowered
 
     @property
@@ -104,7 +104,7 @@ class TileFrame:
 
     def _compile(self, lowered: Lowered) -> Compiled:
         compiled = compile_lowered(lowered, self.target)
-        _dump("ptx", compiled.ptx)
+        _dump("ptx", lambda: compiled.ptx)  # which is made on demand
         return compiled
 
     @property
@@ -294,7 +294,8 @@ def _waits_for_others(kernel: Kernel) -> bool:
     )
 
 
-def _dump(stage: str, text: object) -> None:
+def _dump(stage: str, text: Callable[[], str]) -> None:
+    """Print what the user wants to see of a stage; nothing else is written out."""
     wanted = config.current().dump
     if wanted and stage in (part.strip() for part in wanted.split(",")):
-        print(text, file=sys.stderr)
+        print(text(), file=sys.stderr)
