@@ -64,14 +64,24 @@ def reduce(
 
 
 def reduce_sum(
-    buffer: Any, out: Any, dim: int = -1, clear: bool = True, batch: int = 1, annotations: Any = None
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
 ) -> None:
     """`reduce` with "sum"."""
     _reduce("T.reduce_sum", buffer, out, "sum", dim, clear, batch, False, annotations)
 
 
 def reduce_abssum(
-    buffer: Any, out: Any, dim: int = -1, clear: bool = True, batch: int = 1, annotations: Any = None
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
 ) -> None:
     """`reduce` with "abssum": the sum of the magnitudes."""
     _reduce("T.reduce_abssum", buffer, out, "abssum", dim, clear, batch, False, annotations)
@@ -117,21 +127,36 @@ def reduce_absmax(
 
 
 def reduce_bitand(
-    buffer: Any, out: Any, dim: int = -1, clear: bool = True, batch: int = 1, annotations: Any = None
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
 ) -> None:
     """`reduce` with "bitand", of integers or bool."""
     _reduce("T.reduce_bitand", buffer, out, "bitand", dim, clear, batch, False, annotations)
 
 
 def reduce_bitor(
-    buffer: Any, out: Any, dim: int = -1, clear: bool = True, batch: int = 1, annotations: Any = None
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
 ) -> None:
     """`reduce` with "bitor", of integers or bool."""
     _reduce("T.reduce_bitor", buffer, out, "bitor", dim, clear, batch, False, annotations)
 
 
 def reduce_bitxor(
-    buffer: Any, out: Any, dim: int = -1, clear: bool = True, batch: int = 1, annotations: Any = None
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
 ) -> None:
     """`reduce` with "bitxor", of integers or bool."""
     _reduce("T.reduce_bitxor", buffer, out, "bitxor", dim, clear, batch, False, annotations)
@@ -192,8 +217,7 @@ def _tile(what: str, x: Any, role: str) -> Region:
     owner = side if isinstance(side, Buffer) else side.buffer
     if isinstance(side, Buffer) or scope not in (Scope.SHARED, Scope.FRAGMENT):
         raise ArgumentError(
-            f"{what}: {role} is in {scope.words}, "
-            "but it has to be in a fragment or shared memory.",
+            f"{what}: {role} is in {scope.words}, but it has to be in a fragment or shared memory.",
             related=[_origin(owner)],
             hint="Copy it to a fragment with T.copy first."
             if role != "`out`"

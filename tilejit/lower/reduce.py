@@ -126,4 +126,3 @@ class ReduceEmitter(TileEmitter):
             loaded = self.m.load(self.address(scratch, start), dtype, reduction.groups, inside)
             results.append(self._tree(node, loaded))
         return results
-

@@ -175,7 +175,9 @@ class _Inference:
         width = 0
         for loop in self.loops:
             touched = [(b, at) for _, b, at in accesses(loop)]
-            is_ours = any(b in group and loop.vars and at[-1:] == loop.vars[-1:] for b, at in touched)
+            is_ours = any(
+                b in group and loop.vars and at[-1:] == loop.vars[-1:] for b, at in touched
+            )
             if is_ours and any(_is_common(b) for b, _ in touched):
                 width = math.gcd(width, math.gcd(loop_vector(loop, self.kernel), loop.extents[-1]))
         return width or 1
