@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -491,6 +492,15 @@ def reduce(src: Box, dst: Box, kind: str, axis: int, clear: bool, keeps_nan: boo
     return Statement([f'T.reduce({text}, "{kind}", {axis}{options})'], run)
 
 
+_FLOAT_STEPS = {"sum": "add", "max": "max", "min": "min"}
+
+
+def _of_floats(op: str, keeps_nan: bool, a: Array, b: Array) -> Array:
+    result = evaluate_op(op, (a, b), float64)
+    is_nan = np.isnan(a) | np.isnan(b)
+    return np.where(is_nan, np.nan, result) if keeps_nan or op == "add" else result
+
+
 def reduced(
     kind: str, values: Array, source: DType, old: Array | None, target: DType, keeps_nan: bool
 ) -> Array:
@@ -506,13 +516,11 @@ def reduced(
         wide = [(x + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1) for x in wide]
     if old is not None:
         wide.append(old.astype(np.float64 if is_float else object))
+    exact = {"sum": operator.add, "max": max, "min": min, "bitand": operator.and_,
+             "bitor": operator.or_, "bitxor": operator.xor}  # fmt: skip
+    steps: dict[str, Callable[..., Any]] = {n: np.frompyfunc(f, 2, 1) for n, f in exact.items()}
     if is_float:
-        steps = {"sum": np.add, "max": np.maximum, "min": np.minimum}
-        steps |= {} if keeps_nan else {"max": np.fmax, "min": np.fmin}
-    else:
-        exact = {"sum": operator.add, "max": max, "min": min, "bitand": operator.and_,
-                 "bitor": operator.or_, "bitxor": operator.xor}  # fmt: skip
-        steps = {name: np.frompyfunc(step, 2, 1) for name, step in exact.items()}
+        steps = {n: partial(_of_floats, op, keeps_nan) for n, op in _FLOAT_STEPS.items()}
     total = wide[0]
     for x in wide[1:]:
         total = steps[kind.removeprefix("abs")](total, x)

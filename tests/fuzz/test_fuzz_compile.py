@@ -25,9 +25,7 @@ def test_random_program_compiles_without_spills(seed):
 
 @pytest.mark.fuzz(7)
 def test_random_reductions_compile_without_spills(seed):
-    program, kernel, _ = compile_some(
-        programs.reductions, seed, list(TARGETS)[seed % len(TARGETS)]
-    )
+    program, kernel, _ = compile_some(programs.reductions, seed, list(TARGETS)[seed % len(TARGETS)])
     used = kernel.resources
     assert used.spill_bytes == 0
     assert used.stack_bytes == 0 or any(name in program.source for name in WITH_STACK)

@@ -1,4 +1,5 @@
-"""What kernels do with rows' and columns' statistics: softmax, norms, attention; and where these lie."""
+"""What kernels do with statistics of rows and columns: softmax, norms, attention; where these
+lie."""
 
 from __future__ import annotations
 
@@ -283,7 +284,7 @@ def test_warpgroups_of_a_role_reduce_for_themselves(run, rng):
                 y = T.alloc_fragment((700,), "float32")
                 z = T.alloc_fragment((1,), "float32")
                 T.copy(A[1:4, :], b)
-                for k in T.serial(3):
+                for _ in T.serial(3):
                     T.reduce_sum(b, y, dim=0)
                     T.reduce_max(y, z, dim=0, clear=False)
                     for i, j in T.Parallel(3, 700):

@@ -22,7 +22,8 @@ from tilejit.layout.fragment import (
 
 LANES = 32  # threads that trade registers (PTX ISA, "shfl.sync")
 SECTOR_BYTES = 64  # neighbouring bytes below which accesses of a warp cost more
-EXCHANGE_COST = 40  # of two trips to shared memory and a meeting, in operations
+ELEMENT_COST = 4  # of loading an element and what else is done to it, in operations
+EXCHANGE_COST = 40  # of two trips to shared memory and a meeting
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def spread(
         found = Reduction(layout, axis)
         results = layout.registers // found.registers
         near = min(shares[-1] * vector, shape[-1]) * itemsize
-        cost = layout.registers * max(1.0, SECTOR_BYTES / near)
+        cost = ELEMENT_COST * layout.registers * max(1.0, SECTOR_BYTES / near)
         cost += 2 * results * len(found.steps)
         if found.groups > 1:
             cost += results * found.groups + EXCHANGE_COST
