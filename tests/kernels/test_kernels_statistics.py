@@ -434,3 +434,78 @@ def test_tiles_left_to_the_cost_model_may_be_reduced():
         compiled = kernel.compile(*[half(1024, 1024)] * 3, target=target)
         assert "reduce_absmax acc -> most" in compiled.explain()
         assert compiled.resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_operands_of_a_multiply_in_a_pipeline_are_reduced_beside_it(run, rng, target):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, C: T.Tensor, D: T.Tensor):
+        M, K = A.shape
+        with T.Kernel(T.ceildiv(M, 64), threads=128) as block:
+            a = T.alloc_shared((64, 64), A.dtype)
+            b = T.alloc_shared((64, 64), A.dtype)
+            acc = T.alloc_fragment((64, 64), "float32")
+            row = T.alloc_fragment((64,), "float32")
+            column = T.alloc_shared((64,), "float32")
+            T.clear(acc)
+            T.clear(row)
+            T.clear(column)
+            for k in T.Pipelined(T.ceildiv(K, 64), num_stages=2):
+                T.copy(A[block * 64, k * 64], a)
+                T.copy(B[k * 64, 0], b)
+                T.gemm(a, b, acc)
+                T.reduce_sum(a, row, dim=1, clear=False)
+                T.reduce_absmax(b, column, dim=0, clear=False)
+            for i, j in T.Parallel(64, 64):
+                C[block * 64 + i, j] = acc[i, j] + row[i]
+            T.copy(column, D)
+
+    a = rng.integers(-3, 4, (70, 200)).astype(np.float16)
+    b = rng.integers(-3, 4, (200, 64)).astype(np.float16)
+    with options(target=target):
+        c, d = run(kernel, a, b, out=[((70, 64), np.float32), ((64,), np.float32)])
+    wide = a.astype(np.float32)
+    assert (c == wide @ b.astype(np.float32) + wide.sum(1, keepdims=True)).all()
+    assert (d == abs(b.astype(np.float32)).max(0)).all()
+
+
+def test_parts_of_fragments_take_results_and_odd_loops_beside_them_do_not_matter(run, rng):
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor, D: T.Tensor):
+        with T.Kernel(1, threads=(16, 6)):
+            f = T.alloc_fragment((10, 12), "float32")
+            two = T.alloc_fragment((2, 10), "float32")
+            last = T.alloc_fragment((10,), "float32")
+            T.copy(A, f)
+            T.clear(two)
+            for i, j in T.Parallel(10, 8):
+                f[i, j] = f[i, j] + A[i, j]
+            T.reduce_max(f, two[1, :], dim=1)
+            T.reduce_max(f[:, 8:12], two[0, :], dim=1, clear=False)
+            T.reduce_sum(two, last, dim=0)
+            T.copy(two, C)
+            T.copy(last, D)
+
+    a = rng.integers(-9, 9, (10, 12)).astype(np.float32)
+    c, d = run(kernel, a, out=[((2, 10), np.float32), ((10,), np.float32)])
+    f = a.copy()
+    f[:, :8] *= 2
+    want = np.stack([np.maximum(f[:, 8:].max(1), 0), f.max(1)])
+    assert (c == want).all() and (d == want.sum(0)).all()
+
+
+def test_accumulator_of_a_multiply_under_way_is_not_reduced():
+    @tilejit
+    def kernel(A: T.Tensor):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((64, 64), "float16")
+            acc = T.alloc_fragment((64, 64), "float32")
+            row = T.alloc_fragment((64,), "float32")
+            T.copy(A, a)
+            T.clear(acc)
+            T.wgmma_gemm(a, a, acc)
+            T.reduce_sum(acc, row)
+            T.wait_wgmma(0)
+
+    with pytest.raises(TraceError, match="acc"):
+        kernel.compile(half(64, 64), target="sm_90a")

@@ -140,7 +140,8 @@ class _Inference:
         group = self.together(buffer)
         axis = axis_of(self.reductions, group)
         if axis is not None and shape:
-            return spread(shape, self.threads, self.vector(group), axis, buffer.dtype.bytes)
+            vector = math.gcd(self.vector(group), shape[-1])
+            return spread(shape, self.threads, vector, axis, buffer.dtype.bytes)
         vectors = []
         for loop in self.loops:
             mine = [at for _, b, at in accesses(loop) if b is buffer]
