@@ -11,11 +11,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tilejit.dtypes import DType, bool_, float32, int32, int64, promote
+from tilejit.dtypes import DType, bool_, float32, float64, int32, int64, promote
 from tilejit.errors import DTypeError
 from tilejit.ops.scalar import cast_array, evaluate_op
 
@@ -472,3 +473,60 @@ def gemm(a: Box, b: Box, acc: Box, t_a: bool, t_b: bool, clear: bool, options: s
     flags = f", transpose_A={t_a}" * t_a + f", transpose_B={t_b}" * t_b
     flags += ", clear_accum=True" * clear
     return Statement([f"T.gemm({a.text}, {b.text}, {acc.text}{flags}{options})"], run)
+
+
+def reduce(src: Box, dst: Box, kind: str, axis: int, clear: bool, keeps_nan: bool) -> Statement:
+    """All elements along an axis, combined one after the other; where that could round, the
+    generator keeps it exact."""
+
+    def run(s: State) -> None:
+        values = np.moveaxis(src.read(s), axis, 0)
+        old = None if clear else dst.read(s).reshape(values.shape[1:])
+        dst.write(s, reduced(kind, values, src.dtype, old, dst.dtype, keeps_nan))
+
+    text = f"{src.text}, {dst.text}"
+    options = ", clear=False" * (not clear)
+    if keeps_nan or len(kind) % 2:
+        options += f", nan_propagate={keeps_nan}" * (kind[-3:] in ("max", "min"))
+        return Statement([f"T.reduce_{kind}({text}, {axis}{options})"], run)
+    return Statement([f'T.reduce({text}, "{kind}", {axis}{options})'], run)
+
+
+_FLOAT_STEPS = {"sum": "add", "max": "max", "min": "min"}
+
+
+def _of_floats(op: str, keeps_nan: bool, a: Array, b: Array) -> Array:
+    result = evaluate_op(op, (a, b), float64)
+    is_nan = np.isnan(a) | np.isnan(b)
+    return np.where(is_nan, np.nan, result) if keeps_nan or op == "add" else result
+
+
+def reduced(
+    kind: str, values: Array, source: DType, old: Array | None, target: DType, keeps_nan: bool
+) -> Array:
+    is_float = source.is_float or target.is_float
+    if is_float:
+        wide, bits = [x.astype(np.float64) for x in values], 0
+    else:
+        bits = max(32, target.bits)
+        wide = [x.astype(object) for x in values]
+    if kind.startswith("abs"):
+        wide = [abs(x) for x in wide]
+    if bits and target.is_signed:  # magnitudes wrap before they are compared
+        wide = [(x + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1) for x in wide]
+    if old is not None:
+        wide.append(old.astype(np.float64 if is_float else object))
+    exact = {"sum": operator.add, "max": max, "min": min, "bitand": operator.and_,
+             "bitor": operator.or_, "bitxor": operator.xor}  # fmt: skip
+    steps: dict[str, Callable[..., Any]] = {n: np.frompyfunc(f, 2, 1) for n, f in exact.items()}
+    if is_float:
+        steps = {n: partial(_of_floats, op, keeps_nan) for n, op in _FLOAT_STEPS.items()}
+    total = wide[0]
+    for x in wide[1:]:
+        total = steps[kind.removeprefix("abs")](total, x)
+    if is_float:
+        accumulator = float64 if float64 in (source, target) else float32
+        return cast_array(cast_array(total, float64, accumulator), accumulator, target)
+    if target.is_bool:
+        return np.asarray(total).astype(bool)
+    return np.asarray(total % (1 << target.bits)).astype(f"u{target.bytes}").view(target.numpy)

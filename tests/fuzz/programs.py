@@ -6,13 +6,24 @@ Knows how a program is put together and what its tensors hold. Does not know how
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import meaning as m
 import ml_dtypes
 import numpy as np
 from meaning import Array, State, Statement, Term, literal
-from writing import EXTENTS, MAX_TILE, Memory, Product, Profile, Program, Writer, random_array
+from writing import (
+    EXTENTS,
+    MAX_TILE,
+    Memory,
+    Product,
+    Profile,
+    Program,
+    Statistic,
+    Writer,
+    random_array,
+)
 
 from tilejit.dtypes import DType, as_dtype, float32, int32
 
@@ -241,6 +252,63 @@ def elementwise(seed: int) -> Program:
         if w.chance(0.4):
             a.body += w.tile_statements(depth=1)
     return a.finish()
+
+
+def reductions(seed: int) -> Program:
+    """The same with reductions of tiles; half of them over products of tiles."""
+    rng = random.Random(seed)
+    profile = Profile(exact=rng.random() < 0.5, max_statements=5)
+    a = Assembly(seed, profile)
+    w = a.writer
+    a.block()
+    rank = w.pick(1, 2, 2, 3)
+    sources: list[Memory] = []
+    if profile.exact:
+        dtypes = w.pick(*PRODUCTS)
+        for n, d in enumerate(dtypes[:2]):
+            a.input(f"A{n}", as_dtype(d), (w.pick(16, 50, 64), w.pick(32, 72, 96)), dtypes[3])
+        product, acc = multiplied(a, dtypes, for_groups=False)
+        w.products = [product]
+        sources += [acc, acc, product.a]
+    else:
+        a.input("A0", w.dtype(), a.shape(rank, "input", 4))
+    a.input("P", int32, (w.rng.randrange(20, 80),))
+    for _ in range(w.pick(1, 2)):
+        dtype = w.dtype()
+        scope = w.pick("shared", "fragment", "fragment")
+        sources.append(a.tile(scope, dtype, a.shape(rank, scope, dtype.bytes)))
+    for source in sources:
+        w.statistics.append(statistic(a, source))
+    for n, found in enumerate(w.rng.sample(w.statistics, min(2, len(w.statistics)))):
+        a.output(f"O{n}", found.out.dtype, found.out.extents)
+    a.output("Q", float32, sources[0].extents)
+    for tile in a.tiles:
+        a.initialise(tile)
+    a.body += w.tile_statements(depth=2)
+    for n in range(len(w.statistics)):
+        a.body.append(w.reduction())
+        if n < 2:
+            a.body += [w.copy(), w.parallel()]
+    outputs = [x for x in w.memories if x.scope == "output"]
+    for output in outputs:
+        fits = [x for x in a.tiles if x.extents == output.extents]
+        text = f"{output.name}[{', '.join(t.text for t in output.base)}]"
+        box = m.Box(output.name, output.dtype, text, output.base, output.extents)
+        a.body.append(m.copy(w.whole(w.rng.choice(fits)), box))
+    return a.finish()
+
+
+def statistic(a: Assembly, source: Memory) -> Statistic:
+    """A tile for what a tile is reduced to."""
+    w = a.writer
+    axis = w.rng.randrange(len(source.extents))
+    gone = (*source.extents[:axis], *source.extents[axis + 1 :])
+    kept = (*source.extents[:axis], 1, *source.extents[axis + 1 :])
+    wide = float32 if source.dtype.is_float else int32
+    dtype = wide if w.chance(0.3) and source.dtype.bits <= 16 else source.dtype
+    shape = kept if w.chance(0.2) or not gone else gone
+    out = a.tile(w.pick("shared", "fragment", "fragment"), dtype, shape)
+    return Statistic(source, out, axis)
 
 
 # dtypes of A, B and C; magnitude of the operands that keeps sums exact

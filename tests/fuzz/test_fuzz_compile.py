@@ -23,6 +23,14 @@ def test_random_program_compiles_without_spills(seed):
     assert used.stack_bytes == 0 or any(name in program.source for name in WITH_STACK)
 
 
+@pytest.mark.fuzz(7)
+def test_random_reductions_compile_without_spills(seed):
+    program, kernel, _ = compile_some(programs.reductions, seed, list(TARGETS)[seed % len(TARGETS)])
+    used = kernel.resources
+    assert used.spill_bytes == 0
+    assert used.stack_bytes == 0 or any(name in program.source for name in WITH_STACK)
+
+
 @pytest.mark.fuzz(2)
 @pytest.mark.parametrize("target", TARGETS)
 def test_random_matmul_compiles_without_spills(seed, target):

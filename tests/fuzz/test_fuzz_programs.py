@@ -25,6 +25,11 @@ def test_random_tile_program_means_the_same_everywhere(seed):
     check_some(programs.tiles, seed, TARGETS[seed % 4])
 
 
+@pytest.mark.fuzz(50)
+def test_random_reductions_mean_the_same_everywhere(seed):
+    check_some(programs.reductions, seed, TARGETS[seed % 4])
+
+
 @pytest.mark.fuzz(30)
 def test_random_matmul_is_as_near_to_the_exact_product_as_its_dtypes_allow(seed):
     check_some(programs.matmul, seed, TARGETS[seed % 4])
@@ -39,11 +44,22 @@ def test_random_tile_program_for_warpgroups_means_the_same_everywhere(seed):
 def test_random_program_means_the_same_to_some_warpgroups_of_a_block(seed):
     make = programs.elementwise if seed % 2 else partial(programs.tiles, for_groups=seed % 4 == 0)
 
+    check_some(of_warpgroups(make), seed, TARGETS[seed % 4] if seed % 4 else "sm_90a")
+
+
+def of_warpgroups(make):
+    """The same for programs that some warpgroups of a block do."""
+
     def make_role(number):
         tries = (in_a_role(make(number + k * 7919), number) for k in range(50))
         return next(found for found in tries if found is not None)
 
-    check_some(make_role, seed, TARGETS[seed % 4] if seed % 4 else "sm_90a")
+    return make_role
+
+
+@pytest.mark.fuzz(20)
+def test_random_reductions_mean_the_same_to_some_warpgroups_of_a_block(seed):
+    check_some(of_warpgroups(programs.reductions), seed, TARGETS[seed % 4])
 
 
 @pytest.mark.fuzz(30)

@@ -87,6 +87,15 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """Tiles that fit `T.reduce(source, out, ..., axis)`."""
+
+    source: Memory
+    out: Memory
+    axis: int
+
+
+@dataclass(frozen=True)
 class Profile:
     """What kind of program: exact ones hold small whole numbers, and may multiply tiles."""
 
@@ -107,6 +116,7 @@ class Writer:
         self.own: dict[str, list[Term]] = {}  # index that an iteration writes, by buffer
         self.twins: dict[str, str] = {}  # tensors that are the same array
         self.products: list[Product] = []
+        self.statistics: list[Statistic] = []
         self.loops = 0
 
     # --- helpers ---------------------------------------------------------------------------------
@@ -631,6 +641,8 @@ class Writer:
         kind = self.rng.random()
         if self.products and self.chance(0.2):
             return self.multiply()
+        if self.statistics and self.chance(0.35):
+            return [self.reduction()]
         if depth > 0 and kind < 0.14:
             return [self.tile_loop(depth - 1)]
         if depth > 0 and kind < 0.22:
@@ -731,6 +743,24 @@ class Writer:
                             ", policy=T.GemmWarpPolicy.FullCol")  # fmt: skip
         sides = [self.whole(x) for x in (product.a, product.b, product.acc)]
         return m.gemm(*sides, product.t_a, product.t_b, self.chance(0.2), options)
+
+    def reduction(self) -> Statement:
+        """A reduction that is exact: of floats only sums of small whole numbers."""
+        statistic = self.rng.choice(self.statistics)
+        source, out = statistic.source, statistic.out
+        kinds = ["max", "min", "absmax"]
+        if not source.dtype.is_float and source.dtype is out.dtype:
+            kinds += ["bitand", "bitor", "bitxor"]
+        has_float = source.dtype.is_float or out.dtype.is_float
+        is_small = self.profile.exact and source.limit is not None and source.limit < 10
+        is_exact = is_small or not has_float
+        if is_exact and not out.dtype.is_bool:
+            kinds += ["sum", "abssum"]
+        kind = self.rng.choice(kinds)
+        has_old = self.chance(0.4) and not (has_float and kind.endswith("sum"))
+        keeps_nan = self.chance(0.3) and kind in ("max", "min", "absmax")
+        sides = self.whole(source), self.whole(out)
+        return m.reduce(*sides, kind, statistic.axis, not has_old, keeps_nan)
 
     def threads_section(self, variable: str, threads: int) -> Statement:
         """Statements that each thread executes for itself."""

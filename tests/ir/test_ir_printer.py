@@ -17,6 +17,7 @@ from tilejit.layout.fragment import blocked
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWarpPolicy
+from tilejit.ops.reduce import Reduce, ReduceKind
 from tilejit.target import as_target
 
 
@@ -238,6 +239,14 @@ def test_tile_ops_print_every_argument():
             clear=True,
         ),
         Fill(dst=Region(s, (arith("floormod", m, 2), zero), (2, 4)), value=const(0, float16)),
+        Reduce(
+            src=whole(f),
+            dst=Region(s, (zero, zero), (4, 1), frozenset({1})),
+            kind=ReduceKind.ABSMAX,
+            axis=1,
+            clear=False,
+            keeps_nan=True,
+        ),
         params=[A],
     )
     assert lines[2:] == [
@@ -246,6 +255,7 @@ def test_tile_ops_print_every_argument():
         "T.gemm(s, s, f, transpose_A=True, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, "
         "clear_accum=True)",
         "T.fill(s[m % 2:(m % 2) + 2, 0:4], float16(0.0))",
+        "T.reduce_absmax(f, s[0:4, 0], dim=1, clear=False, nan_propagate=True)",
     ]
 
 

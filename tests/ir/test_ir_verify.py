@@ -16,6 +16,7 @@ from tilejit.layout.fragment import blocked
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm
+from tilejit.ops.reduce import Reduce, ReduceKind
 
 ZERO, ONE = const(0), const(1)
 
@@ -207,6 +208,23 @@ def test_pointer_of_a_buffer_must_be_in_scope_at_each_use():
         ),
         (Gemm(a=whole(S), b=whole(A), acc=whole(F)), "Gemm: takes `b` from global."),
         (Gemm(a=whole(S), b=whole(S), acc=whole(S)), "Gemm: accumulates in shared.dyn."),
+        (
+            Reduce(src=whole(F), dst=whole(S), kind=ReduceKind.SUM, axis=1),
+            "Reduce: reduces (8, 8) along 1 to (8, 8).",
+        ),
+        (
+            Reduce(src=whole(F), dst=whole(S), kind=ReduceKind.SUM, axis=2),
+            "Reduce: reduces axis 2 of (8, 8).",
+        ),
+        (
+            Reduce(
+                src=whole(S),
+                dst=Region(A, (ZERO, ZERO), (8, 1)),
+                kind=ReduceKind.MAX,
+                axis=1,
+            ),
+            "Reduce: has `dst` in global.",
+        ),
     ],
 )
 def test_malformed_node_is_refused(node, message):

@@ -44,6 +44,26 @@ def test_a_loop_of_one_round_does_not_meet_itself(executor, rounds, met):
     assert sum(isinstance(n, SyncThreads) for n in walk(plan.body)) == met
 
 
+@pytest.mark.parametrize("rows, met", [(4, 0), (1, 1)])
+def test_reduction_over_warps_meets_itself_in_a_loop(rows, met):
+    """Before parts are written anew, the last round's have been read."""
+
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_fragment((rows, 1024), "float32")
+            c = T.alloc_fragment((rows,), "float32")
+            T.clear(c)
+            for k in T.serial(5):
+                T.copy(A[k * rows, 0], a)
+                T.reduce_sum(a, c, clear=False)
+            T.copy(c, C)
+
+    plan = kernel.compile(T.Tensor((99, 1024), "float32"), T.Tensor((rows,), "float32"),
+                          target="sm_80").kernels[0].planned  # fmt: skip
+    assert sum(isinstance(n, SyncThreads) for n in walk(plan.body)) == met
+
+
 N = Var("n", int32, VarKind.SYMBOL, index(1))
 
 

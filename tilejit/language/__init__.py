@@ -179,6 +179,17 @@ from tilejit.language.proxy import (
     make_tensor_from_addr,
     ptr,
 )
+from tilejit.language.reduce import (
+    reduce,
+    reduce_absmax,
+    reduce_abssum,
+    reduce_bitand,
+    reduce_bitor,
+    reduce_bitxor,
+    reduce_max,
+    reduce_min,
+    reduce_sum,
+)
 from tilejit.language.symbol import const, dynamic, symbolic
 from tilejit.language.tma import (
     fence_proxy_async,
@@ -354,6 +365,15 @@ __all__ = [
     "pow",
     "prim_func",
     "ptr",
+    "reduce",
+    "reduce_absmax",
+    "reduce_abssum",
+    "reduce_bitand",
+    "reduce_bitor",
+    "reduce_bitxor",
+    "reduce_max",
+    "reduce_min",
+    "reduce_sum",
     "reinterpret",
     "round",
     "rsqrt",

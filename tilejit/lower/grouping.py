@@ -38,6 +38,7 @@ from tilejit.ir.sync import (
 from tilejit.isa.atom import CopyMethod
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
+from tilejit.ops.reduce import Reduce
 from tilejit.ops.uses import used_variables
 
 Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
@@ -67,6 +68,8 @@ def defines_all(node: Node, key: Key) -> bool:
         return is_set and key not in node.reads
     if isinstance(node, FetchOperands):
         return node.carried is key
+    if isinstance(node, Reduce):
+        return node.dst.buffer is key and node.dst.is_whole and key not in node.reads
     if isinstance(node, Store):
         return node.buffer is key and math.prod(key.extents) == 1
     return False
@@ -134,6 +137,8 @@ def call_name(nodes: Body) -> str:
         return f"fill_{node.dst.buffer.name}"
     if isinstance(node, Gemm):
         return f"gemm_{node.a.buffer.name}_{node.b.buffer.name}"
+    if isinstance(node, Reduce):
+        return f"reduce_{node.kind}_{node.src.buffer.name}_{node.dst.buffer.name}"
     if isinstance(node, SyncThreads):
         return "sync"
     written = dict.fromkeys(b.name for n in walk(nodes) for b in n.writes)

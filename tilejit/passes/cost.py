@@ -17,6 +17,7 @@ from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.ops.reduce import Reduce
 from tilejit.passes.late import can_wait
 from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.registers import (
@@ -56,6 +57,8 @@ PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
 STRIP_ROW_BYTES = 128  # of a row of results, that leave at once
 FMA_A_CLOCK = 64  # without tensor cores
+REDUCE_A_CLOCK = 64  # elements that reductions combine
+TRADE_CLOCKS = 200  # of a reduction, until lanes and warps have traded
 MAX_WARPS = 48  # of a multiprocessor; some chips have more
 
 
@@ -310,6 +313,9 @@ class _Planner:
             touched = [n.buffer for n in walk(node.body) if isinstance(n, Load | Store)]
             size = sum(b.dtype.bytes for b in touched if b.scope is Scope.GLOBAL)
             return _Work(clocks=math.prod(node.extents) * size / STORE_BYTES)
+        if isinstance(node, Reduce):
+            size = math.prod(node.src.extents)
+            return _Work(clocks=size / REDUCE_A_CLOCK + TRADE_CLOCKS)
         return _Work()
 
     def operand_words(self, node: Gemm) -> float:

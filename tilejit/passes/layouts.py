@@ -33,10 +33,13 @@ from tilejit.ir.parts import each_part
 from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, WgmmaAtom
 from tilejit.layout.boxes import BOX_ALIGN, boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
+from tilejit.layout.reduction import spread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
+from tilejit.ops.reduce import Reduce
+from tilejit.passes.reduce import axis_of, note_of, result_layout, with_scratch
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
 
@@ -84,6 +87,7 @@ class _Inference:
         self.notes: list[str] = []
         self.loops = [loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None]
         self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
+        self.reductions = [node for node in walk(kernel.body) if isinstance(node, Reduce)]
 
     def run(self) -> None:
         for node in self.gemms:
@@ -103,12 +107,18 @@ class _Inference:
                 self.spread()
 
     def spread(self) -> None:
-        """Give fragments the layout of the loops that index them."""
+        """Give fragments the layout of the loops that index them, and results of reductions that of
+        what is reduced."""
         changed = True
         while changed:
             changed = False
             for loop in self.loops:
                 changed |= self.spread_loop(loop)
+            for node in self.reductions:
+                found = result_layout(node, self.layouts)
+                if found is not None and node.dst.buffer not in self.layouts:
+                    self.layouts[node.dst.buffer] = found
+                    changed = True
 
     def spread_loop(self, loop: Parallel) -> bool:
         layout = layout_from_fragments(loop, self.layouts)
@@ -127,6 +137,11 @@ class _Inference:
         """Every element in every thread for what is only used by constant index outside loops,
         else an even spread as wide as the memory accesses around it allow."""
         shape = buffer.extents
+        group = self.together(buffer)
+        axis = axis_of(self.reductions, group)
+        if axis is not None and shape:
+            vector = math.gcd(self.vector(group), shape[-1])
+            return spread(shape, self.threads, vector, axis, buffer.dtype.bytes)
         vectors = []
         for loop in self.loops:
             mine = [at for _, b, at in accesses(loop) if b is buffer]
@@ -139,6 +154,34 @@ class _Inference:
             return replicated(shape, self.threads)
         vector = math.gcd(min(vectors), shape[-1]) if shape else 1
         return blocked(shape, self.threads, max(1, vector))
+
+    def together(self, buffer: Buffer) -> set[Buffer]:
+        """The fragments that loops use element by element with this one, and so on."""
+        found = {buffer}
+        while self.reductions:
+            alike = set(found)
+            for loop in self.loops:
+                used: dict[tuple[Expr, ...], set[Buffer]] = {}
+                for _, b, at in accesses(loop):
+                    if b.scope is Scope.FRAGMENT:
+                        used.setdefault(at, set()).add(b)
+                alike |= {b for same in used.values() if same & found for b in same}
+            if alike == found:
+                break
+            found = alike
+        return found
+
+    def vector(self, group: set[Buffer]) -> int:
+        """Neighbours that the accesses to memory around these fragments take at once."""
+        width = 0
+        for loop in self.loops:
+            touched = [(b, at) for _, b, at in accesses(loop)]
+            is_ours = any(
+                b in group and loop.vars and at[-1:] == loop.vars[-1:] for b, at in touched
+            )
+            if is_ours and any(_is_common(b) for b, _ in touched):
+                width = math.gcd(width, math.gcd(loop_vector(loop, self.kernel), loop.extents[-1]))
+        return width or 1
 
 
 def derive(
@@ -209,6 +252,8 @@ class _Converter:
                 result += self.loop(node, loop, steps)
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
+            elif isinstance(node, Reduce):
+                result += self.reduce(node)
             elif isinstance(node, Load | Store | Atomic):
                 result += self.scalar(node, steps)
             else:
@@ -325,22 +370,14 @@ class _Converter:
         wanted = acc_layout(node, node.atom, self.threads)
         held = self.layouts[node.acc.buffer]
         if held != wanted:
-            own = Buffer(
-                name=f"{node.acc.buffer.name}_acc",
-                shape=node.acc.buffer.shape,
-                dtype=node.acc.buffer.dtype,
-                scope=Scope.FRAGMENT,
-                span=node.acc.buffer.span,
-            )
-            self.layouts[own] = wanted
+            own = self.own(node.acc.buffer, wanted, "acc")
             self.notes.append(
                 f"accumulator {node.acc.buffer.name} goes through shared memory to the matrix "
                 f"multiply at {node.span}"
             )
             shared = self.scratch_of(node.acc.buffer)
-            registers = CopyAtom(CopyMethod.REGISTERS, 1)
-            fetch = Copy(src=whole(shared), dst=whole(own), atom=registers, span=node.span)
-            keep = Copy(src=whole(own), dst=whole(shared), atom=registers, span=node.span)
+            fetch = self.fetched(node, node.acc.buffer, own)
+            keep = replace(fetch, src=whole(own), dst=whole(shared))
             wait = GemmWait(pending=0, registers=(own,), span=node.span)
             if not node.clear:
                 result += [self.moved(node, node.acc.buffer, back=False), fetch]
@@ -353,6 +390,41 @@ class _Converter:
             ]
             return result
         return [*result, node]
+
+    def reduce(self, node: Reduce) -> list[Node]:
+        """A reduction of what tells its axes apart to where that leaves the results."""
+        source, target = node.src.buffer, node.dst.buffer
+        before: list[Node] = []
+        after: list[Node] = []
+        if self.layouts[source].flat:
+            own = self.own(source, spread(source.extents, self.threads, 1, node.axis, 4), "axes")
+            before += [self.moved(node, source, back=False), self.fetched(node, source, own)]
+            node = replace(node, src=whole(own))
+            self.notes.append(f"fragment {source.name} goes through shared memory for {node.span}")
+        reduction = node.reduction(self.layouts[node.src.buffer])
+        self.notes.append(note_of(node, reduction))
+        node = with_scratch(node, reduction)
+        if not self.layouts[target].same_places(reduction.result):
+            own = self.own(target, reduction.result, "reduced")
+            if not node.clear:
+                before += [self.moved(node, target, back=False), self.fetched(node, target, own)]
+            shared = whole(self.scratch_of(target))
+            after.append(replace(self.fetched(node, target, own), src=whole(own), dst=shared))
+            after.append(self.moved(node, target, back=True))
+            node = replace(node, dst=whole(own))
+            self.notes.append(f"fragment {target.name} goes through shared memory for {node.span}")
+        return [*before, node, *after]
+
+    def own(self, buffer: Buffer, layout: FragmentLayout, suffix: str) -> Buffer:
+        """A fragment like another one with a layout of its own."""
+        fresh = replace(buffer, name=f"{buffer.name}_{suffix}")
+        self.layouts[fresh] = layout
+        return fresh
+
+    def fetched(self, node: Node, buffer: Buffer, own: Buffer) -> Copy:
+        """A copy from a fragment's scratch buffer to another fragment."""
+        atom = CopyAtom(CopyMethod.REGISTERS, 1)
+        return Copy(src=whole(self.scratch_of(buffer)), dst=whole(own), atom=atom, span=node.span)
 
 
 def _is_for_one_thread(loop: Parallel, aliases: Aliases) -> bool:

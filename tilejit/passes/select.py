@@ -47,6 +47,7 @@ from tilejit.isa.mma import MMA, WARP, find_mma
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
+from tilejit.ops.reduce import Reduce
 from tilejit.passes.bulk import refused, whole_copy
 from tilejit.passes.hopper import copies_to_bring
 from tilejit.passes.manual import (
@@ -58,6 +59,7 @@ from tilejit.passes.manual import (
     started_multiply,
     with_meetings,
 )
+from tilejit.passes.reduce import in_fragments
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
 
@@ -128,6 +130,8 @@ class _Selector:
                 result += self.copy(node, is_pipelined)
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
+            elif isinstance(node, Reduce):
+                result += in_fragments(node)
             elif isinstance(node, Atomic):
                 result += self.atomic(node, is_divergent)
             else:
@@ -337,7 +341,7 @@ def needs_all_threads(node: Node) -> bool:
         return not is_private(node) and not is_started
     if isinstance(node, SyncThreads):
         return node.number is None
-    return isinstance(node, Gemm | GemmWait | Parallel) or is_aligned(node)
+    return isinstance(node, Gemm | GemmWait | Parallel | Reduce) or is_aligned(node)
 
 
 def _spelling(node: Node) -> str:
@@ -345,6 +349,8 @@ def _spelling(node: Node) -> str:
              GemmWait: "T.wait_wgmma", SyncThreads: "T.sync_threads"}  # fmt: skip
     if isinstance(node, Gemm) and node.is_async:
         return "T.wgmma_gemm"
+    if isinstance(node, Reduce):
+        return f"T.reduce_{node.kind}"
     return names.get(type(node)) or spelling(node)
 
 

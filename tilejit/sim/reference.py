@@ -53,6 +53,7 @@ from tilejit.ir.sync import (
 )
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
+from tilejit.ops.reduce import Reduce
 from tilejit.ops.scalar import Array, cast_array
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
@@ -63,6 +64,7 @@ from tilejit.sim.reference_memory import (
     holds_everywhere,
     holds_nowhere,
 )
+from tilejit.sim.reference_reduce import reduced
 from tilejit.sim.reference_state import BlockState
 from tilejit.sim.reference_sync import Cluster, Meetings
 from tilejit.sim.reference_values import (
@@ -135,6 +137,7 @@ class _Executor(Meetings):
             Copy: self.run_copy,
             Fill: self.run_fill,
             Gemm: self.run_gemm,
+            Reduce: self.run_reduce,
             BarrierArrive: self.run_arrive,
             BarrierWait: self.run_wait,
             SyncThreads: self.run_sync,
@@ -395,6 +398,12 @@ class _Executor(Meetings):
             (node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype),
         )
         self.state.write(node.acc, result)
+
+    def run_reduce(self, node: Reduce) -> None:
+        self.need_all_threads(f"T.reduce_{node.kind}")
+        values = self.state.read(node.src)
+        old = None if node.clear else self.state.read(node.dst)
+        self.state.write(node.dst, reduced(node, values, old))
 
 
 def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:

@@ -1,0 +1,292 @@
+"""`T.reduce` and its kin: one value of all elements of a tile along an axis.
+
+Knows shapes, dtypes and scopes. Does not know threads: passes find out who holds what.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilejit.dtypes import DType, bool_, int32, promote
+from tilejit.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DTypeError,
+    ShapeError,
+    Span,
+    caller_span,
+)
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.language.extents import is_integer, shape_text
+from tilejit.language.gemm import refuse
+from tilejit.language.regions import Start, as_side
+from tilejit.language.where import tile_op
+from tilejit.ops.reduce import Reduce, ReduceKind, result_shapes
+
+
+def reduce(
+    buffer: Any,
+    out: Any,
+    reduce_type: str,
+    dim: int,
+    clear: bool = True,
+    batch: int = 1,
+    nan_propagate: bool = False,
+    annotations: Any = None,
+) -> None:
+    """Combine all elements of a tile along one dimension.
+
+    All threads of the block (or of a `T.ws` body) do it together. Two runs give the same bits.
+
+    Args:
+        buffer: a tile in a fragment or shared memory.
+        out: the results, in a fragment or shared memory: `buffer`'s shape without `dim`, or with an
+            extent of 1 there. Its layout follows from `buffer`'s where nothing else decides it:
+            threads that share a result hold copies of it, so it can be used beside `buffer` in
+            T.Parallel without leaving registers.
+        reduce_type: "sum", "abssum", "max", "min", "absmax", "bitand", "bitor" or "bitxor".
+        dim: counted from the end when negative.
+        clear: False combines the results with what `out` holds: `out = out + sum`, say.
+        nan_propagate: of max, min and absmax: a NaN makes the result NaN. Else NaNs are passed
+            over; only of nothing but NaNs the result is NaN.
+        batch: 1. annotations: None.
+
+    Floats are combined in float32, or float64 where `buffer` or `out` is, and rounded once to
+    `out`'s dtype at the end, 16-bit sums too. Integers are combined in `out`'s dtype and wrap.
+
+    Raises:
+        ShapeError: `out` has another shape.
+        DTypeError: `out` cannot hold what comes out, or the operation has no meaning for the dtype.
+        ArgumentError, ArgumentTypeError: anything else about an argument.
+        TraceError: outside a kernel, or inside T.Parallel.
+    """
+    _reduce("T.reduce", buffer, out, reduce_type, dim, clear, batch, nan_propagate, annotations)
+
+
+def reduce_sum(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "sum"."""
+    _reduce("T.reduce_sum", buffer, out, "sum", dim, clear, batch, False, annotations)
+
+
+def reduce_abssum(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "abssum": the sum of the magnitudes."""
+    _reduce("T.reduce_abssum", buffer, out, "abssum", dim, clear, batch, False, annotations)
+
+
+def reduce_max(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    nan_propagate: bool = False,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "max"."""
+    _reduce("T.reduce_max", buffer, out, "max", dim, clear, batch, nan_propagate, annotations)
+
+
+def reduce_min(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    nan_propagate: bool = False,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "min"."""
+    _reduce("T.reduce_min", buffer, out, "min", dim, clear, batch, nan_propagate, annotations)
+
+
+def reduce_absmax(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    nan_propagate: bool = False,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "absmax": the greatest magnitude."""
+    _reduce("T.reduce_absmax", buffer, out, "absmax", dim, clear, batch, nan_propagate, annotations)
+
+
+def reduce_bitand(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "bitand", of integers or bool."""
+    _reduce("T.reduce_bitand", buffer, out, "bitand", dim, clear, batch, False, annotations)
+
+
+def reduce_bitor(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "bitor", of integers or bool."""
+    _reduce("T.reduce_bitor", buffer, out, "bitor", dim, clear, batch, False, annotations)
+
+
+def reduce_bitxor(
+    buffer: Any,
+    out: Any,
+    dim: int = -1,
+    clear: bool = True,
+    batch: int = 1,
+    annotations: Any = None,
+) -> None:
+    """`reduce` with "bitxor", of integers or bool."""
+    _reduce("T.reduce_bitxor", buffer, out, "bitxor", dim, clear, batch, False, annotations)
+
+
+def _reduce(
+    what: str,
+    buffer: Any,
+    out: Any,
+    reduce_type: Any,
+    dim: Any,
+    clear: Any,
+    batch: Any,
+    nan_propagate: Any,
+    annotations: Any,
+) -> None:
+    trace = tile_op(what)
+    refuse(what, batch=(batch, 1), annotations=(annotations, None))
+    kind = _kind(what, reduce_type)
+    source, target = _tile(what, buffer, "the tile"), _tile(what, out, "`out`")
+    axis = _axis(what, dim, source)
+    _check_shapes(what, source, target, axis)
+    _check_dtypes(what, kind, source.buffer, target.buffer)
+    trace.add(
+        Reduce(
+            src=source,
+            dst=target,
+            kind=kind,
+            axis=axis,
+            clear=_flag(what, clear, "clear"),
+            keeps_nan=_flag(what, nan_propagate, "nan_propagate"),
+            span=caller_span(),
+        )
+    )
+
+
+def _kind(what: str, name: Any) -> ReduceKind:
+    if isinstance(name, str) and name in tuple(ReduceKind):
+        return ReduceKind(name)
+    names = ", ".join(f'"{kind}"' for kind in ReduceKind)
+    raise ArgumentError(f"{what}: reduce_type is {name!r}.", hint=f"It is one of {names}.")
+
+
+def _flag(what: str, x: Any, name: str) -> bool:
+    if isinstance(x, bool) or (isinstance(x, int) and x in (0, 1)):
+        return bool(x)
+    raise ArgumentTypeError(f"{what}: {name} is {x!r}; it must be True or False while tracing.")
+
+
+def _tile(what: str, x: Any, role: str) -> Region:
+    side = as_side(x, what, role)
+    if isinstance(side, Start):
+        raise ShapeError(
+            f"{what}: {role} is one element of `{side.buffer.name}`.",
+            hint=f"Pass `{side.buffer.name}` itself, or a slice of it.",
+        )
+    scope = side.scope if isinstance(side, Buffer) else side.buffer.scope
+    owner = side if isinstance(side, Buffer) else side.buffer
+    if isinstance(side, Buffer) or scope not in (Scope.SHARED, Scope.FRAGMENT):
+        raise ArgumentError(
+            f"{what}: {role} is in {scope.words}, but it has to be in a fragment or shared memory.",
+            related=[_origin(owner)],
+            hint="Copy it to a fragment with T.copy first."
+            if role != "`out`"
+            else "Reduce to a fragment, and copy that with T.copy.",
+        )
+    return side
+
+
+def _origin(buffer: Buffer) -> tuple[Span | None, str]:
+    return buffer.span, f"{buffer.name} comes from here"
+
+
+def _axis(what: str, dim: Any, source: Region) -> int:
+    rank = len(source.shape)
+    if not is_integer(dim):
+        raise ArgumentTypeError(f"{what}: dim is {dim!r}, not an integer.")
+    if not -rank <= int(dim) < rank:
+        raise ArgumentError(
+            f"{what}: dim is {dim}, but `{source.buffer.name}` is {shape_text(source.shape)}.",
+            related=[_origin(source.buffer)],
+        )
+    return int(dim) % rank
+
+
+def _check_shapes(what: str, source: Region, target: Region, axis: int) -> None:
+    gone, kept = result_shapes(source.shape, axis)
+    if target.shape in (gone, kept):
+        return
+    wanted = [shape_text(shape) for shape in (gone, kept) if shape]
+    raise ShapeError(
+        f"{what}: `{source.buffer.name}` is {shape_text(source.shape)} and dim is {axis}, so `out` "
+        f"is {' or '.join(wanted)}, but `{target.buffer.name}` is {shape_text(target.shape)}.",
+        related=[_origin(source.buffer), _origin(target.buffer)],
+    )
+
+
+def _check_dtypes(what: str, kind: ReduceKind, source: Buffer, target: Buffer) -> None:
+    related = [_origin(source), _origin(target)]
+    a, b = source.dtype, target.dtype
+    if kind.is_bitwise and (a.is_float or a is not b):
+        raise DTypeError(
+            f"{what}: combines bits of integers or bool, but `{source.name}` is {a} "
+            f"and `{target.name}` {b}.",
+            related=related,
+            hint="Give both the same integer dtype.",
+        )
+    if b.is_bool and kind.combine == "add":
+        raise DTypeError(
+            f"{what}: `{target.name}` is bool, which holds no sum.",
+            related=related,
+            hint="Allocate it as int32, or use T.reduce_bitor.",
+        )
+    if not _holds(b, a):
+        raise DTypeError(
+            f"{what}: `{source.name}` is {a}, whose values `{target.name}` of {b} does not hold.",
+            related=related,
+            hint=f'Allocate `{target.name}` as "{int32 if a is bool_ else a}".',
+        )
+
+
+def _holds(target: DType, source: DType) -> bool:
+    """Whether results of one dtype may be kept in another: any float in any float."""
+    if target.is_float:
+        return True
+    return not source.is_float and (target is source or _promoted(target, source) is target)
+
+
+def _promoted(a: DType, b: DType) -> DType | None:
+    try:
+        return promote(a, b)
+    except DTypeError:
+        return None

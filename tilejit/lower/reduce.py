@@ -1,0 +1,128 @@
+"""Emitters of reductions: registers first, then lanes of a warp by shuffles, then warps through
+shared memory.
+
+Knows fragment digits and shuffles. Does not know why a fragment lies as it does. What is combined
+with what depends on the layout alone, so two runs give the same bits; in every step both threads
+of a pair compute the same, so all copies of a result are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilejit.dtypes import DType, uint32, uint64
+from tilejit.ir.expr import Expr, index
+from tilejit.ir.node import Node
+from tilejit.isa.machine import Value
+from tilejit.isa.special import shuffle
+from tilejit.layout.reduction import Reduction
+from tilejit.lower.emit import Points
+from tilejit.lower.index import coordinates, thread_part
+from tilejit.lower.tiles import TileEmitter
+from tilejit.ops.reduce import Reduce, identity
+
+
+class ReduceEmitter(TileEmitter):
+    """Reductions of fragments."""
+
+    def emit_tile(self, node: Node, points: Points) -> None:
+        if isinstance(node, Reduce):
+            with self.scope():
+                self.emit_reduce(node)
+        else:
+            super().emit_tile(node, points)
+
+    def emit_reduce(self, node: Reduce) -> None:
+        fragments, dtype = self.kernel.fragments, node.accumulator
+        target = fragments[node.dst.buffer]
+        reduction = node.reduction(fragments[node.src.buffer])
+        results = self._in_threads(node, reduction)
+        for step in reduction.steps:
+            others = [self._from_lane(v, step, dtype) for v in results]
+            results = [self._pair(node, a, b) for a, b in zip(results, others, strict=True)]
+        if reduction.groups > 1:
+            results = self._in_groups(node, reduction, results)
+        place = target.register_of(reduction.result)
+        results = [results[p] for p in place]
+        held = self.state[node.dst.buffer]
+        if not node.clear:
+            old = self.m.cast(held, node.dst.buffer.dtype, dtype)
+            results = [self._pair(node, a, b) for a, b in zip(old, results, strict=True)]
+        held[:] = self.m.cast(results, dtype, node.dst.buffer.dtype)
+
+    def _in_threads(self, node: Reduce, reduction: Reduction) -> list[Value]:
+        """Of each register of the result, what the thread's own elements give."""
+        m, dtype, layout = self.m, node.accumulator, reduction.source
+        values = m.cast(self.state[node.src.buffer], node.src.buffer.dtype, dtype)
+        if node.kind.is_absolute and dtype.is_signed:
+            values = [m.unary("abs", v, dtype) for v in values]
+        if reduction.is_padded:
+            nothing = m.const(identity(node.kind, dtype, keeps_nan=node.keeps_nan), dtype)
+            parts, extent = thread_part(layout, self.thread), index(layout.shape[node.axis])
+            for register, value in enumerate(values):
+                at = coordinates(layout, parts, register)[node.axis]
+                exists = self.inside(at, extent)
+                if exists is not None:
+                    values[register] = m.select(exists, value, nothing)
+        groups: dict[tuple[int, ...], list[tuple[int, Value]]] = {}
+        for register, value in enumerate(values):
+            part = layout.register_part(register)
+            groups.setdefault(reduction.result_part(part), []).append((part[node.axis], value))
+        order = [reduction.result.register_part(r) for r in range(reduction.result.registers)]
+        along = [[v for _, v in sorted(groups[part], key=lambda e: e[0])] for part in order]
+        return [self._tree(node, mine) for mine in along]
+
+    def _tree(self, node: Reduce, values: Sequence[Value]) -> Value:
+        """All combined, neighbours first: few values are under way at a time, and errors of sums
+        grow with the tree's height."""
+        if len(values) == 1:
+            return values[0]
+        middle = len(values) // 2
+        return self._pair(
+            node, self._tree(node, values[:middle]), self._tree(node, values[middle:])
+        )
+
+    def _pair(self, node: Reduce, a: Value, b: Value) -> Value:
+        m, dtype = self.m, node.accumulator
+        result = m.binary(node.kind.combine, a, b, dtype)
+        if not (node.keeps_nan and node.kind.is_extreme and dtype.is_float):
+            return result
+        for value in (b, a):
+            result = m.select(m.unary("isnan", value, dtype), value, result)
+        return result
+
+    # ---- between threads --------------------------------------------------------------------
+
+    def _from_lane(self, value: Value, step: int, dtype: DType) -> Value:
+        """The value of the lane whose number differs by the bit `step`."""
+        m = self.m
+        distance = m.const(step, uint32)
+        if dtype.bits == 32:
+            word = m.bitcast(value, dtype, uint32) if dtype is not uint32 else value
+            (word,) = m.issue(shuffle("bfly"), [word, distance])
+            return m.bitcast(word, uint32, dtype) if dtype is not uint32 else word
+        bits = m.bitcast(value, dtype, uint64) if dtype is not uint64 else value
+        half = m.const(32, uint64)
+        words = m.cast([bits, m.binary("shr", bits, half, uint64)], uint64, uint32)
+        moved = [m.issue(shuffle("bfly"), [word, distance])[0] for word in words]
+        low, high = m.cast(moved, uint32, uint64)
+        bits = m.binary("or", low, m.binary("shl", high, half, uint64), uint64)
+        return m.bitcast(bits, uint64, dtype) if dtype is not uint64 else bits
+
+    def _in_groups(self, node: Reduce, reduction: Reduction, values: list[Value]) -> list[Value]:
+        """Each group of threads writes its part; all read the parts of their results."""
+        scratch, dtype, layout = node.scratch, node.accumulator, reduction.partials
+        assert scratch is not None and dtype.bits in (32, 64), "layouts did not run"
+        parts = thread_part(layout, self.thread)
+        first = self.replica(layout)
+        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
+        exist = [self.bounds(layout, at) for at in places]
+        for at, value, inside in zip(places, values, exist, strict=True):
+            self.m.store(self.address(scratch, at), [value], dtype, self.both(inside, first))
+        self.meet()
+        results = []
+        for at, inside in zip(places, exist, strict=True):
+            start: tuple[Expr, ...] = (*at[:-1], index(0))
+            loaded = self.m.load(self.address(scratch, start), dtype, reduction.groups, inside)
+            results.append(self._tree(node, loaded))
+        return results

@@ -1,0 +1,96 @@
+"""Reductions: tiles that are no fragments go through fragments, and axes that span warps through
+shared memory.
+
+Knows what a reduction asks of its fragments' layouts. Does not know PTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from tilejit.ir.buffer import Buffer, Region, Scope, whole
+from tilejit.ir.expr import index
+from tilejit.ir.node import Node
+from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.layout.fragment import FragmentLayout
+from tilejit.layout.reduction import Reduction
+from tilejit.ops.copy import Copy
+from tilejit.ops.reduce import Reduce
+
+
+def in_fragments(node: Reduce) -> list[Node]:
+    """The reduction of a whole fragment to a whole fragment, with the copies that it takes."""
+    before: list[Node] = []
+    after: list[Node] = []
+    source, target = node.src, node.dst
+    if not _is_fragment(source):
+        source = _fragment_for(source, "held")
+        before.append(_copy(node.src, source, node))
+    if not _is_fragment(target):
+        target = _fragment_for(target, "reduced")
+        if not node.clear:
+            before.append(_copy(node.dst, target, node))
+        after.append(_copy(target, node.dst, node))
+    return [*before, replace(node, src=source, dst=target), *after]
+
+
+def _is_fragment(region: Region) -> bool:
+    return region.buffer.scope is Scope.FRAGMENT and region.is_whole
+
+
+def _fragment_for(region: Region, suffix: str) -> Region:
+    """A whole fragment of the region's shape."""
+    like = region.buffer
+    return whole(
+        Buffer(
+            name=f"{like.name}_{suffix}",
+            shape=tuple(index(n) for n in region.shape),
+            dtype=like.dtype,
+            scope=Scope.FRAGMENT,
+            span=like.span,
+        )
+    )
+
+
+def _copy(source: Region, target: Region, node: Node) -> Copy:
+    atom = CopyAtom(CopyMethod.REGISTERS, 1)
+    return Copy(src=source, dst=target, atom=atom, span=node.span)
+
+
+def result_layout(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> FragmentLayout | None:
+    """Where the result is, once it is known where its elements are."""
+    source = layouts.get(node.src.buffer)
+    return None if source is None or source.flat else node.reduction(source).result
+
+
+def axis_of(reductions: Iterable[Reduce], buffers: Iterable[Buffer]) -> int | None:
+    """The axis along which the first of the fragments that is reduced is, None where none is."""
+    wanted = set(buffers)
+    return next((n.axis for n in reductions if n.src.buffer in wanted), None)
+
+
+def with_scratch(node: Reduce, reduction: Reduction) -> Reduce:
+    """The reduction with shared memory for the parts of its results, where it takes any."""
+    if reduction.groups == 1:
+        return node
+    scratch = Buffer(
+        name=f"{node.dst.buffer.name}_parts",
+        shape=tuple(index(n) for n in reduction.partials.shape),
+        dtype=node.accumulator,
+        scope=Scope.SHARED,
+        span=node.span,
+    )
+    return replace(node, scratch=scratch)
+
+
+def note_of(node: Reduce, reduction: Reduction) -> str:
+    """What explain() says of the reduction."""
+    held, lanes, groups = reduction.registers, reduction.lanes, reduction.groups
+    how = [f"{held} register{'s' if held > 1 else ''} a result"]
+    if lanes > 1:
+        how.append(f"{lanes} lanes by shuffles")
+    if groups > 1:
+        what = "warps" if reduction.is_by_warps else "threads"
+        how.append(f"{groups} {what} through shared memory")
+    return f"reduce_{node.kind} {node.src.buffer.name} -> {node.dst.buffer.name}: " + ", ".join(how)
