@@ -178,3 +178,41 @@ def test_few_tiles_have_no_turns(monkeypatch):
     spec = T.Tensor((256, 256), "bfloat16")
     with options(target="sm_90a"):
         assert TURNS not in explained(matmul, spec, spec, spec)
+
+
+@tilejit
+def normalised(A: T.Tensor, B: T.Tensor, D: T.Tensor):
+    """Sums of products of which each block of K is divided by its greatest."""
+    M, K = A.shape
+    N = B.shape[1]
+    with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 64), threads=128) as (bx, by):
+        a = T.alloc_shared((64, 64), A.dtype)
+        b = T.alloc_shared((64, 64), B.dtype)
+        part = T.alloc_fragment((64, 64), "float32")
+        total = T.alloc_fragment((64, 64), "float32")
+        most = T.alloc_fragment((64,), "float32")
+        T.clear(total)
+        for k in T.Pipelined(T.ceildiv(K, 64)):
+            T.copy(A[by * 64, k * 64], a)
+            T.copy(B[k * 64, bx * 64], b)
+            T.clear(part)
+            T.gemm(a, b, part)
+            T.reduce_absmax(part, most, dim=1)
+            for i, j in T.Parallel(64, 64):
+                total[i, j] += part[i, j] / T.max(most[i], 1e-30)
+        T.copy(total, D[by * 64, bx * 64])
+
+
+def test_loops_that_reduce_between_multiplies_have_no_turns(hopper, rng):
+    """A team would keep its turn while it reduces."""
+    a, b = operand(rng, (192, 128), BF16), operand(rng, (128, 128), BF16)
+    d = hopper(normalised, a, b, out=[((192, 128), "float32")])
+    exact = np.zeros((192, 128))
+    for k in (0, 64):
+        part = a[:, k : k + 64].astype(np.float64) @ b[k : k + 64].astype(np.float64)
+        for x in (0, 64):
+            most = np.abs(part[:, x : x + 64]).max(axis=1, keepdims=True)
+            exact[:, x : x + 64] += part[:, x : x + 64] / most
+    assert_near(d, exact, 1e-5)
+    text = explained(normalised, a, b, T.Tensor((192, 128), "float32"))
+    assert "slots of a, b by TMA" in text and TURNS not in text

@@ -27,6 +27,7 @@ from tilejit.passes.registers import (
     consumer_registers,
     launch_registers,
 )
+from tilejit.passes.teams import reduces_between
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
 from tilejit.target import Target
 
@@ -219,7 +220,7 @@ class _Planner:
             memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
-            has_turns=bool(brought) and threads == GROUP,
+            has_turns=bool(brought) and threads == GROUP and not reduces_between(self.kernel),
             is_late=bool(brought) and self.is_late(),
             scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
@@ -281,6 +282,7 @@ class _Planner:
         tiles = math.prod(nominal(e) for e in self.kernel.grid)
         has_turns = groups == 1 and any(isinstance(n, Copy) and n.is_tma for n in node.body)
         has_turns = has_turns and tiles >= 2 * chip.multiprocessors
+        has_turns = has_turns and not reduces_between(self.kernel)
         issue = ISSUE_CLOCKS if groups < 2 and not has_turns else 0.0
         slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
         slab = max(1.0, *slabs, 1.0)  # of K, in lines of memory

@@ -15,6 +15,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Node, walk
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.ops.reduce import Reduce
 from tilejit.passes.nominal import nominal
 from tilejit.passes.registers import GROUP, SPARE_REGISTERS, consumer_registers
 
@@ -23,8 +24,8 @@ FEWEST_TILES = 2  # of a block, for teams to have turns
 
 
 def team_count(kernel: Kernel, brought: Sequence[Copy]) -> int:
-    """Two where one warpgroup works on a tile, blocks have several, and the teams would share
-    nothing but what is brought for them; else one.
+    """Two where one warpgroup works on a tile and does little but multiply, blocks have several,
+    and the teams would share nothing but what is brought for them; else one.
 
     Needs: atoms, layouts.
     """
@@ -34,7 +35,7 @@ def team_count(kernel: Kernel, brought: Sequence[Copy]) -> int:
     if set(kernel.shared) - {c.dst.buffer for c in brought}:
         return 1
     gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
-    if not gemms or not all(n.is_async for n in gemms):
+    if not gemms or not all(n.is_async for n in gemms) or reduces_between(kernel):
         return 1
     words = sum(math.prod(b.extents) * b.dtype.bytes / 4 for b in kernel.scoped(Scope.FRAGMENT))
     if words / GROUP > consumer_registers(TEAMS * GROUP) - SPARE_REGISTERS:
@@ -43,6 +44,17 @@ def team_count(kernel: Kernel, brought: Sequence[Copy]) -> int:
     if tiles < FEWEST_TILES * kernel.target.chip.multiprocessors:
         return 1
     return TEAMS if all(times(kernel.body, c) is not None for c in brought) else 1
+
+
+def reduces_between(kernel: Kernel) -> bool:
+    """Whether a loop reduces tiles between its multiplies: a team would keep its turn meanwhile,
+    and the tensor cores would idle."""
+    for loop in walk(kernel.body):
+        if isinstance(loop, For):
+            inside = list(walk(loop.body))
+            if any(isinstance(n, Gemm) for n in inside):
+                return any(isinstance(n, Reduce) for n in inside)
+    return False
 
 
 def times(body: Body, copy: Copy) -> Expr | None:
