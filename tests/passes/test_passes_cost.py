@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -12,6 +13,7 @@ import pytest
 import tilejit.language as T
 from tilejit import tilejit
 from tilejit.passes import cost, select
+from tilejit.runtime.choose import WORTH
 from tilejit.target import as_target
 
 HOPPER = as_target("sm_90a")
@@ -73,13 +75,21 @@ def test_estimates_are_near_what_was_measured(size):
     assert statistics.pstdev(map(math.log, ratios)) < 0.12
 
 
+# the order in which examples/matmul.py offers tiles, which decides between nearly equal ones
+OFFERED = list(itertools.product((128, 64, 256), (128, 256, 64, 192, 320, 32)))
+
+
 @pytest.mark.parametrize("size", [s for s in MEASURED if len(MEASURED[s]) > 1], ids=str)
-def test_what_is_estimated_fastest_is_nearly_the_fastest(size):
-    pairs = []
-    for BM, BN, warpgroups, parts, measured in MEASURED[size]:
-        plan = planned(*size, BM, BN, warpgroups)
-        pairs.append((plan.estimate(parts).seconds, measured))
-    assert min(pairs)[1] <= 1.07 * min(measured for _, measured in pairs)
+def test_what_is_chosen_is_nearly_the_fastest(size):
+    """By T.auto's rule: a later tile must be estimated faster by some per cent to be taken."""
+    best = None
+    for BM, BN, warpgroups, parts, measured in sorted(
+        MEASURED[size], key=lambda case: OFFERED.index(case[:2])
+    ):
+        seconds = planned(*size, BM, BN, warpgroups).estimate(parts).seconds
+        if best is None or seconds < best[0] * WORTH:
+            best = seconds, measured
+    assert best[1] <= 1.06 * min(measured for *_, measured in MEASURED[size])
 
 
 def test_tile_that_does_not_fit_is_refused_with_a_reason():

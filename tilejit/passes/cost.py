@@ -18,7 +18,7 @@ from tilejit.isa.mma import WARP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
-from tilejit.passes.late import can_wait
+from tilejit.passes.late import STRIP_ROW, can_wait
 from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.registers import (
     GROUP,
@@ -27,7 +27,7 @@ from tilejit.passes.registers import (
     consumer_registers,
     launch_registers,
 )
-from tilejit.passes.teams import reduces_between
+from tilejit.passes.teams import FEWEST_TILES, reduces_between
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
 from tilejit.target import Target
 
@@ -56,7 +56,6 @@ UNWRITTEN_BYTES = 20e6  # in the L2 cache from before, which make room as others
 MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
-STRIP_ROW_BYTES = 128  # of a row of results, that leave at once
 FMA_A_CLOCK = 64  # without tensor cores
 REDUCE_A_CLOCK = 64  # elements that reductions combine
 TRADE_CLOCKS = 200  # of a reduction, until lanes and warps have traded
@@ -100,7 +99,7 @@ class Plan:
     loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
     sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds. scatter: how
     much longer memory takes because it is read in small pieces. has_turns: two teams of consumers
-    take turns, if a block has several tiles. is_late: a tile's results leave during the next one's
+    take turns. is_late: a tile's results leave during the next one's
     multiplies.
     """
 
@@ -126,7 +125,7 @@ class Plan:
         here = min(self.at_once, math.ceil(units / chip.multiprocessors))
         throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
         each = max(each, throughput)
-        if self.has_turns and parts == 1 and units >= 2 * chip.multiprocessors:
+        if self.has_turns and parts == 1:
             each = max(self.loop.clocks, each / 2)
         if self.is_late and parts == 1:
             each = self.loop.clocks + KEPT_CLOCKS
@@ -172,6 +171,7 @@ class _Planner:
     slots: int = 1
     arrival: float = ARRIVAL_CLOCKS
     least: float = 0.0
+    has_turns: bool = False
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -204,6 +204,9 @@ class _Planner:
                 )
             )
         tiles = math.prod(nominal(e) for e in self.kernel.grid)
+        is_enough = tiles >= FEWEST_TILES * self.target.chip.multiprocessors
+        self.has_turns = bool(brought) and threads == GROUP and is_enough
+        self.has_turns &= not reduces_between(self.kernel)
         memory = self.memory_bytes()
         self.visit(self.kernel.body)
         reads = max(1.0, tiles * self.loop.brought)
@@ -220,7 +223,7 @@ class _Planner:
             memory_bytes=memory,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
-            has_turns=bool(brought) and threads == GROUP and not reduces_between(self.kernel),
+            has_turns=self.has_turns,
             is_late=bool(brought) and self.is_late(),
             scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
@@ -232,7 +235,7 @@ class _Planner:
             return False
         scopes = copy.src.buffer.scope, copy.dst.buffer.scope
         row = copy.src.extents[-1] * copy.dst.buffer.dtype.bytes
-        strips = math.ceil(row / STRIP_ROW_BYTES)
+        strips = math.ceil(row / STRIP_ROW)
         return scopes == (Scope.FRAGMENT, Scope.GLOBAL) and can_wait(self.kernel, copy, strips)
 
     def shared_bytes(self) -> tuple[int, int]:
@@ -279,11 +282,7 @@ class _Planner:
         transfer = inner.brought / chip.brought_bytes
         arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
-        tiles = math.prod(nominal(e) for e in self.kernel.grid)
-        has_turns = groups == 1 and any(isinstance(n, Copy) and n.is_tma for n in node.body)
-        has_turns = has_turns and tiles >= 2 * chip.multiprocessors
-        has_turns = has_turns and not reduces_between(self.kernel)
-        issue = ISSUE_CLOCKS if groups < 2 and not has_turns else 0.0
+        issue = ISSUE_CLOCKS if groups < 2 and not self.has_turns else 0.0
         slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
         slab = max(1.0, *slabs, 1.0)  # of K, in lines of memory
         piece = inner.brought / slab

@@ -21,12 +21,11 @@ from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bulk import refused
-from tilejit.passes.late import Late, can_wait
+from tilejit.passes.late import STRIP_ROW, Late, can_wait
 from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import ROWS, warpgroup_layout
 
-STRIP_BYTES = 128  # of a row: the widest swizzle
 MOST_STRIPS = 2
 FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
 
@@ -323,5 +322,5 @@ class _Stager:
 def _strips(node: Copy, atom: WgmmaAtom) -> tuple[int, list[tuple[int, int]]]:
     """The columns of a strip, and where in a warpgroup's part of the accumulator each lies."""
     columns = node.src.buffer.extents[1] // atom.groups_n
-    width = math.gcd(STRIP_BYTES // node.dst.buffer.dtype.bytes, atom.wgmma.n)
+    width = math.gcd(STRIP_ROW // node.dst.buffer.dtype.bytes, atom.wgmma.n)
     return width, [(r, c) for r in range(atom.rows) for c in range(columns // width)]

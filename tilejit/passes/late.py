@@ -35,6 +35,7 @@ from tilejit.passes.nominal import nominal
 from tilejit.passes.registers import SPARE_REGISTERS, consumer_registers
 from tilejit.passes.tiles import Walk
 
+STRIP_ROW = 128  # bytes of a row of results that are a strip's: the widest swizzle
 MOST_STRIPS = 8  # more make the kernel long
 FEWEST_TILES = 2  # of a block, for one to follow another
 # Functions whose polynomials' constants fill the registers beside an accumulator's

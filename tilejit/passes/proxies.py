@@ -64,12 +64,7 @@ class _Orderer:
     def node(self, node: Node, seen: Seen) -> tuple[Node, Seen]:
         if isinstance(node, Control) and node.op is ControlOp.FENCE_ASYNC:
             return node, frozenset()
-        if isinstance(node, Roles):
-            inner = [self.body(child, seen) for child in node.bodies]
-            return node.with_bodies(*(body for body, _ in inner)), seen.union(
-                *(left for _, left in inner)
-            )
-        if isinstance(node, If | OneThread):
+        if isinstance(node, Roles | If | OneThread):
             inner = [self.body(child, seen) for child in node.bodies]
             return node.with_bodies(*(body for body, _ in inner)), seen.union(
                 *(left for _, left in inner)
