@@ -143,14 +143,16 @@ class GemmWait(Node):
     (PTX ISA, wgmma.wait_group).
 
     registers: decided by `sync`: the fragments that multiplies in flight may read or change.
+    operands: shared memory that the multiplies which are over then have read until now.
     """
 
     pending: int
     registers: tuple[Buffer, ...] = ()
+    operands: tuple[Buffer, ...] = ()
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
-        return self.registers
+        return (*self.registers, *self.operands)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:

@@ -11,8 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import int32
+from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index, variables
+from tilejit.ir.expr import (
+    Expr,
+    Var,
+    VarKind,
+    arith,
+    binary,
+    cast,
+    const,
+    index,
+    int_value,
+    variables,
+)
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
     Body,
@@ -26,16 +38,19 @@ from tilejit.ir.node import (
     Role,
     Roles,
     Store,
+    all_reads,
     all_writes,
     walk,
 )
-from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
+from tilejit.ir.substitution import substituted
+from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.ops.copy import BarrierSlot, Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
 from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.late import after, during, main_loop
+from tilejit.passes.overlap import Flight, Overlap, held_registers, overlaps
 from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.registers import GROUP
 from tilejit.passes.teams import team_count, times
@@ -45,6 +60,7 @@ from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
 TEAM_BARRIER = 14  # the hardware barrier of the first team
+TURN_BARRIER = 9  # of the first warpgroup that takes turns
 FEWEST_SLOTS = 2  # one is filled while the other is used; one alone where no two fit
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
@@ -103,6 +119,8 @@ class _Specialiser:
         self.notes: list[str] = []
         self.thread = self.kernel.thread_vars[0]
         self.cluster, self.axis = cluster_of(self.kernel, brought)
+        self.overlaps = overlaps(self.kernel, brought) if self.teams == 1 else {}
+        self.turning = 0  # warpgroups that take turns in a loop
 
     def run(self) -> Kernel:
         kernel = self.kernel
@@ -128,6 +146,10 @@ class _Specialiser:
             consumed = self._in_turn(consumed, channels)
             self.notes.append(f"{self.teams} teams of {kernel.num_threads} threads take turns")
         consumer += self._starts(channels)
+        if self.turning:  # as if the last one had just been
+            group = arith("floordiv", self.thread, GROUP)
+            is_last = arith("eq", group, self.turning - 1)
+            consumer.append(If(condition=is_last, then=(_turn_barrier(index(0), True),)))
         late = self.staging.late
         if late is None:
             consumer += walked.around(consumed, role)
@@ -269,7 +291,7 @@ class _Specialiser:
             if loop is not None and loop.kind is LoopKind.PIPELINED:
                 slots = free if loop.num_stages is None else loop.num_stages
             self._open(feed, slots, body)
-        if loop is not None:
+        if loop is not None and loop not in self.overlaps:
             self._defer(body)
         for node in body:
             inside = node if isinstance(node, For) else None
@@ -310,7 +332,7 @@ class _Specialiser:
         others_work = (groups - 1) / groups * sum(multiply_clocks(n) for n in gemms)
         if others_work >= ISSUE_CLOCKS:
             return
-        held = _registers_of(gemms)
+        held = held_registers(gemms)
         others = [n for n in body if not isinstance(n, Gemm | GemmWait)]
         if not channels or not gemms or any(touches(n, held) for n in others):
             return
@@ -408,12 +430,14 @@ class _Specialiser:
         if not node.bodies or isinstance(node, Gemm):
             return [node]
         loop = node if isinstance(node, For) else None
+        if loop is not None and loop in self.overlaps:
+            return self._overlapped(loop, self.overlaps[loop])
         inner = [self.consume(child, loop) for child in node.bodies]
         fresh = _serial(node).with_bodies(*inner)
         if loop is None or not any(c.is_deferred for c in self._channels_in(loop.body)):
             return [fresh]
         deferred = [c for c in self._channels_in(loop.body) if c.is_deferred]
-        registers = _registers_of([n for n in loop.body if isinstance(n, Gemm)])
+        registers = held_registers([n for n in loop.body if isinstance(n, Gemm)])
         ran = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
         result: list[Node] = [
             fresh,
@@ -423,6 +447,32 @@ class _Specialiser:
             loaded, last = _before(channel)
             result += [*loaded, *self._leave(channel, last, ran)]
         return result
+
+    # ---- rounds that overlap ----------------------------------------------------------------
+
+    def _overlapped(self, loop: For, overlap: Overlap) -> list[Node]:
+        """The first iteration's part that runs ahead, rounds of the next one's and their own, and
+        the rest of the last iteration."""
+        dtype, span = loop.var.dtype, loop.span
+        runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
+        mine = {v: _again(v) for n in overlap.repeated for v in n.defines}
+        following = cast(arith("add", loop.var, loop.step), dtype)
+        last = cast(_last(loop), dtype)
+        opening = _Round(self, loop, overlap, {True: {loop.var: cast(loop.start, dtype)}}, 0)
+        steady = _Round(self, loop, overlap, {True: {loop.var: following}, False: mine}, 1)
+        groups = self.kernel.num_threads // GROUP
+        if groups > 1 and overlap.has_turns:
+            steady.turns = groups
+            self.turning = groups
+            self.notes.append(f"{groups} warpgroups take turns to multiply in the loop at {span}")
+        closing = _Round(self, loop, overlap, {False: {loop.var: last, **mine}}, 0)
+        rest = cast(arith("sub", loop.stop, loop.step), dtype)
+        rounds = replace(_serial(loop), stop=rest, body=steady.body())
+        return [
+            *_where(runs, opening.body(), span),
+            rounds,
+            *_where(runs, closing.body(), span),
+        ]
 
     def _leave_late(
         self,
@@ -434,7 +484,7 @@ class _Specialiser:
         """Leave the slots of the iteration before: its multiplies are over when only this one's
         are not."""
         gemms = [n for n in body if isinstance(n, Gemm)]
-        wait = GemmWait(pending=len(gemms), registers=_registers_of(gemms), span=loop.span)
+        wait = GemmWait(pending=len(gemms), registers=held_registers(gemms), span=loop.span)
         result: list[Node] = [wait]
         has_before = arith("gt" if loop.step > 0 else "lt", loop.var, loop.start)
         for channel in deferred:
@@ -461,10 +511,113 @@ class _Specialiser:
         return [If(condition=condition, then=(arrive,), span=span)]
 
 
-def _registers_of(gemms: Sequence[Gemm]) -> tuple[Buffer, ...]:
-    """Fragments that multiplies in flight read or change."""
-    held = [r.buffer for g in gemms for r in (g.a, g.acc) if r.buffer.scope is Scope.FRAGMENT]
-    return tuple(dict.fromkeys(held))
+class _Round:
+    """A round of a loop whose rounds overlap, or the part of one before or after the loop.
+
+    mapping: for nodes that run ahead and for the others, what their variables become there; a part
+    that is not there has none. ahead: how many iterations the former are in front of the latter.
+    """
+
+    def __init__(
+        self,
+        owner: _Specialiser,
+        loop: For,
+        overlap: Overlap,
+        mapping: dict[bool, dict[Var, Expr]],
+        ahead: int,
+    ) -> None:
+        self.owner = owner
+        self.overlap = overlap
+        self.mapping = mapping
+        self.ahead = ahead
+        self.channels = owner._channels_in(loop.body)
+        self.flight = Flight(overlap.made)
+        self.slots: dict[tuple[_Channel, bool], Var] = {}
+        self.readers: dict[tuple[_Channel, bool], list[Gemm]] = {}
+        self.turns = 0
+
+    def body(self) -> Body:
+        order = [(n, ahead) for n, ahead in self.overlap.order if ahead in self.mapping]
+        last = {(c, ahead): n for n, ahead in order for c in self.channels if _reads(n, c)}
+        multiplies = [n for n in self.overlap.turn if self.turns]
+        for node, is_ahead in order:
+            if node in multiplies[:1]:
+                self.flight.add(_turn_barrier(self._group(), False))
+            mine = [c for c in self.channels if _reads(node, c)]
+            for channel in mine:
+                if (channel, is_ahead) not in self.slots:
+                    self._open(channel, is_ahead)
+            fresh = node
+            for channel in mine:
+                fresh = into_slot(fresh, channel.slotted, self.slots[channel, is_ahead])
+            (fresh,) = substituted((fresh,), self.mapping[is_ahead])
+            self.flight.add(fresh)
+            for channel in mine:
+                if isinstance(fresh, Gemm):
+                    self.readers.setdefault((channel, is_ahead), []).append(fresh)
+                if last[channel, is_ahead] is node and is_ahead is self._ends_ahead(channel):
+                    self._leave(channel, is_ahead)
+            if node in multiplies[-1:]:
+                following = arith("floormod", arith("add", self._group(), 1), self.turns)
+                self.flight.add(_turn_barrier(following, True))
+        self.flight.land()
+        return tuple(self.flight.nodes)
+
+    def _group(self) -> Expr:
+        return arith("floordiv", self.owner.thread, GROUP)
+
+    def _stages(self, channel: _Channel) -> set[bool]:
+        """Whether nodes that run ahead use the channel's tiles, and whether others do."""
+        return {ahead for n, ahead in self.overlap.order if _reads(n, channel)}
+
+    def _ends_ahead(self, channel: _Channel) -> bool:
+        return self._stages(channel) == {True}
+
+    def _open(self, channel: _Channel, is_ahead: bool) -> None:
+        """Find the slot, and wait for its tile where that has not been done an iteration ago."""
+        crosses = self._stages(channel) == {True, False}
+        skipped = self.ahead if crosses and is_ahead else 0
+        opened, slot, parity = _turn(channel, channel.used, skipped)
+        self.slots[channel, is_ahead] = slot
+        self.flight.add(*opened)
+        if is_ahead or not crosses:
+            span = channel.feed.copies[0].span
+            self.flight.add(BarrierWait(barrier=channel.full, slot=slot, parity=parity, span=span))
+
+    def _leave(self, channel: _Channel, is_ahead: bool) -> None:
+        slot = self.slots[channel, is_ahead]
+        left = [*self.owner._leave(channel, slot), *_count(channel.used, slot)]
+        self.flight.after(self.readers.get((channel, is_ahead), ()), left)
+
+
+def _turn_barrier(group: Expr, is_arrival: bool) -> SyncThreads:
+    """Where a warpgroup waits for its turn, and another one says that it has come."""
+    number = arith("add", group, TURN_BARRIER)
+    return SyncThreads(inserted=True, number=number, threads=2 * GROUP, is_arrival=is_arrival)
+
+
+def _reads(node: Node, channel: _Channel) -> bool:
+    return any(b.root in channel.feed.buffers for b in all_reads(node))
+
+
+def _again(var: Var) -> Var:
+    return Var(var.name, var.dtype, var.kind, var.low, var.high)
+
+
+def _last(loop: For) -> Expr:
+    """The variable's value in the last iteration."""
+    if abs(loop.step) == 1:
+        return arith("sub", loop.stop, loop.step)
+    span = arith("sub", arith("sub", loop.stop, loop.start), 1 if loop.step > 0 else -1)
+    rounds = arith("floordiv", span, loop.step)
+    return arith("add", loop.start, arith("mul", rounds, loop.step))
+
+
+def _where(condition: Expr, body: Body, span: Span | None) -> list[Node]:
+    known = int_value(condition)
+    if known is not None:
+        return list(body) if known else []
+    return [If(condition=condition, then=body, span=span)]
 
 
 def _leaves_at(channel: _Channel, body: Body) -> int:
@@ -497,9 +650,11 @@ def _zeros(counters: object) -> list[Node]:
     ]
 
 
-def _turn(channel: _Channel, counter: Buffer) -> tuple[list[Node], Var, Expr]:
-    """The slot whose turn it is, and the parity of how often it has been filled before."""
-    count = Var(counter.name, int32, VarKind.VALUE, index(0))
+def _turn(channel: _Channel, counter: Buffer, skipped: int = 0) -> tuple[list[Node], Var, Expr]:
+    """The slot whose turn it is, or will be after so many turns, and the parity of how often it has
+    been filled before."""
+    loaded = Var(counter.name, int32, VarKind.VALUE, index(0))
+    count = arith("add", loaded, skipped) if skipped else loaded
     if channel.slots == 1:
         slot = Var(f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(0))
         which: Expr = const(0, int32)
@@ -509,7 +664,7 @@ def _turn(channel: _Channel, counter: Buffer) -> tuple[list[Node], Var, Expr]:
         which = arith("floormod", count, channel.slots)
         turn = arith("floordiv", count, channel.slots)
     nodes: list[Node] = [
-        Load(out=count, buffer=counter, index=(index(0),)),
+        Load(out=loaded, buffer=counter, index=(index(0),)),
         Let(var=slot, value=which),
     ]
     return nodes, slot, binary("and", turn, const(1))
