@@ -49,6 +49,7 @@ class Chip:
 
     multiprocessors, clock (GHz under load): of the whole chip. memory_bytes: a clock, of the whole
     chip from its memory. brought_bytes: a clock, from the L2 cache to a multiprocessor.
+    cache_bytes: of the L2 cache.
     tensor_macs: multiply-adds of 16-bit operands a clock in a multiprocessor's tensor cores, into
     float32. unpacks_fp8: mma.sync turns fp8 operands into float16 first.
     Sources: NVIDIA's architecture whitepapers; `brought_bytes` of sm_90a is measured.
@@ -59,6 +60,7 @@ class Chip:
     memory_bytes: float
     brought_bytes: float
     tensor_macs: int
+    cache_bytes: int
     unpacks_fp8: bool = False
 
 
@@ -91,12 +93,12 @@ class Target:
         return self.name
 
 
-_A100 = Chip(108, 1.41, 1100, 45, 1024)
-_RTX3090 = Chip(82, 1.7, 550, 28, 256)
-_RTX4090 = Chip(128, 2.5, 400, 32, 256)
-_H100 = Chip(132, 1.65, 2000, 54, 2048, unpacks_fp8=True)
-_B200 = Chip(148, 1.85, 4200, 60, 1024, unpacks_fp8=True)
-_RTX5090 = Chip(170, 2.4, 740, 32, 256)
+_A100 = Chip(108, 1.41, 1100, 45, 1024, 40 << 20)
+_RTX3090 = Chip(82, 1.7, 550, 28, 256, 6 << 20)
+_RTX4090 = Chip(128, 2.5, 400, 32, 256, 72 << 20)
+_H100 = Chip(132, 1.65, 2000, 54, 2048, 50 << 20, unpacks_fp8=True)
+_B200 = Chip(148, 1.85, 4200, 60, 1024, 126 << 20, unpacks_fp8=True)
+_RTX5090 = Chip(170, 2.4, 740, 32, 256, 96 << 20)
 
 TARGETS: dict[str, Target] = {
     t.name: t

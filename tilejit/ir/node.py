@@ -179,11 +179,14 @@ class While(Node):
     """Run `test` (loads the condition needs), leave when `condition` is false, else run `body`.
 
     bodies are (test, body); variables defined in `test` are visible in `body`.
+
+    is_tiles: it is the loop over the tiles that a block computes, as `LoopKind.TILES`.
     """
 
     test: Body = ()
     condition: Expr
     body: Body = ()
+    is_tiles: bool = False
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
@@ -196,6 +199,13 @@ class While(Node):
     def with_bodies(self, *bodies: Body) -> Node:
         test, body = bodies
         return dataclasses.replace(self, test=test, body=body)
+
+
+def is_over_tiles(node: Node) -> bool:
+    """True for the loop over the tiles that a block computes one after the other."""
+    if isinstance(node, While):
+        return node.is_tiles
+    return isinstance(node, For) and node.kind is LoopKind.TILES
 
 
 @dataclass(frozen=True, slots=True)

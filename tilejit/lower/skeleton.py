@@ -25,13 +25,13 @@ from tilejit.ir.node import (
     For,
     If,
     Load,
-    LoopKind,
     Node,
     Parallel,
     Role,
     Roles,
     Store,
     While,
+    is_over_tiles,
     walk,
 )
 from tilejit.ir.parts import part_kernel
@@ -366,7 +366,7 @@ class _Skeleton:
             bool_,
         )
         self.line(f"while {more}:")
-        self._nested(node.body, is_region=node.kind is LoopKind.TILES)
+        self._nested(node.body, is_region=is_over_tiles(node))
         self.depth += 1
         following = self.expression(
             f"next_{hint}",
@@ -399,6 +399,8 @@ class _Skeleton:
         )
         self.line(f"if {condition}:")
         self.lines.append("    " * (self.depth + 1) + "break")
+        if node.is_tiles:
+            self._define_state(node.body)
         self.body((n,) for n in node.body)
         self.depth -= 1
 
@@ -549,9 +551,7 @@ def _parameter_slot(param: Param) -> Slot:
 def _inner_regions(body: Body) -> Iterator[Body]:
     """The bodies inside that are entered anew: roles', and of loops over tiles."""
     for node in body:
-        is_region = isinstance(node, Roles) or (
-            isinstance(node, For) and node.kind is LoopKind.TILES
-        )
+        is_region = isinstance(node, Roles) or is_over_tiles(node)
         for inner in node.bodies:
             if is_region:
                 yield inner

@@ -158,7 +158,9 @@ class _Parting:
     def late(self) -> set[Node]:
         """What cannot run ahead: multiplies of operands that threads make, and what their results,
         or what else is late, decides."""
-        late = {n for n in self.nodes if isinstance(n, Gemm) and self.operands(n) & self.changed}
+        late: set[Node] = {
+            n for n in self.nodes if isinstance(n, Gemm) and self.operands(n) & self.changed
+        }
         grown = True
         while grown:
             grown = False

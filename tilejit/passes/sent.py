@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from tilejit.ir.analysis import linear
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import variables
-from tilejit.ir.node import Atomic, For, LoopKind, Node, walk
+from tilejit.ir.node import Atomic, For, Node, is_over_tiles, walk
 from tilejit.ir.sync import Control, ControlOp
 from tilejit.ops.copy import Copy
 
@@ -34,7 +34,7 @@ def after_round(sent: Sent, own: Iterable[tuple[Buffer, Copy]], loop: Node) -> S
     own: what the loop's own nodes send. The tiles of a walk are blocks of the user's, which do not
     touch what others write.
     """
-    if isinstance(loop, For) and loop.kind is LoopKind.TILES:
+    if is_over_tiles(loop):
         return frozenset()
     again = {(tensor, copy) for tensor, copy in own if not _moves_on(copy, loop)}
     return sent - again | {(tensor, None) for tensor, copy in sent & again}

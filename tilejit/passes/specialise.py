@@ -52,9 +52,10 @@ from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.late import after, during, main_loop
 from tilejit.passes.overlap import Flight, Overlap, held_registers, overlaps
 from tilejit.passes.pipeline import into_slot, with_slots
+from tilejit.passes.queue import queue_walk, unevenness
 from tilejit.passes.registers import GROUP
 from tilejit.passes.teams import team_count, times
-from tilejit.passes.tiles import is_same_along, tile_walk, visit_number
+from tilejit.passes.tiles import Walk, is_same_along, tile_walk, visit_number
 from tilejit.passes.wgmma import multiply_clocks
 from tilejit.target import Target
 
@@ -127,7 +128,7 @@ class _Specialiser:
         self._open_channels(kernel.body, None, self._free_slots())
         produced = _prune(self.produce(kernel.body))
         consumed = self.consume(kernel.body, None)
-        walked = tile_walk(kernel, self.cluster, self.axis)
+        walked = self._walk()
         self.notes += walked.notes
         threads = kernel.num_threads * self.teams
         up, down = registers_of(kernel, self.teams)
@@ -182,6 +183,14 @@ class _Specialiser:
                 notes=(*kernel.notes, *self.notes),
             )
         )
+
+    def _walk(self) -> Walk:
+        """How blocks come to their tiles: in a fixed order, unless some tiles are longer."""
+        is_free = self.cluster == 1 and self.teams == 1 and self.staging.late is None
+        uneven = unevenness(self.kernel) if is_free and not self.kernel.given.panel else None
+        if uneven is not None:
+            return queue_walk(self.kernel, uneven)
+        return tile_walk(self.kernel, self.cluster, self.axis)
 
     # ---- teams ------------------------------------------------------------------------------
 
@@ -455,7 +464,7 @@ class _Specialiser:
         the rest of the last iteration."""
         dtype, span = loop.var.dtype, loop.span
         runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
-        mine = {v: _again(v) for n in overlap.repeated for v in n.defines}
+        mine: dict[Var, Expr] = {v: _again(v) for n in overlap.repeated for v in n.defines}
         following = cast(arith("add", loop.var, loop.step), dtype)
         last = cast(_last(loop), dtype)
         opening = _Round(self, loop, overlap, {True: {loop.var: cast(loop.start, dtype)}}, 0)
@@ -467,7 +476,7 @@ class _Specialiser:
             self.notes.append(f"{groups} warpgroups take turns to multiply in the loop at {span}")
         closing = _Round(self, loop, overlap, {False: {loop.var: last, **mine}}, 0)
         rest = cast(arith("sub", loop.stop, loop.step), dtype)
-        rounds = replace(_serial(loop), stop=rest, body=steady.body())
+        rounds = replace(loop, kind=LoopKind.SERIAL, num_stages=0, stop=rest, body=steady.body())
         return [
             *_where(runs, opening.body(), span),
             rounds,

@@ -32,6 +32,7 @@ from tilejit.ir.node import (
     Store,
     While,
     all_reads,
+    is_over_tiles,
     walk,
 )
 from tilejit.ir.parts import part_kernel
@@ -113,6 +114,14 @@ class _Pending:
     def joined(self, other: _Pending) -> _Pending:
         """What is pending where two ways meet."""
         return self.after(other.reads, other.writes, other.unfenced, other.sent)
+
+    def within_block(self) -> _Pending:
+        """Without tensors: tiles are blocks of the user's, which need no order among themselves."""
+        reads, writes = (
+            {b: owner for b, owner in touched.items() if b.scope is not Scope.GLOBAL}
+            for touched in (self.reads, self.writes)
+        )
+        return replace(self, reads=reads, writes=writes)
 
     def met(self) -> _Pending:
         """After the threads have met."""
@@ -352,6 +361,8 @@ class _Synchroniser:
         while True:
             fresh_loop, back, left = self.round(node, entry)
             back = replace(back, sent=after_round(back.sent, self.sent(node), node))
+            if is_over_tiles(node):
+                back = back.within_block()
             grown = entry.joined(back)
             if grown == entry:
                 return fresh_loop, left

@@ -210,17 +210,17 @@ def best_group(kernel: Kernel, cluster: int, axis: int | None) -> int:
 def bytes_along(kernel: Kernel, axis: int) -> int:
     """Bytes of the brought tiles that differ from tile to tile along an axis of the grid."""
     total = 0
-    for copy in _brought(kernel):
+    for copy in brought_copies(kernel):
         if not is_same_along(copy, kernel, axis):
-            total += _bytes(copy)
+            total += tile_bytes(copy)
     return max(total, 1)
 
 
-def _bytes(copy: Copy) -> int:
+def tile_bytes(copy: Copy) -> int:
     return math.prod(copy.dst.extents) * copy.dst.buffer.dtype.bytes
 
 
-def _brought(kernel: Kernel) -> list[Copy]:
+def brought_copies(kernel: Kernel) -> list[Copy]:
     return [
         n
         for n in walk(kernel.body)
@@ -230,13 +230,13 @@ def _brought(kernel: Kernel) -> list[Copy]:
 
 def is_same_along(copy: Copy, kernel: Kernel, axis: int) -> bool:
     """Whether blocks that differ along the grid's axis only bring the same tile."""
-    moving = _moving(kernel, axis)
+    moving = moving_along(kernel, axis)
     return not any(variables(e) & moving for e in copy.exprs)
 
 
 def is_in_step(copy: Copy, kernel: Kernel, axis: int) -> bool:
     """Whether blocks that differ along the grid's axis only make the copy equally often."""
-    moving = _moving(kernel, axis)
+    moving = moving_along(kernel, axis)
 
     def within(body: Body) -> bool:
         for node in body:
@@ -248,7 +248,7 @@ def is_in_step(copy: Copy, kernel: Kernel, axis: int) -> bool:
     return within(kernel.body)
 
 
-def _moving(kernel: Kernel, axis: int) -> set[Var]:
+def moving_along(kernel: Kernel, axis: int) -> set[Var]:
     """The variables that may differ between blocks that differ along the grid's axis only."""
     moving: set[Var] = set(kernel.block_vars[axis : axis + 1])
     for node in walk(kernel.body):
@@ -272,7 +272,7 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     if not only_multiplied(kernel, brought):
         return 1, None
     assert kernel.target is not None, "select did not run"
-    size = sum(_bytes(c) * existing(c.src) for c in brought)
+    size = sum(tile_bytes(c) * existing(c.src) for c in brought)
     clocks = sum(multiply_clocks(n) for n in walk(kernel.body) if isinstance(n, Gemm))
     chip = kernel.target.chip
     tiles = math.prod(nominal(extent) for extent in kernel.grid)
@@ -285,7 +285,7 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
         for copy in brought:
             layout = kernel.shared[copy.dst.buffer]
             if is_same_along(copy, kernel, axis) and boxes_of(layout, copy.dst.extents, 2):
-                saved += _bytes(copy) * existing(copy.src) / 2
+                saved += tile_bytes(copy) * existing(copy.src) / 2
         if saved > max(best[0], size / 5):
             best = (saved, axis)
     return (2, best[1]) if best[0] else (1, None)
