@@ -29,9 +29,12 @@ class Node:
     exprs: scalar expressions it evaluates itself.
     defines: variables that nodes after it (or, for loops, in its body) may use.
     bodies: nested node lists.
+
+    schedule: of a statement of a pipelined loop with a schedule by hand: its place and its stage.
     """
 
     span: Span | None = None
+    schedule: tuple[int, int] | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:

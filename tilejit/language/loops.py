@@ -27,6 +27,7 @@ from tilejit.ir.node import For, LoopKind, Node
 from tilejit.ir.node import Parallel as ParallelNode
 from tilejit.language.context import require_read_source
 from tilejit.language.extents import count
+from tilejit.language.schedule import marked
 from tilejit.language.trace import FrameKind, current_kernel
 from tilejit.language.value import Value, as_index
 
@@ -114,6 +115,10 @@ class RangeLoop(DeviceLoop):
         return (self.trace.new_var(name, dtype, VarKind.LOOP, bounds, self.span),)
 
     def node(self, variables: tuple[Var, ...], body: tuple[Node, ...]) -> Node:
+        order = self.fields.get("order")
+        if order:
+            stage, group = self.fields["stage"], self.fields["group"]
+            body = marked(body, order, stage, group, self.span)
         return For(
             var=variables[0],
             start=self.start,
@@ -212,13 +217,19 @@ def Pipelined(
     """A loop whose copies into shared memory run ahead of its arithmetic.
 
     num_stages: slots of each tile that is filled ahead; 0 is a plain loop, None lets the cost
-        model choose. order, stage: a schedule of the body's statements by hand. split: blocks
-        that share the iterations, whose sums are added in a fixed order (split-K); 1 for none,
-        None lets the cost model choose where the stages are left open too.
+        model choose. split: blocks that share the iterations, whose sums are added in a fixed
+        order (split-K); 1 for none, None lets the cost model choose where the stages are left open
+        too.
+    order, stage: a schedule by hand, one entry a statement of the body: its place in a round (-1
+        for copies that are made ahead of all), and how many iterations the round is behind it
+        there: statements of the lowest stage are those of the next iteration. Two stages besides
+        that of the copies. It takes effect where multiplies are asynchronous.
+    group: the statements that an entry of order and stage is for, if for more than one.
 
     Raises:
-        ArgumentError: negative stages, a split below 1, or of a loop that does not only add
-            products to accumulators that begin at zero.
+        ArgumentError: negative stages, a split below 1 or of a loop that does not only add
+            products to accumulators that begin at zero; order, stage and group that do not name
+            each statement once, or that change what the loop computes.
     """
     _refuse("T.Pipelined", sync=sync, annotations=annotations)
     if num_stages is not None and (
@@ -241,6 +252,11 @@ def Pipelined(
         raise ArgumentError(
             f"T.Pipelined: order has {len(steps)} entries and stage has {len(stages)}.",
             hint="Give one entry of each for every statement of the body.",
+        )
+    if group and not steps:
+        raise ArgumentError(
+            "T.Pipelined: group is given without order and stage.",
+            hint="Give one entry of order and stage for every group.",
         )
     return RangeLoop(
         "T.Pipelined",

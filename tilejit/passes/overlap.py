@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from tilejit.errors import ArgumentError
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Var, variables
@@ -64,8 +65,11 @@ class Overlap:
     def turn(self) -> list[Gemm]:
         """The multiplies that begin one after the other in a round, before other work; without any
         of the next iteration, none."""
-        gemms = [n for n, _ in self.order if isinstance(n, Gemm)]
-        return gemms if self.order[0][1] else []
+        gemms = [(n, ahead) for n, ahead in self.order if isinstance(n, Gemm)]
+        late = [k for k, (_, ahead) in enumerate(gemms) if not ahead]
+        if not late or not gemms[0][1]:
+            return []
+        return [n for n, _ in gemms[: late[-1] + 1]]
 
     @property
     def has_turns(self) -> bool:
@@ -116,11 +120,13 @@ def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overla
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) != sum(isinstance(n, Gemm) for n in inside):
         return None
-    return _Parting(loop, brought, Aliases(kernel)).run()
+    parting = _Parting(loop, brought, Aliases(kernel))
+    return parting.by_hand() if loop.order else parting.run()
 
 
 class _Parting:
     def __init__(self, loop: For, brought: Collection[Node], aliases: Aliases) -> None:
+        self.loop = loop
         self.aliases = aliases
         self.nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
         self.brought = {b.root for n in brought for b in n.writes}
@@ -148,6 +154,87 @@ class _Parting:
             *((n, True) for n in rest),
         ]
         return Overlap(tuple(order))
+
+    def by_hand(self) -> Overlap | None:
+        """The order that the user gave.
+
+        Raises:
+            ArgumentError: it changes what the loop computes, or has three stages.
+        """
+        marks = self.marks()
+        stages = sorted({stage for _, stage in marks.values()})
+        if len(stages) > 2:
+            raise ArgumentError(
+                f"T.Pipelined: the schedule has {len(stages)} stages besides that of the copies; "
+                "two are supported.",
+                span=self.loop.span,
+                hint="Let each statement be of the next iteration or of the round's own.",
+            )
+        late = {n for n, (_, stage) in marks.items() if stage == stages[-1]}
+        repeated = self.repeated(late) if len(stages) == 2 else set()
+        order = sorted(self.nodes, key=lambda n: marks[n][0])
+        for node in order:
+            self.check(node, late, marks)
+        if len(stages) == 1:
+            return None if order == self.nodes else Overlap(tuple((n, False) for n in order))
+        values = [(n, False) for n in self.nodes if n in repeated and n not in late]
+        return Overlap((*values, *((n, n not in late) for n in order)))
+
+    def marks(self) -> dict[Node, tuple[int, int]]:
+        """Each node's place and stage; what passes have put before or after a statement goes with
+        it, and values with the first that uses them."""
+        known = [n for n in self.nodes if n.schedule is not None]
+        marks: dict[Node, tuple[int, int]] = {}
+        for node in reversed(self.nodes):
+            mark = node.schedule
+            if mark is None:
+                later = [n for n in self.nodes[self.place[node] + 1 :] if self.depends(n, node)]
+                earlier = [n for n in known if self.place[n] < self.place[node]]
+                kin = later[:1] or earlier[-1:] or known[:1]
+                mark = marks.get(kin[0]) or kin[0].schedule
+            assert mark is not None, "the trace marked all statements"
+            marks[node] = mark
+        return marks
+
+    def depends(self, node: Node, earlier: Node) -> bool:
+        """Whether a node uses or changes what an earlier one makes, or makes what that one uses."""
+        if set(earlier.defines) & self.uses[node]:
+            return True
+        reads, writes = self.reads[earlier], self.writes[earlier]
+        return bool((self.reads[node] | self.writes[node]) & writes or self.writes[node] & reads)
+
+    def check(self, node: Node, late: set[Node], marks: dict[Node, tuple[int, int]]) -> None:
+        """Nodes that depend on each other must come in the order in which they are written: those
+        of an iteration, and what one does before what the next one does."""
+        for other in self.nodes:
+            if other is node or not (self.depends(node, other) or self.depends(other, node)):
+                continue
+            first, second = sorted((node, other), key=lambda n: self.place[n])
+            if self.is_repeatable(first):
+                continue
+            is_before = marks[first][0] <= marks[second][0]
+            if (first in late) == (second in late):
+                good = is_before
+            elif second in late:  # the first one's next turn must not come before it
+                good = not is_before or not self.depends_again(first, second)
+            else:
+                good = False
+            if not good:
+                raise ArgumentError(
+                    "T.Pipelined: the schedule changes what the loop computes: a statement would "
+                    "run before, or overtake, another that it depends on.",
+                    span=self.loop.span,
+                    related=[(first.span, "this statement"), (second.span, "must follow this")],
+                    hint="Compare with the order in which the body is written.",
+                )
+
+    def depends_again(self, first: Node, second: Node) -> bool:
+        """Whether what the first does for the next iteration disturbs the second."""
+        mine = self.writes[first]
+        return bool(
+            mine & (self.reads[second] | self.writes[second])
+            or self.reads[first] & self.writes[second]
+        )
 
     def is_repeatable(self, node: Node) -> bool:
         """Whether a node may be done twice: it only makes a value, which is the same then."""

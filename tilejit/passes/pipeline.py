@@ -9,7 +9,6 @@ import functools
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_
-from tilejit.errors import UnsupportedError
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
@@ -107,12 +106,8 @@ class _Pipeliner:
 
     def loop(self, node: For, is_repeated: bool) -> list[Node]:
         where = f"pipelined loop at {node.span}" if node.span else "pipelined loop"
-        if node.order or node.stage or node.group:
-            raise UnsupportedError(
-                "T.Pipelined: a schedule by hand (order, stage, group) is not supported yet.",
-                span=node.span,
-                hint="Give num_stages; the copies that can run ahead then do.",
-            )
+        if node.order:
+            self.notes.append(f"{where}: order and stage are for asynchronous multiplies")
         split = self.split(node)
         stages = node.num_stages
         if stages is None:

@@ -259,30 +259,35 @@ class _Specialiser:
 
     # ---- channels ---------------------------------------------------------------------------
 
-    def _free_bytes(self) -> tuple[int, int]:
+    def _free_bytes(self) -> tuple[int, int, int]:
         """Shared memory that is left with as many stages as the user asked for, or the fewest that
-        work; and the bytes of one stage more, of the loops whose stages are left open."""
+        work; the bytes of one stage more, of the loops whose stages are left open; and those of
+        what is brought outside of loops."""
         fed = {c.dst.buffer for c in self.brought}
         size = {b: -(-layout.bytes // 1024) * 1024 for b, layout in self.shared.items()}
         taken = BARRIER_BYTES + sum(n for b, n in size.items() if b not in fed)
-        each = 0
+        each = once = 0
         for loop, copies in self._fed_loops(self.kernel.body, None):
             bytes_ = sum(size[c.dst.buffer] for c in copies)
-            if loop is None or loop.kind is not LoopKind.PIPELINED:
+            if loop is None:
+                once += bytes_
+            elif loop.kind is not LoopKind.PIPELINED:
                 taken += bytes_
             elif loop.num_stages is None:
                 each += bytes_
                 taken += bytes_ * FEWEST_SLOTS
             else:
                 taken += bytes_ * loop.num_stages
-        return self.target.shared_bytes - taken, each
+        return self.target.shared_bytes - taken - once, each, once
 
-    def _free_slots(self) -> int:
-        """Slots that fit of what is brought in loops whose stages the user left open."""
-        left, each = self._free_bytes()
-        if not each:
-            return 1
-        return max(1, min(MAX_SLOTS, FEWEST_SLOTS + left // each))
+    def _free_slots(self) -> tuple[int, int]:
+        """Slots that fit of what is brought in loops whose stages the user left open, and outside
+        of loops: there one more, where it fits, is filled for the next tile."""
+        left, each, once = self._free_bytes()
+        outside = 2 if once <= left else 1
+        left -= (outside - 1) * once
+        inside = max(1, min(MAX_SLOTS, FEWEST_SLOTS + left // each)) if each else 1
+        return inside, outside
 
     def _fed_loops(self, body: Body, loop: For | None) -> list[tuple[For | None, list[Copy]]]:
         mine = [n for n in body if isinstance(n, Copy) and n in self.brought]
@@ -293,12 +298,13 @@ class _Specialiser:
                 result += self._fed_loops(inner, inside)
         return result
 
-    def _open_channels(self, body: Body, loop: For | None, free: int) -> None:
-        """A channel for each feed of the body and of all in it."""
+    def _open_channels(self, body: Body, loop: For | None, free: tuple[int, int]) -> None:
+        """A channel for each feed of the body and of all in it. free: slots in loops whose stages
+        are left open, and outside of loops."""
         for feed in feeds(body, self.brought):
-            slots = 1
+            slots = free[1] if loop is None else 1
             if loop is not None and loop.kind is LoopKind.PIPELINED:
-                slots = free if loop.num_stages is None else loop.num_stages
+                slots = free[0] if loop.num_stages is None else loop.num_stages
             self._open(feed, slots, body)
         if loop is not None and loop not in self.overlaps:
             self._defer(body)
@@ -463,6 +469,9 @@ class _Specialiser:
         """The first iteration's part that runs ahead, rounds of the next one's and their own, and
         the rest of the last iteration."""
         dtype, span = loop.var.dtype, loop.span
+        if not overlap.part(True):
+            body = _Round(self, loop, overlap, {False: {}}, 0).body()
+            return [replace(loop, kind=LoopKind.SERIAL, num_stages=0, body=body)]
         runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
         mine: dict[Var, Expr] = {v: _again(v) for n in overlap.repeated for v in n.defines}
         following = cast(arith("add", loop.var, loop.step), dtype)
