@@ -36,7 +36,7 @@ def attention(
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
     none = -T.infinity("float32")
-    scale = LOG2_E if softcap else LOG2_E * D**-0.5  # of scores, for exp2
+    scale = LOG2_E * (softcap or D**-0.5)  # of scores, for exp2
     with T.Kernel(T.ceildiv(S, BM), heads, batch, threads=threads) as (block, head, z):
         q = T.alloc_shared((BM, D), Q.dtype)
         k = T.alloc_shared((BN, D), K.dtype)
@@ -63,7 +63,7 @@ def attention(
             T.gemm(q, k, scores, transpose_B=True)
             if softcap:
                 for i, j in T.Parallel(BM, BN):
-                    scores[i, j] = softcap * T.tanh(scores[i, j] * (D**-0.5 / softcap))
+                    scores[i, j] = T.tanh(scores[i, j] * (D**-0.5 / softcap))
             for i, j in T.Parallel(BM, BN):
                 key, newest = step * BN + j, SK - S + block * BM + i
                 seen = key < SK
