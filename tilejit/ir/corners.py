@@ -26,7 +26,6 @@ from tilejit.ir.expr import (
     const,
     int_value,
     rebuild,
-    select,
     substitute,
     variables,
     walk,
@@ -88,7 +87,7 @@ class Box:
                 return None
             return substitute(binary(op, left, right), back)
         ranges = self._in_range(a, b)
-        wide = [_widened(e) for e in (left, right)]
+        wide = [substitute(self._widened(e), corner) for e in (a, b)]
         if ranges is None or not all(_never_wraps(e) for e in wide):
             return None
         return substitute(binary("and", binary(op, *wide), ranges), back)
@@ -103,7 +102,7 @@ class Box:
             if highest is None or e.dtype is not int32:
                 return None
             lowest = {v: _across(end, self.extents[v]) for v, end in highest.items()}
-            low, high = (_widened(substitute(e, corner)) for corner in (lowest, highest))
+            low, high = (substitute(self._widened(e), c) for c in (lowest, highest))
             if not (_never_wraps(low) and _never_wraps(high)):
                 return None
             result = binary("and", result, binary("ge", low, const(int(int32.min), int64)))
@@ -119,6 +118,13 @@ class Box:
         if e not in fixed:
             fixed[e] = Var("fixed", e.dtype, VarKind.VALUE)
         return fixed[e]
+
+    def _widened(self, e: Expr) -> Expr:
+        """The same in 64 bits; parts that are fixed in the box are computed as they were."""
+        if not isinstance(e, Op) or not self.depends(e):
+            return const(int(e.value), int64) if isinstance(e, Const) else cast(e, int64)
+        fresh = tuple(map(self._widened, e.children))
+        return fresh[0] if e.op == "cast" else rebuild(e, fresh)
 
     # ---- rising and falling -----------------------------------------------------------------
 
@@ -207,14 +213,3 @@ def _never_wraps(e: Expr) -> bool:
         for n in walk(e)
         if isinstance(n, Op) and not n.dtype.is_bool
     )
-
-
-def _widened(e: Expr) -> Expr:
-    """The same whole number in 64 bits."""
-    if not isinstance(e, Op):
-        return const(int(e.value), int64) if isinstance(e, Const) else cast(e, int64)
-    if e.op == "cast":
-        return _widened(e.children[0])
-    if e.op == "select":
-        return select(e.children[0], *map(_widened, e.children[1:]))
-    return rebuild(e, tuple(map(_widened, e.children)))
