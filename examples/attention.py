@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
 
-@tilejit
+@tilejit(fast_math=True)
 def attention(
     Q: T.Tensor, K: T.Tensor, V: T.Tensor, O: T.Tensor, LSE: T.Tensor,
     *,
@@ -36,6 +36,7 @@ def attention(
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
     none = -T.infinity("float32")
+    scale = LOG2_E * (softcap or D**-0.5)  # of scores, for exp2
     with T.Kernel(T.ceildiv(S, BM), heads, batch, threads=threads) as (block, head, z):
         q = T.alloc_shared((BM, D), Q.dtype)
         k = T.alloc_shared((BN, D), K.dtype)
@@ -44,7 +45,7 @@ def attention(
         weights = T.alloc_fragment((BM, BN), Q.dtype)
         out = T.alloc_fragment((BM, D), "float32")
         top = T.alloc_fragment((BM,), "float32")
-        before = T.alloc_fragment((BM,), "float32")
+        base = T.alloc_fragment((BM,), "float32")
         fade = T.alloc_fragment((BM,), "float32")
         part = T.alloc_fragment((BM,), "float32")
         total = T.alloc_fragment((BM,), "float32")
@@ -60,23 +61,24 @@ def attention(
             T.copy(K[z, source, step * BN, 0], k)
             T.clear(scores)
             T.gemm(q, k, scores, transpose_B=True)
+            if softcap:
+                for i, j in T.Parallel(BM, BN):
+                    scores[i, j] = T.tanh(scores[i, j] * (D**-0.5 / softcap))
             for i, j in T.Parallel(BM, BN):
-                score = scores[i, j] * (1 / D**0.5)
-                if softcap:
-                    score = softcap * T.tanh(score / softcap)
                 key, newest = step * BN + j, SK - S + block * BM + i
                 seen = key < SK
                 if is_causal:
                     seen = seen & (key <= newest)
                 if window:
                     seen = seen & (key > newest - window)
-                scores[i, j] = T.if_then_else(seen, score * LOG2_E, none)
-            T.copy(top, before)
+                scores[i, j] = T.if_then_else(seen, scores[i, j], none)
+            T.copy(top, fade)
             T.reduce_max(scores, top, dim=1, clear=False)
             for i in T.Parallel(BM):
-                fade[i] = T.if_then_else(top[i] == none, 1.0, T.exp2(before[i] - top[i]))
+                base[i] = T.if_then_else(top[i] == none, 0.0, top[i] * scale)
+                fade[i] = T.exp2(fade[i] * scale - base[i])
             for i, j in T.Parallel(BM, BN):
-                scores[i, j] = T.if_then_else(top[i] == none, 0.0, T.exp2(scores[i, j] - top[i]))
+                scores[i, j] = T.exp2(scores[i, j] * scale - base[i])
             T.reduce_sum(scores, part, dim=1)
             for i in T.Parallel(BM):
                 total[i] = total[i] * fade[i] + part[i]
@@ -86,10 +88,10 @@ def attention(
             T.copy(V[z, source, step * BN, 0], v)
             T.gemm(weights, v, out)
         for i, d in T.Parallel(BM, D):
-            out[i, d] = T.if_then_else(total[i] > 0, out[i, d] / total[i], 0.0)
+            out[i, d] *= T.if_then_else(total[i] > 0, 1 / total[i], 0.0)
         T.copy(out, O[z, head, block * BM, 0])
         for i in T.Parallel(BM):
-            total[i] = (top[i] + T.log2(total[i])) * LN_2
+            total[i] = (top[i] * scale + T.log2(total[i])) * LN_2
         T.copy(total, LSE[z, head, block * BM])
 
 

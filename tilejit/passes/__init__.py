@@ -8,6 +8,8 @@ from tilejit import config
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
+from tilejit.passes.bounds import drop_masks
+from tilejit.passes.clears import fold_clears
 from tilejit.passes.describe import describe_tensors
 from tilejit.passes.given import order_tiles
 from tilejit.passes.layouts import infer_layouts
@@ -23,6 +25,8 @@ Pass = Callable[[Kernel], Kernel]
 
 # After choose_schedule and select_atoms (which also take the target), in this order:
 PASSES: tuple[Pass, ...] = (
+    drop_masks,  # early: what follows sees what is left to compute
+    fold_clears,  # what accumulators hold when loops begin has been looked at
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
     specialise,  # the same of what producers bring
