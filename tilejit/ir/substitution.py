@@ -1,57 +1,59 @@
-"""A node with other expressions in the place of variables.
+"""Nodes with other expressions in the place of variables, or other buffers in the place of buffers.
 
-Knows where nodes of all kinds keep expressions. Does not know why they change.
+Knows where nodes of all kinds keep them. Does not know why they change.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tilejit.ir.buffer import Buffer, Region
 from tilejit.ir.expr import Expr, Var, substitute
-from tilejit.ir.node import Body, Node
+from tilejit.ir.node import Body, Node, Role
+from tilejit.ir.sync import BarrierSlot
 
 
 def substituted(body: Body, mapping: Mapping[Var, Expr]) -> Body:
     """The body with variables replaced by expressions of the same dtype, wherever they are used
     or, when a variable takes their place, defined."""
-    return tuple(_node(node, dict(mapping)) for node in body) if mapping else body
+    return _Substitution(dict(mapping), {}).body(body)
 
 
-def _node(node: Node, mapping: dict[Var, Expr]) -> Node:
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(node):
-        old = getattr(node, field.name)
-        fresh = _value(old, mapping)
-        if fresh is not old:
-            changes[field.name] = fresh
-    return dataclasses.replace(node, **changes) if changes else node
+def rebuffered(body: Iterable[Node], mapping: Mapping[Buffer, Buffer]) -> Body:
+    """The body with buffers replaced by others of the same shape and dtype."""
+    return _Substitution({}, dict(mapping)).body(body)
 
 
-def _value(old: Any, mapping: dict[Var, Expr]) -> Any:
-    if isinstance(old, Expr):
-        return substitute(old, mapping)
-    if isinstance(old, Node):
-        return _node(old, mapping)
-    if isinstance(old, Region):
-        return dataclasses.replace(old, starts=_value(old.starts, mapping))
-    if isinstance(old, tuple):
-        fresh = tuple(_value(item, mapping) for item in old)
-        return old if all(a is b for a, b in zip(fresh, old, strict=True)) else fresh
-    if dataclasses.is_dataclass(old) and not isinstance(old, Buffer | type):
-        return _part(old, mapping)
-    return old
+@dataclass(frozen=True)
+class _Substitution:
+    variables: dict[Var, Expr]
+    buffers: dict[Buffer, Buffer]
 
+    def body(self, body: Iterable[Node]) -> Body:
+        if not self.variables and not self.buffers:
+            return tuple(body)
+        return tuple(self.fields(node) for node in body)
 
-def _part(old: Any, mapping: dict[Var, Expr]) -> Any:
-    """A part of a node that is no node: a barrier's slot, a role."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(old):
-        before = getattr(old, field.name)
-        if isinstance(before, Expr | Region | Node | tuple):
-            fresh = _value(before, mapping)
-            if fresh is not before:
-                changes[field.name] = fresh
-    return dataclasses.replace(old, **changes) if changes else old
+    def value(self, old: Any) -> Any:
+        if isinstance(old, Expr):
+            return substitute(old, self.variables)
+        if isinstance(old, Buffer):
+            return self.buffers.get(old, old)
+        if isinstance(old, tuple):
+            fresh = tuple(self.value(item) for item in old)
+            return old if all(a is b for a, b in zip(fresh, old, strict=True)) else fresh
+        if isinstance(old, Node | Region | Role | BarrierSlot):
+            return self.fields(old)
+        return old
+
+    def fields(self, old: Any) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(old):
+            before = getattr(old, field.name)
+            after = self.value(before)
+            if after is not before:
+                changes[field.name] = after
+        return dataclasses.replace(old, **changes) if changes else old

@@ -35,6 +35,14 @@ class SyncThreads(Node):
         return () if self.number is None else (self.number,)
 
 
+@dataclass(frozen=True, slots=True)
+class BarrierSlot:
+    """One of the barriers of `T.alloc_barrier`."""
+
+    buffer: Buffer
+    slot: Expr
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BarrierArrive(Node):
     """Every executing thread arrives once on `barrier[slot]` (PTX ISA, mbarrier.arrive).

@@ -17,6 +17,7 @@ from tilejit.language.finish import finish_body, shape_variables, used_variables
 from tilejit.language.handle import BufferHandle
 from tilejit.language.hazards import check_iterations
 from tilejit.language.layout import check_views
+from tilejit.language.schedule import check_schedules
 from tilejit.language.trace import Trace
 from tilejit.language.warps import check_roles
 from tilejit.language.wgmma import check_multiplies
@@ -76,7 +77,7 @@ def _kernel(
     check_roles(trace, body)
     check_views(trace, body)
     body = check_multiplies(body)
-    return Kernel(
+    kernel = Kernel(
         name=name,
         params=_params(host, trace, body, overlaps),
         grid=trace.grid,
@@ -90,6 +91,8 @@ def _kernel(
         cluster=trace.cluster,
         span=trace.span,
     )
+    check_schedules(kernel)
+    return kernel
 
 
 def _params(

@@ -1,7 +1,7 @@
 """A schedule by hand: the order and the stages of a pipelined loop's statements.
 
-Knows how `order`, `stage` and `group` of T.Pipelined name statements, and marks these. Does not
-know whether the schedule keeps the loop's meaning, nor who carries it out.
+Knows how `order`, `stage` and `group` of T.Pipelined name statements, marks these, and refuses what
+would change the loop's meaning. Does not know who carries a schedule out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from tilejit.errors import ArgumentError, Span
-from tilejit.ir.node import Let, Load, Node
+from tilejit.ir.aliases import Aliases
+from tilejit.ir.buffer import Scope
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import For, Let, Load, Node, walk
+from tilejit.ir.rounds import Rounds, by_hand
+from tilejit.ops.copy import Copy
 
 Group = tuple[int, ...]
 
@@ -63,6 +68,53 @@ def marked(
         for n in g
     }
     return tuple(dataclasses.replace(n, schedule=marks[n]) if n in marks else n for n in body)
+
+
+def check_schedules(kernel: Kernel) -> None:
+    """Refuse schedules that change what their loop computes.
+
+    Raises:
+        ArgumentError: a statement would no longer follow one that it depends on; copies ahead of
+            all that are none, or that depend on the loop; more than two stages.
+    """
+    for loop in walk(kernel.body):
+        if isinstance(loop, For) and loop.order:
+            _check(loop, Aliases(kernel))
+
+
+def _check(loop: For, aliases: Aliases) -> None:
+    ahead = [n for n in loop.body if n.schedule is not None and n.schedule[0] < 0]
+    rest = [n for n in loop.body if n not in ahead]
+    for node in ahead:
+        scopes = (node.src.buffer.scope, node.dst.buffer.scope) if isinstance(node, Copy) else ()
+        if scopes != (Scope.GLOBAL, Scope.SHARED):
+            raise ArgumentError(
+                "T.Pipelined: an order of -1 is for copies from tensors to shared memory.",
+                span=loop.span,
+                related=[(node.span, "this is none")],
+            )
+    rounds = Rounds(rest, aliases, (b for n in ahead for b in n.writes))
+    stages = {n.schedule[1] for n in rest if n.schedule is not None}
+    if len(stages) > 2:
+        raise ArgumentError(
+            f"T.Pipelined: the schedule has {len(stages)} stages besides that of the copies; two "
+            "are supported.",
+            span=loop.span,
+            hint="Let each statement be of the next iteration or of the round's own.",
+        )
+    if not stages:
+        return
+    order, late = by_hand(rounds)
+    found = rounds.overtaken(order, late)
+    if found is not None:
+        first, second = found
+        raise ArgumentError(
+            "T.Pipelined: the schedule changes what the loop computes: a statement would no longer "
+            "follow one that it depends on.",
+            span=loop.span,
+            related=[(first.span, "the first"), (second.span, "depends on it")],
+            hint="Compare with the order in which the body is written.",
+        )
 
 
 def _listed(statements: Sequence[Node]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tilejit.errors import ArgumentError, ArgumentTypeError, ShapeError, caller_span
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.sync import Control, ControlOp
+from tilejit.ir.sync import BarrierSlot, Control, ControlOp
 from tilejit.language.copy import check_eviction
 from tilejit.language.extents import is_integer
 from tilejit.language.gemm import refuse
@@ -17,7 +17,7 @@ from tilejit.language.handle import as_barrier
 from tilejit.language.regions import as_side, match
 from tilejit.language.trace import Trace
 from tilejit.language.where import tile_op
-from tilejit.ops.copy import BarrierSlot, Copy
+from tilejit.ops.copy import Copy
 
 
 def tma_copy(

@@ -9,15 +9,8 @@ from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node
+from tilejit.ir.sync import BarrierSlot
 from tilejit.isa.atom import CopyAtom, CopyMethod
-
-
-@dataclass(frozen=True, slots=True)
-class BarrierSlot:
-    """One of the barriers of `T.alloc_barrier`."""
-
-    buffer: Buffer
-    slot: Expr
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,9 +14,9 @@ from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Var, VarKind, binary, const, index
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Load, Node, OneThread, Store, walk
-from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp
+from tilejit.ir.sync import BarrierArrive, BarrierSlot, BarrierWait, Control, ControlOp
 from tilejit.isa.atom import CopyAtom, CopyMethod
-from tilejit.ops.copy import BarrierSlot, Copy
+from tilejit.ops.copy import Copy
 from tilejit.passes.tma import misfit
 from tilejit.target import Feature, Target
 

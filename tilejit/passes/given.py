@@ -14,6 +14,7 @@ from tilejit.ir.expr import Expr, Var, VarKind, arith, index
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Let, Node
 from tilejit.ops.copy import Copy
+from tilejit.passes.queue import unevenness
 from tilejit.passes.registers import GROUP, REGISTER_STEP, launch_registers, register_split
 from tilejit.passes.tiles import Walk, choose_cluster, is_in_step, only_multiplied
 
@@ -28,7 +29,7 @@ def cluster_of(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None
     """
     given = kernel.given.cluster
     if given is None:
-        return choose_cluster(kernel, brought)
+        return choose_cluster(kernel, brought) if unevenness(kernel) is None else (1, None)
     axes = [axis for axis, blocks in enumerate(given) if blocks > 1]
     if not axes:
         return 1, None

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from tilejit.errors import ArgumentError
 from tilejit.ir.aliases import Aliases
-from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Var, variables
+from tilejit.ir.buffer import Buffer, Scope, whole
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
     Body,
@@ -36,6 +34,9 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
+from tilejit.ir.rounds import Rounds, by_hand
+from tilejit.ir.substitution import rebuffered
+from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
@@ -48,9 +49,13 @@ _KNOWN = (Let, Load, Store, Copy, Fill, Gemm, GemmWait, Parallel, Reduce, If, Fo
 @dataclass(frozen=True)
 class Overlap:
     """The nodes of a round in order. ahead: those of the next iteration; the others are of the
-    round's own; a node that defines a value for both is there twice."""
+    round's own; a node that defines a value for both is there twice.
+
+    moved: fragments that nodes ahead write in place of an operand that is still read.
+    """
 
     order: tuple[tuple[Node, bool], ...]
+    moved: dict[Buffer, Buffer] = field(default_factory=dict)
 
     def part(self, is_ahead: bool) -> list[Node]:
         return [n for n, ahead in self.order if ahead is is_ahead]
@@ -120,24 +125,19 @@ def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overla
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) != sum(isinstance(n, Gemm) for n in inside):
         return None
-    parting = _Parting(loop, brought, Aliases(kernel))
+    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
+    rounds = Rounds(nodes, Aliases(kernel), (b for n in brought for b in n.writes))
+    parting = _Parting(rounds)
     return parting.by_hand() if loop.order else parting.run()
 
 
 class _Parting:
-    def __init__(self, loop: For, brought: Collection[Node], aliases: Aliases) -> None:
-        self.loop = loop
-        self.aliases = aliases
-        self.nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
-        self.brought = {b.root for n in brought for b in n.writes}
-        self.reads = {n: self.stands_for(all_reads(n)) for n in self.nodes}
-        self.writes = {n: self.stands_for(all_writes(n)) for n in self.nodes}
-        self.uses = {n: _uses(n) for n in self.nodes}
-        self.changed = set().union(*self.writes.values())
-        self.place = {n: k for k, n in enumerate(self.nodes)}
+    """Parts the nodes of an iteration in two."""
 
-    def stands_for(self, buffers: Iterable[Buffer]) -> set[Buffer]:
-        return {self.aliases.of(b) for b in buffers}
+    def __init__(self, rounds: Rounds) -> None:
+        self.rounds = rounds
+        self.nodes, self.place = rounds.nodes, rounds.place
+        self.reads, self.writes = rounds.reads, rounds.writes
 
     def run(self) -> Overlap | None:
         late = self.late()
@@ -145,108 +145,37 @@ class _Parting:
         if not late or not any(isinstance(n, Parallel | Reduce) for n in ahead):
             return None
         first = self.first(ahead, late)
-        repeated = self.repeated(late)
+        repeated = self.rounds.repeated(late)
         last = [n for n in self.nodes if n in late or n in repeated]
         rest = [n for n in ahead if n not in first]
+        copied, moved = self.renamed(rest, last)
         order = [
             *((n, True) for n in ahead if n in first),
             *((n, False) for n in last),
-            *((n, True) for n in rest),
+            *((n, True) for n in copied),
         ]
-        return Overlap(tuple(order))
+        return Overlap(tuple(order), moved)
 
     def by_hand(self) -> Overlap | None:
-        """The order that the user gave.
-
-        Raises:
-            ArgumentError: it changes what the loop computes, or has three stages.
-        """
-        marks = self.marks()
-        stages = sorted({stage for _, stage in marks.values()})
-        if len(stages) > 2:
-            raise ArgumentError(
-                f"T.Pipelined: the schedule has {len(stages)} stages besides that of the copies; "
-                "two are supported.",
-                span=self.loop.span,
-                hint="Let each statement be of the next iteration or of the round's own.",
-            )
-        late = {n for n, (_, stage) in marks.items() if stage == stages[-1]}
-        repeated = self.repeated(late) if len(stages) == 2 else set()
-        order = sorted(self.nodes, key=lambda n: marks[n][0])
-        for node in order:
-            self.check(node, late, marks)
-        if len(stages) == 1:
-            return None if order == self.nodes else Overlap(tuple((n, False) for n in order))
-        values = [(n, False) for n in self.nodes if n in repeated and n not in late]
-        return Overlap((*values, *((n, n not in late) for n in order)))
-
-    def marks(self) -> dict[Node, tuple[int, int]]:
-        """Each node's place and stage; what passes have put before or after a statement goes with
-        it, and values with the first that uses them."""
-        known = [n for n in self.nodes if n.schedule is not None]
-        marks: dict[Node, tuple[int, int]] = {}
-        for node in reversed(self.nodes):
-            mark = node.schedule
-            if mark is None:
-                later = [n for n in self.nodes[self.place[node] + 1 :] if self.depends(n, node)]
-                earlier = [n for n in known if self.place[n] < self.place[node]]
-                kin = later[:1] or earlier[-1:] or known[:1]
-                mark = marks.get(kin[0]) or kin[0].schedule
-            assert mark is not None, "the trace marked all statements"
-            marks[node] = mark
-        return marks
-
-    def depends(self, node: Node, earlier: Node) -> bool:
-        """Whether a node uses or changes what an earlier one makes, or makes what that one uses."""
-        if set(earlier.defines) & self.uses[node]:
-            return True
-        reads, writes = self.reads[earlier], self.writes[earlier]
-        return bool((self.reads[node] | self.writes[node]) & writes or self.writes[node] & reads)
-
-    def check(self, node: Node, late: set[Node], marks: dict[Node, tuple[int, int]]) -> None:
-        """Nodes that depend on each other must come in the order in which they are written: those
-        of an iteration, and what one does before what the next one does."""
-        for other in self.nodes:
-            if other is node or not (self.depends(node, other) or self.depends(other, node)):
-                continue
-            first, second = sorted((node, other), key=lambda n: self.place[n])
-            if self.is_repeatable(first):
-                continue
-            is_before = marks[first][0] <= marks[second][0]
-            if (first in late) == (second in late):
-                good = is_before
-            elif second in late:  # the first one's next turn must not come before it
-                good = not is_before or not self.depends_again(first, second)
-            else:
-                good = False
-            if not good:
-                raise ArgumentError(
-                    "T.Pipelined: the schedule changes what the loop computes: a statement would "
-                    "run before, or overtake, another that it depends on.",
-                    span=self.loop.span,
-                    related=[(first.span, "this statement"), (second.span, "must follow this")],
-                    hint="Compare with the order in which the body is written.",
-                )
-
-    def depends_again(self, first: Node, second: Node) -> bool:
-        """Whether what the first does for the next iteration disturbs the second."""
-        mine = self.writes[first]
-        return bool(
-            mine & (self.reads[second] | self.writes[second])
-            or self.reads[first] & self.writes[second]
-        )
-
-    def is_repeatable(self, node: Node) -> bool:
-        """Whether a node may be done twice: it only makes a value, which is the same then."""
-        if isinstance(node, Let):
-            return True
-        return isinstance(node, Load) and not self.reads[node] & (self.changed | self.brought)
+        """The order that the user gave: the trace has seen that it keeps the loop's meaning."""
+        order, late = by_hand(self.rounds)
+        if order == self.nodes and len(late) == len(order):
+            return None
+        repeated = self.rounds.repeated(late)
+        start = max(k for k, n in enumerate(order) if n in late) + 1
+        copied, moved = self.renamed(order[start:], [n for n in order if n in late])
+        result = [
+            *((n, False) for n in self.nodes if n in repeated),
+            *((n, n not in late) for n in order[:start]),
+            *((n, True) for n in copied),
+        ]
+        return Overlap(tuple(result), moved)
 
     def late(self) -> set[Node]:
         """What cannot run ahead: multiplies of operands that threads make, and what their results,
         or what else is late, decides."""
         late: set[Node] = {
-            n for n in self.nodes if isinstance(n, Gemm) and self.operands(n) & self.changed
+            n for n in self.nodes if isinstance(n, Gemm) and self.operands(n) & self.rounds.changed
         }
         grown = True
         while grown:
@@ -258,28 +187,18 @@ class _Parting:
         return late
 
     def operands(self, gemm: Gemm) -> set[Buffer]:
-        return self.stands_for((gemm.a.buffer, gemm.b.buffer))
+        return self.rounds.stands_for((gemm.a.buffer, gemm.b.buffer))
 
     def follows(self, node: Node, late: Node) -> bool:
         """Whether a node must stay behind a late one."""
-        reads, writes = self.reads[node], self.writes[node]
+        reads, writes, uses = self.reads[node], self.writes[node], self.rounds.uses
         if (reads | writes) & self.writes[late]:
             return True
         if writes & self.reads[late] and self.place[node] > self.place[late]:
             return True
-        if self.uses[node] & set(late.defines):
+        if uses[node] & set(late.defines):
             return True
-        return bool(set(node.defines) & self.uses[late]) and not self.is_repeatable(node)
-
-    def repeated(self, late: set[Node]) -> set[Node]:
-        """Nodes ahead that late ones need a value of."""
-        found: set[Node] = set()
-        wanted = {v for n in late for v in self.uses[n]}
-        for node in reversed(self.nodes):
-            if node not in late and set(node.defines) & wanted:
-                found.add(node)
-                wanted |= self.uses[node]
-        return found
+        return bool(set(node.defines) & uses[late]) and not self.rounds.is_repeatable(node)
 
     def first(self, ahead: list[Node], late: set[Node]) -> set[Node]:
         """What of the next iteration comes before the late nodes: multiplies that wait for no work
@@ -299,7 +218,7 @@ class _Parting:
             for other in list(group):
                 if self.writes[node] & (self.reads[other] | self.writes[other]):
                     group.add(node)
-                if set(node.defines) & self.uses[other]:
+                if set(node.defines) & self.rounds.uses[other]:
                     group.add(node)
         return group
 
@@ -312,13 +231,29 @@ class _Parting:
             for other in ahead[: ahead.index(node)]:
                 if other in group or other in chosen:
                     continue
-                if self.writes[node] & (self.reads[other] | self.writes[other]):
+                if self.rounds.disturbs(node, other):
                     return False
         return True
 
-
-def _uses(node: Node) -> set[Var]:
-    return {v for n in walk((node,)) for e in n.exprs for v in variables(e)}
+    def renamed(
+        self, rest: list[Node], last: list[Node]
+    ) -> tuple[list[Node], dict[Buffer, Buffer]]:
+        """The nodes ahead, those that work out an operand writing other registers, which are copied
+        when the multiply that reads the operand is over; and those registers."""
+        moved: dict[Buffer, Buffer] = {}
+        for gemm in (n for n in last if isinstance(n, Gemm)):
+            old = gemm.a.buffer
+            users = [n for n in rest if old.root in self.reads[n] | self.writes[n]]
+            is_made = any(isinstance(n, Parallel | Reduce | If) for n in users)
+            is_read = any(old.root in self.reads[n] for n in users)
+            if old.scope is Scope.FRAGMENT and not old.is_view and is_made and not is_read:
+                moved[old] = replace(old, name=f"{old.name}_next")
+        atom = CopyAtom(CopyMethod.REGISTERS, 1)
+        copies = [
+            Copy(src=whole(fresh), dst=whole(old), atom=atom, span=old.span)
+            for old, fresh in moved.items()
+        ]
+        return [*rebuffered(rest, moved), *copies], moved
 
 
 class Flight:

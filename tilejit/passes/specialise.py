@@ -8,11 +8,9 @@ offsets in shared memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tilejit.dtypes import int32
-from tilejit.errors import Span
-from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import (
     Expr,
     Var,
@@ -22,7 +20,6 @@ from tilejit.ir.expr import (
     cast,
     const,
     index,
-    int_value,
     variables,
 )
 from tilejit.ir.kernel import Kernel
@@ -38,22 +35,22 @@ from tilejit.ir.node import (
     Role,
     Roles,
     Store,
-    all_reads,
     all_writes,
     walk,
 )
-from tilejit.ir.substitution import substituted
-from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
-from tilejit.ops.copy import BarrierSlot, Copy
+from tilejit.ir.sync import BarrierArrive, BarrierSlot, BarrierWait, Control, ControlOp
+from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
+from tilejit.passes.channels import Channel, barriers, counted, counter, zeros
 from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.late import after, during, main_loop
-from tilejit.passes.overlap import Flight, Overlap, held_registers, overlaps
+from tilejit.passes.overlap import held_registers, overlaps
 from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.queue import queue_walk, unevenness
 from tilejit.passes.registers import GROUP
+from tilejit.passes.rounds import first_turn, overlapped
 from tilejit.passes.teams import team_count, times
 from tilejit.passes.tiles import Walk, is_same_along, tile_walk, visit_number
 from tilejit.passes.wgmma import multiply_clocks
@@ -61,7 +58,6 @@ from tilejit.target import Target
 
 MAX_SLOTS = 12  # more wait for nothing
 TEAM_BARRIER = 14  # the hardware barrier of the first team
-TURN_BARRIER = 9  # of the first warpgroup that takes turns
 FEWEST_SLOTS = 2  # one is filled while the other is used; one alone where no two fit
 BARRIER_BYTES = 1024  # set aside for barriers and alignment when slots are counted
 ISSUE_CLOCKS = 400  # from the end of a multiply to the start of the next that waited for it
@@ -80,26 +76,6 @@ def specialise(kernel: Kernel) -> Kernel:
     return _Specialiser(kernel, brought).run()
 
 
-@dataclass(eq=False)
-class _Channel:
-    """What passes one feed from producer to consumers.
-
-    fed, used: how often the producer has filled, and the consumers have left, a slot.
-    is_deferred: a slot is left one iteration late, when its multiply is surely over.
-    by_group: one thread of each warpgroup says for all that a slot is free.
-    """
-
-    feed: Feed
-    slots: int
-    slotted: dict[Buffer, Buffer]
-    full: Buffer
-    empty: Buffer
-    fed: Buffer
-    used: Buffer
-    by_group: bool
-    is_deferred: bool = False
-
-
 class _Specialiser:
     def __init__(self, kernel: Kernel, brought: list[Copy]) -> None:
         assert kernel.target is not None, "select did not run"
@@ -108,7 +84,7 @@ class _Specialiser:
         self.kernel = kernel
         self.shared = dict(kernel.shared)
         self.teams = team_count(kernel, brought)
-        self.turn = _counter("turn")
+        self.turn = counter("turn")
         self.team = Var("team", int32, VarKind.THREAD, index(0), index(self.teams - 1))
         self.staging: Staging = stage_stores(
             kernel, self._free_bytes()[0], self.teams, self.team if self.teams > 1 else None
@@ -116,11 +92,15 @@ class _Specialiser:
         self.kernel = self.staging.kernel
         self.shared = dict(self.kernel.shared)
         self.slots = dict(self.kernel.slots)
-        self.channels: dict[Copy, _Channel] = {}
+        self.channels: dict[Copy, Channel] = {}
         self.notes: list[str] = []
         self.thread = self.kernel.thread_vars[0]
         self.cluster, self.axis = cluster_of(self.kernel, brought)
         self.overlaps = overlaps(self.kernel, brought) if self.teams == 1 else {}
+        fragments = dict(self.kernel.fragments)
+        for overlap in self.overlaps.values():
+            fragments.update((b, fragments[old]) for old, b in overlap.moved.items())
+        self.kernel = replace(self.kernel, fragments=fragments)
         self.turning = 0  # warpgroups that take turns in a loop
 
     def run(self) -> Kernel:
@@ -138,19 +118,15 @@ class _Specialiser:
             producer.append(Control(op=ControlOp.REGISTERS_DOWN, count=down))
             consumer.append(Control(op=ControlOp.REGISTERS_UP, count=up))
         channels = list(dict.fromkeys(self.channels.values()))
-        producer.append(
-            OneThread(body=(*_zeros(c.fed for c in channels), *walked.around(produced)))
-        )
+        producer.append(OneThread(body=(*zeros(c.fed for c in channels), *walked.around(produced))))
         role = Role("consumer", 0, threads)
         if self.teams > 1:
             role = replace(role, teams=self.teams, team=self.team, meeting=TEAM_BARRIER)
             consumed = self._in_turn(consumed, channels)
             self.notes.append(f"{self.teams} teams of {kernel.num_threads} threads take turns")
         consumer += self._starts(channels)
-        if self.turning:  # as if the last one had just been
-            group = arith("floordiv", self.thread, GROUP)
-            is_last = arith("eq", group, self.turning - 1)
-            consumer.append(If(condition=is_last, then=(_turn_barrier(index(0), True),)))
+        if self.turning:
+            consumer.append(first_turn(self.thread, self.turning))
         late = self.staging.late
         if late is None:
             consumer += walked.around(consumed, role)
@@ -194,23 +170,23 @@ class _Specialiser:
 
     # ---- teams ------------------------------------------------------------------------------
 
-    def _starts(self, channels: Sequence[_Channel]) -> list[Node]:
+    def _starts(self, channels: Sequence[Channel]) -> list[Node]:
         """Where each team begins in the ring: after the tiles of the teams before it."""
         if self.teams == 1:
-            return _zeros(c.used for c in channels)
-        result = _zeros([self.turn])
+            return zeros(c.used for c in channels)
+        result = zeros([self.turn])
         for channel in channels:
             value = cast(arith("mul", self.trips(channel), self.team), int32)
             result.append(Store(buffer=channel.used, index=(index(0),), value=value))
         return result
 
-    def trips(self, channel: _Channel) -> Expr:
+    def trips(self, channel: Channel) -> Expr:
         """How often the channel is filled for a tile."""
         found = times(self.kernel.body, channel.feed.copies[0])
         assert found is not None, "teams have equal tiles"
         return found
 
-    def _in_turn(self, body: Body, channels: Sequence[_Channel]) -> Body:
+    def _in_turn(self, body: Body, channels: Sequence[Channel]) -> Body:
         """A tile's work, whose multiplies wait until those of the team before are over; after them
         the ring has the other teams' tiles."""
         full = {c.full for c in channels}
@@ -220,7 +196,7 @@ class _Specialiser:
             if any(isinstance(x, BarrierWait) and x.barrier in full for x in walk((node,)))
         ]
         # one barrier a team, completed by the team before it; the first begins unasked
-        turns, count = _barriers("turns", self.teams, 1), self.turn
+        turns, count = barriers("turns", self.teams, 1), self.turn
         now = Var("turn_now", int32, VarKind.VALUE, index(0))
         is_first = binary("eq", self.team, const(0, int32))
         parity = binary("xor", binary("and", now, const(1, int32)), cast(is_first, int32))
@@ -248,7 +224,7 @@ class _Specialiser:
         first, last = waits[0], waits[-1] + 1
         return (*body[:first], *opened, *body[first:last], *closed, *body[last:], *ended)
 
-    def _say(self, channels: Sequence[_Channel], up: int, down: int) -> None:
+    def _say(self, channels: Sequence[Channel], up: int, down: int) -> None:
         for channel in channels:
             names = ", ".join(b.name for b in channel.slotted)
             plural = "slot" if channel.slots == 1 else "slots"
@@ -323,15 +299,17 @@ class _Specialiser:
             fresh, layout = with_slots(buffer, self.shared.pop(buffer), slots)
             self.shared[fresh], self.slots[fresh] = layout, slots
             slotted[buffer] = fresh
-        channel = _Channel(
+        channel = Channel(
             feed=feed,
             slots=slots,
             slotted=slotted,
-            full=_barriers(f"{name}_full", slots, 1),
-            empty=_barriers(f"{name}_empty", slots, leavers * self.cluster),
-            fed=_counter(f"{name}_fed"),
-            used=_counter(f"{name}_used"),
+            full=barriers(f"{name}_full", slots, 1),
+            empty=barriers(f"{name}_empty", slots, leavers * self.cluster),
+            fed=counter(f"{name}_fed"),
+            used=counter(f"{name}_used"),
             by_group=by_group,
+            thread=self.thread,
+            cluster=self.cluster,
         )
         assert by_group or self.cluster == 1, "only warpgroups leave slots of a whole cluster"
         for copy in feed.copies:
@@ -359,7 +337,7 @@ class _Specialiser:
             for channel in channels:
                 channel.is_deferred = True
 
-    def _channels_in(self, body: Body) -> list[_Channel]:
+    def _channels_in(self, body: Body) -> list[Channel]:
         mine = [self.channels[n] for n in body if isinstance(n, Copy) and n in self.channels]
         return list(dict.fromkeys(mine))
 
@@ -368,12 +346,12 @@ class _Specialiser:
     def produce(self, body: Body) -> Body:
         """What of the body brings tiles, and what that needs."""
         result: list[Node] = []
-        slot_of: dict[_Channel, Var] = {}
+        slot_of: dict[Channel, Var] = {}
         for node in body:
             if isinstance(node, Copy) and node in self.channels:
                 channel = self.channels[node]
                 if node is channel.feed.copies[0]:
-                    opened, slot_of[channel], parity = _turn(channel, channel.fed)
+                    opened, slot_of[channel], parity = channel.turn(channel.fed)
                     free = binary("xor", parity, const(1))
                     result += [
                         *opened,
@@ -389,7 +367,7 @@ class _Specialiser:
                     result.append(
                         BarrierArrive(barrier=channel.full, slot=slot_of[channel], span=node.span)
                     )
-                    result += _count(channel.fed, slot_of[channel])
+                    result += counted(channel.fed)
             elif isinstance(node, Let | Load):
                 result.append(node)
             elif isinstance(node, For | If):
@@ -398,7 +376,7 @@ class _Specialiser:
                     result.append(_serial(node).with_bodies(*inner))
         return tuple(result)
 
-    def _filling(self, copy: Copy, channel: _Channel, slot: Var) -> Node:
+    def _filling(self, copy: Copy, channel: Channel, slot: Var) -> Node:
         filled = into_slot(copy, channel.slotted, slot)
         assert isinstance(filled, Copy)
         is_shared = self.axis is not None and is_same_along(copy, self.kernel, self.axis)
@@ -414,7 +392,7 @@ class _Specialiser:
         """The body without what the producer does, waiting for it."""
         channels = self._channels_in(body)
         deferred = [c for c in channels if c.is_deferred]
-        slot_of: dict[_Channel, Var] = {}
+        slot_of: dict[Channel, Var] = {}
         result: list[Node] = []
         for place, node in enumerate(body):
             if isinstance(node, Copy) and node in self.channels:
@@ -422,7 +400,7 @@ class _Specialiser:
             if isinstance(node, GemmWait) and deferred:
                 continue
             for channel in (c for c in channels if c.feed.first == place):
-                opened, slot_of[channel], parity = _turn(channel, channel.used)
+                opened, slot_of[channel], parity = channel.turn(channel.used)
                 wait = BarrierWait(
                     barrier=channel.full, slot=slot_of[channel], parity=parity, span=node.span
                 )
@@ -433,8 +411,8 @@ class _Specialiser:
             result += fresh
             for channel in channels:
                 if not channel.is_deferred and _leaves_at(channel, body) == place:
-                    result += self._leave(channel, slot_of[channel])
-                    result += _count(channel.used, slot_of[channel])
+                    result += channel.leave(slot_of[channel])
+                    result += counted(channel.used)
         if deferred:
             assert loop is not None, "only loops leave slots late"
             result += self._leave_late(body, loop, deferred, slot_of)
@@ -446,7 +424,7 @@ class _Specialiser:
             return [node]
         loop = node if isinstance(node, For) else None
         if loop is not None and loop in self.overlaps:
-            return self._overlapped(loop, self.overlaps[loop])
+            return self._overlapped(loop)
         inner = [self.consume(child, loop) for child in node.bodies]
         fresh = _serial(node).with_bodies(*inner)
         if loop is None or not any(c.is_deferred for c in self._channels_in(loop.body)):
@@ -459,45 +437,27 @@ class _Specialiser:
             GemmWait(pending=0, registers=registers, span=node.span),
         ]
         for channel in deferred:
-            loaded, last = _before(channel)
-            result += [*loaded, *self._leave(channel, last, ran)]
+            loaded, last = channel.before()
+            result += [*loaded, *channel.leave(last, ran)]
         return result
 
-    # ---- rounds that overlap ----------------------------------------------------------------
-
-    def _overlapped(self, loop: For, overlap: Overlap) -> list[Node]:
-        """The first iteration's part that runs ahead, rounds of the next one's and their own, and
-        the rest of the last iteration."""
-        dtype, span = loop.var.dtype, loop.span
-        if not overlap.part(True):
-            body = _Round(self, loop, overlap, {False: {}}, 0).body()
-            return [replace(loop, kind=LoopKind.SERIAL, num_stages=0, body=body)]
-        runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
-        mine: dict[Var, Expr] = {v: _again(v) for n in overlap.repeated for v in n.defines}
-        following = cast(arith("add", loop.var, loop.step), dtype)
-        last = cast(_last(loop), dtype)
-        opening = _Round(self, loop, overlap, {True: {loop.var: cast(loop.start, dtype)}}, 0)
-        steady = _Round(self, loop, overlap, {True: {loop.var: following}, False: mine}, 1)
-        groups = self.kernel.num_threads // GROUP
-        if groups > 1 and overlap.has_turns:
-            steady.turns = groups
-            self.turning = groups
-            self.notes.append(f"{groups} warpgroups take turns to multiply in the loop at {span}")
-        closing = _Round(self, loop, overlap, {False: {loop.var: last, **mine}}, 0)
-        rest = cast(arith("sub", loop.stop, loop.step), dtype)
-        rounds = replace(loop, kind=LoopKind.SERIAL, num_stages=0, stop=rest, body=steady.body())
-        return [
-            *_where(runs, opening.body(), span),
-            rounds,
-            *_where(runs, closing.body(), span),
-        ]
+    def _overlapped(self, loop: For) -> list[Node]:
+        overlap, groups = self.overlaps[loop], self.kernel.num_threads // GROUP
+        turns = groups if groups > 1 and overlap.has_turns else 0
+        if turns:
+            self.turning = turns
+            self.notes.append(
+                f"{turns} warpgroups take turns to multiply in the loop at {loop.span}"
+            )
+        channels = self._channels_in(loop.body)
+        return overlapped(loop, overlap, channels, self.thread, turns)
 
     def _leave_late(
         self,
         body: Body,
         loop: For,
-        deferred: list[_Channel],
-        slot_of: dict[_Channel, Var],
+        deferred: list[Channel],
+        slot_of: dict[Channel, Var],
     ) -> list[Node]:
         """Leave the slots of the iteration before: its multiplies are over when only this one's
         are not."""
@@ -506,202 +466,19 @@ class _Specialiser:
         result: list[Node] = [wait]
         has_before = arith("gt" if loop.step > 0 else "lt", loop.var, loop.start)
         for channel in deferred:
-            loaded, last = _before(channel)
-            result += [*loaded, *self._leave(channel, last, has_before)]
-            result += _count(channel.used, slot_of[channel])
+            loaded, last = channel.before()
+            result += [*loaded, *channel.leave(last, has_before)]
+            result += counted(channel.used)
         return result
 
-    def _leave(self, channel: _Channel, slot: Expr, when: Expr | None = None) -> list[Node]:
-        """Say that the slot may be filled again, to all blocks that fill it."""
-        span = channel.feed.copies[0].span
-        if not channel.by_group:
-            arrive: Node = BarrierArrive(barrier=channel.empty, slot=slot, span=span)
-            return [arrive] if when is None else [If(condition=when, then=(arrive,), span=span)]
-        lane = arith("floormod", self.thread, GROUP)
-        says = arith("lt", lane, self.cluster)
-        condition = says if when is None else binary("and", says, when)
-        arrive = BarrierArrive(
-            barrier=channel.empty,
-            slot=slot,
-            cta=lane if self.cluster > 1 else None,
-            span=span,
-        )
-        return [If(condition=condition, then=(arrive,), span=span)]
 
-
-class _Round:
-    """A round of a loop whose rounds overlap, or the part of one before or after the loop.
-
-    mapping: for nodes that run ahead and for the others, what their variables become there; a part
-    that is not there has none. ahead: how many iterations the former are in front of the latter.
-    """
-
-    def __init__(
-        self,
-        owner: _Specialiser,
-        loop: For,
-        overlap: Overlap,
-        mapping: dict[bool, dict[Var, Expr]],
-        ahead: int,
-    ) -> None:
-        self.owner = owner
-        self.overlap = overlap
-        self.mapping = mapping
-        self.ahead = ahead
-        self.channels = owner._channels_in(loop.body)
-        self.flight = Flight(overlap.made)
-        self.slots: dict[tuple[_Channel, bool], Var] = {}
-        self.readers: dict[tuple[_Channel, bool], list[Gemm]] = {}
-        self.turns = 0
-
-    def body(self) -> Body:
-        order = [(n, ahead) for n, ahead in self.overlap.order if ahead in self.mapping]
-        last = {(c, ahead): n for n, ahead in order for c in self.channels if _reads(n, c)}
-        multiplies = [n for n in self.overlap.turn if self.turns]
-        for node, is_ahead in order:
-            if node in multiplies[:1]:
-                self.flight.add(_turn_barrier(self._group(), False))
-            mine = [c for c in self.channels if _reads(node, c)]
-            for channel in mine:
-                if (channel, is_ahead) not in self.slots:
-                    self._open(channel, is_ahead)
-            fresh = node
-            for channel in mine:
-                fresh = into_slot(fresh, channel.slotted, self.slots[channel, is_ahead])
-            (fresh,) = substituted((fresh,), self.mapping[is_ahead])
-            self.flight.add(fresh)
-            for channel in mine:
-                if isinstance(fresh, Gemm):
-                    self.readers.setdefault((channel, is_ahead), []).append(fresh)
-                if last[channel, is_ahead] is node and is_ahead is self._ends_ahead(channel):
-                    self._leave(channel, is_ahead)
-            if node in multiplies[-1:]:
-                following = arith("floormod", arith("add", self._group(), 1), self.turns)
-                self.flight.add(_turn_barrier(following, True))
-        self.flight.land()
-        return tuple(self.flight.nodes)
-
-    def _group(self) -> Expr:
-        return arith("floordiv", self.owner.thread, GROUP)
-
-    def _stages(self, channel: _Channel) -> set[bool]:
-        """Whether nodes that run ahead use the channel's tiles, and whether others do."""
-        return {ahead for n, ahead in self.overlap.order if _reads(n, channel)}
-
-    def _ends_ahead(self, channel: _Channel) -> bool:
-        return self._stages(channel) == {True}
-
-    def _open(self, channel: _Channel, is_ahead: bool) -> None:
-        """Find the slot, and wait for its tile where that has not been done an iteration ago."""
-        crosses = self._stages(channel) == {True, False}
-        skipped = self.ahead if crosses and is_ahead else 0
-        opened, slot, parity = _turn(channel, channel.used, skipped)
-        self.slots[channel, is_ahead] = slot
-        self.flight.add(*opened)
-        if is_ahead or not crosses:
-            span = channel.feed.copies[0].span
-            self.flight.add(BarrierWait(barrier=channel.full, slot=slot, parity=parity, span=span))
-
-    def _leave(self, channel: _Channel, is_ahead: bool) -> None:
-        slot = self.slots[channel, is_ahead]
-        left = [*self.owner._leave(channel, slot), *_count(channel.used, slot)]
-        self.flight.after(self.readers.get((channel, is_ahead), ()), left)
-
-
-def _turn_barrier(group: Expr, is_arrival: bool) -> SyncThreads:
-    """Where a warpgroup waits for its turn, and another one says that it has come."""
-    number = arith("add", group, TURN_BARRIER)
-    return SyncThreads(inserted=True, number=number, threads=2 * GROUP, is_arrival=is_arrival)
-
-
-def _reads(node: Node, channel: _Channel) -> bool:
-    return any(b.root in channel.feed.buffers for b in all_reads(node))
-
-
-def _again(var: Var) -> Var:
-    return Var(var.name, var.dtype, var.kind, var.low, var.high)
-
-
-def _last(loop: For) -> Expr:
-    """The variable's value in the last iteration."""
-    if abs(loop.step) == 1:
-        return arith("sub", loop.stop, loop.step)
-    span = arith("sub", arith("sub", loop.stop, loop.start), 1 if loop.step > 0 else -1)
-    rounds = arith("floordiv", span, loop.step)
-    return arith("add", loop.start, arith("mul", rounds, loop.step))
-
-
-def _where(condition: Expr, body: Body, span: Span | None) -> list[Node]:
-    known = int_value(condition)
-    if known is not None:
-        return list(body) if known else []
-    return [If(condition=condition, then=body, span=span)]
-
-
-def _leaves_at(channel: _Channel, body: Body) -> int:
+def _leaves_at(channel: Channel, body: Body) -> int:
     """The place of the node after which the channel's tile is not used any more."""
     last = channel.feed.last
     node = body[last]
     if isinstance(node, Gemm) and node.is_async:
         return next(n for n in range(last, len(body)) if isinstance(body[n], GemmWait))
     return last
-
-
-def _barriers(name: str, count: int, arrivals: int) -> Buffer:
-    return Buffer(
-        name=name,
-        shape=(index(count),),
-        dtype=int32,
-        scope=Scope.BARRIER,
-        arrive_counts=(arrivals,) * count,
-    )
-
-
-def _counter(name: str) -> Buffer:
-    return Buffer(name=name, shape=(index(1),), dtype=int32, scope=Scope.VAR)
-
-
-def _zeros(counters: object) -> list[Node]:
-    return [
-        Store(buffer=c, index=(index(0),), value=const(0, int32))
-        for c in counters  # type: ignore[attr-defined]
-    ]
-
-
-def _turn(channel: _Channel, counter: Buffer, skipped: int = 0) -> tuple[list[Node], Var, Expr]:
-    """The slot whose turn it is, or will be after so many turns, and the parity of how often it has
-    been filled before."""
-    loaded = Var(counter.name, int32, VarKind.VALUE, index(0))
-    count = arith("add", loaded, skipped) if skipped else loaded
-    if channel.slots == 1:
-        slot = Var(f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(0))
-        which: Expr = const(0, int32)
-        turn: Expr = count
-    else:
-        slot = Var(f"{counter.name}_slot", int32, VarKind.VALUE, index(0), index(channel.slots - 1))
-        which = arith("floormod", count, channel.slots)
-        turn = arith("floordiv", count, channel.slots)
-    nodes: list[Node] = [
-        Load(out=loaded, buffer=counter, index=(index(0),)),
-        Let(var=slot, value=which),
-    ]
-    return nodes, slot, binary("and", turn, const(1))
-
-
-def _before(channel: _Channel) -> tuple[list[Node], Expr]:
-    """The slot used last."""
-    count = Var(f"{channel.used.name}_now", int32, VarKind.VALUE, index(0))
-    last = arith("floormod", arith("add", count, channel.slots - 1), channel.slots)
-    return [Load(out=count, buffer=channel.used, index=(index(0),))], last
-
-
-def _count(counter: Buffer, slot: Var) -> list[Node]:
-    """One turn more."""
-    count = Var(f"{counter.name}_next", int32, VarKind.VALUE, index(0))
-    return [
-        Load(out=count, buffer=counter, index=(index(0),)),
-        Store(buffer=counter, index=(index(0),), value=arith("add", count, 1)),
-    ]
 
 
 def _serial(node: Node) -> Node:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from tilejit import config, lower, passes
 from tilejit.dtypes import DType
+from tilejit.errors import InternalError
 from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.node import walk
@@ -190,6 +191,12 @@ class TileFrame:
             spaces.append(simulated_workspace(param.buffer, param.is_zeroed))
             values[n] = spaces[-1].ctypes.data
         return values
+
+    def check_spaces(self, spaces: Sequence[Any]) -> None:
+        """Memory that must be zero for the next launch is."""
+        for (_, param, _), space in zip(self.spaces, spaces, strict=True):
+            if param.is_zeroed and space.any():
+                raise InternalError(f"{self.planned.name}: {param.name} is not left zero.")
 
     def order(self, places: dict[Var, int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
         """Picks the parameters' values from a call's, which are at these places; workspaces get

@@ -405,6 +405,7 @@ class TileKernel:
                 spaces: list[Any] = []
                 given = frame.simulator_values(env, spaces)
                 simulator.run_lowered(frame.lowered, blocks, given, [*segments, *spaces])
+                frame.check_spaces(spaces)
 
 
 def _run_reference(

@@ -1,0 +1,164 @@
+"""Writes out loops whose rounds overlap: the first iteration's part that runs ahead, the rounds,
+and the rest of the last iteration.
+
+Knows where a round waits for tiles and leaves slots, and when warpgroups take turns. Does not know
+which nodes run ahead, nor why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tilejit.errors import Span
+from tilejit.ir.expr import Expr, Var, arith, cast, index, int_value
+from tilejit.ir.node import Body, For, If, LoopKind, Node
+from tilejit.ir.substitution import substituted
+from tilejit.ir.sync import BarrierWait, SyncThreads
+from tilejit.ops.gemm import Gemm
+from tilejit.passes.channels import Channel, counted
+from tilejit.passes.overlap import Flight, Overlap
+from tilejit.passes.pipeline import into_slot
+from tilejit.passes.registers import GROUP
+
+TURN_BARRIER = 9  # the hardware barrier of the first warpgroup that takes turns
+
+
+def overlapped(
+    loop: For, overlap: Overlap, channels: Sequence[Channel], thread: Var, turns: int
+) -> list[Node]:
+    """The loop's rounds. channels: of what the loop brings. turns: warpgroups that take turns to
+    multiply, or 0."""
+    dtype, span = loop.var.dtype, loop.span
+    serial = replace(loop, kind=LoopKind.SERIAL, num_stages=0)
+
+    def part(mapping: dict[bool, dict[Var, Expr]], ahead: int = 0, turns: int = 0) -> Body:
+        return _Round(overlap, channels, thread, mapping, ahead, turns).body()
+
+    if not overlap.part(True):
+        return [replace(serial, body=part({False: {}}))]
+    runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
+    mine: dict[Var, Expr] = {v: _again(v) for n in overlap.repeated for v in n.defines}
+    following = cast(arith("add", loop.var, loop.step), dtype)
+    last = cast(_last(loop), dtype)
+    opening = part({True: {loop.var: cast(loop.start, dtype)}})
+    steady = part({True: {loop.var: following}, False: mine}, 1, turns)
+    closing = part({False: {loop.var: last, **mine}})
+    stop = cast(arith("sub", loop.stop, loop.step), dtype)
+    return [
+        *_where(runs, opening, span),
+        replace(serial, stop=stop, body=steady),
+        *_where(runs, closing, span),
+    ]
+
+
+def first_turn(thread: Var, turns: int) -> Node:
+    """As if the last warpgroup had just had its turn."""
+    is_last = arith("eq", arith("floordiv", thread, GROUP), turns - 1)
+    return If(condition=is_last, then=(_turn_barrier(index(0), True),))
+
+
+class _Round:
+    """A round of a loop whose rounds overlap, or the part of one before or after the loop.
+
+    mapping: for nodes that run ahead and for the others, what their variables become there; a part
+    that is not there has none. ahead: how many iterations the former are in front of the latter.
+    """
+
+    def __init__(
+        self,
+        overlap: Overlap,
+        channels: Sequence[Channel],
+        thread: Var,
+        mapping: dict[bool, dict[Var, Expr]],
+        ahead: int,
+        turns: int,
+    ) -> None:
+        self.overlap = overlap
+        self.channels = channels
+        self.thread = thread
+        self.mapping = mapping
+        self.ahead = ahead
+        self.turns = turns
+        self.flight = Flight(overlap.made)
+        self.slots: dict[tuple[Channel, bool], Var] = {}
+        self.readers: dict[tuple[Channel, bool], list[Gemm]] = {}
+
+    def body(self) -> Body:
+        order = [(n, ahead) for n, ahead in self.overlap.order if ahead in self.mapping]
+        last = {(c, ahead): n for n, ahead in order for c in self.channels if c.is_read_by(n)}
+        multiplies = [n for n in self.overlap.turn if self.turns]
+        for node, is_ahead in order:
+            if node in multiplies[:1]:
+                self.flight.add(_turn_barrier(self._group(), False))
+            mine = [c for c in self.channels if c.is_read_by(node)]
+            for channel in mine:
+                if (channel, is_ahead) not in self.slots:
+                    self._open(channel, is_ahead)
+            fresh = node
+            for channel in mine:
+                fresh = into_slot(fresh, channel.slotted, self.slots[channel, is_ahead])
+            (fresh,) = substituted((fresh,), self.mapping[is_ahead])
+            self.flight.add(fresh)
+            for channel in mine:
+                if isinstance(fresh, Gemm):
+                    self.readers.setdefault((channel, is_ahead), []).append(fresh)
+                if last[channel, is_ahead] is node and is_ahead is self._ends_ahead(channel):
+                    self._leave(channel, is_ahead)
+            if node in multiplies[-1:]:
+                following = arith("floormod", arith("add", self._group(), 1), self.turns)
+                self.flight.add(_turn_barrier(following, True))
+        self.flight.land()
+        return tuple(self.flight.nodes)
+
+    def _group(self) -> Expr:
+        return arith("floordiv", self.thread, GROUP)
+
+    def _stages(self, channel: Channel) -> set[bool]:
+        """Whether nodes that run ahead use the channel's tiles, and whether others do."""
+        return {ahead for n, ahead in self.overlap.order if channel.is_read_by(n)}
+
+    def _ends_ahead(self, channel: Channel) -> bool:
+        return self._stages(channel) == {True}
+
+    def _open(self, channel: Channel, is_ahead: bool) -> None:
+        """Find the slot, and wait for its tile where that has not been done an iteration ago."""
+        crosses = self._stages(channel) == {True, False}
+        skipped = self.ahead if crosses and is_ahead else 0
+        opened, slot, parity = channel.turn(channel.used, skipped)
+        self.slots[channel, is_ahead] = slot
+        self.flight.add(*opened)
+        if is_ahead or not crosses:
+            span = channel.feed.copies[0].span
+            self.flight.add(BarrierWait(barrier=channel.full, slot=slot, parity=parity, span=span))
+
+    def _leave(self, channel: Channel, is_ahead: bool) -> None:
+        slot = self.slots[channel, is_ahead]
+        left = [*channel.leave(slot), *counted(channel.used)]
+        self.flight.after(self.readers.get((channel, is_ahead), ()), left)
+
+
+def _turn_barrier(group: Expr, is_arrival: bool) -> SyncThreads:
+    """Where a warpgroup waits for its turn, and another one says that it has come."""
+    number = arith("add", group, TURN_BARRIER)
+    return SyncThreads(inserted=True, number=number, threads=2 * GROUP, is_arrival=is_arrival)
+
+
+def _again(var: Var) -> Var:
+    return Var(var.name, var.dtype, var.kind, var.low, var.high)
+
+
+def _last(loop: For) -> Expr:
+    """The variable's value in the last iteration."""
+    if abs(loop.step) == 1:
+        return arith("sub", loop.stop, loop.step)
+    span = arith("sub", arith("sub", loop.stop, loop.start), 1 if loop.step > 0 else -1)
+    rounds = arith("floordiv", span, loop.step)
+    return arith("add", loop.start, arith("mul", rounds, loop.step))
+
+
+def _where(condition: Expr, body: Body, span: Span | None) -> list[Node]:
+    known = int_value(condition)
+    if known is not None:
+        return list(body) if known else []
+    return [If(condition=condition, then=body, span=span)]
