@@ -273,13 +273,14 @@ def test_device_that_no_longer_answers_ends_the_run(torch, monkeypatch, capsys):
 
 
 def test_peers_that_need_what_is_not_installed_are_reported(monkeypatch):
+    import attention_bench
     import matmul_bench
 
     for name in ("torch", "jax", "triton", "tilelang"):
         monkeypatch.setitem(sys.modules, name, None)
     for known in [name for name in sys.modules if name.startswith("peers.")]:
         monkeypatch.delitem(sys.modules, known)
-    for module in (matmul_bench,):
+    for module in (matmul_bench, attention_bench):
         found, notes = bench_run.load_peers(module.BENCH, module.PEERS)
         assert list(found) == list(module.BENCH.own)
         assert [note.split()[0] for note in notes] == list(module.PEERS)
@@ -293,7 +294,7 @@ def test_number_is_one_positive_integer():
             bench_options.number(text)
 
 
-@pytest.mark.parametrize("example", ["matmul"])
+@pytest.mark.parametrize("example", ["matmul", "attention"])
 def test_benchmark_without_torch_says_what_it_needs(example):
     code = f"import sys; sys.modules['torch'] = None; import {example}_bench as b; exit(b.main([]))"
     done = subprocess.run(
