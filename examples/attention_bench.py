@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,10 +32,10 @@ DEFAULT = "default"
 
 # BM, BN and threads by the largest D that they are for, most promising first.
 TILES = (
-    (64, ((128, 128, 256), (192, 128, 384), (128, 176, 256), (192, 160, 384), (128, 64, 256))),
-    (96, ((128, 128, 256), (192, 96, 384), (128, 144, 256), (128, 96, 256), (128, 64, 256))),
-    (128, ((128, 128, 256), (128, 176, 256), (128, 96, 256), (192, 96, 384), (128, 64, 256))),
-    (256, ((128, 80, 256), (128, 64, 256), (64, 80, 128), (64, 64, 128))),
+    (64, ((128, 192, 256), (192, 96, 384), (128, 128, 256), (192, 128, 384), (128, 160, 256))),
+    (96, ((128, 160, 256), (192, 96, 384), (128, 128, 256), (128, 144, 256), (128, 96, 256))),
+    (128, ((128, 160, 256), (128, 176, 256), (128, 128, 256), (128, 144, 256), (192, 96, 384))),
+    (256, ((128, 80, 256), (64, 80, 128), (128, 64, 256), (64, 64, 128), (128, 128, 256))),
 )
 QUICK = 2
 
@@ -44,9 +45,11 @@ BACKWARD_HELP = "time the gradients too (needs attention_backward.py; of the pee
 
 
 def tiles(D: int) -> tuple[dict[str, int], ...]:
-    """Keywords to try for heads of that dimension, the example's own first."""
+    """Keywords to try for heads of that dimension: none, then those that say something else."""
+    known = inspect.signature(example.attention).parameters
     found = next((choices for most, choices in TILES if most >= D), ())
-    return {}, *({"BM": BM, "BN": BN, "threads": threads} for BM, BN, threads in found)
+    spelled = [{"BM": BM, "BN": BN, "threads": threads} for BM, BN, threads in found]
+    return {}, *(t for t in spelled if any(known[name].default != t[name] for name in t))
 
 
 def swept(operands: Operands, quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:

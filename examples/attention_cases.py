@@ -151,7 +151,7 @@ class Operands:
         self.q, self.k, self.v = (self._draw() for _ in range(3))
         self.o = torch.empty_like(self.q)
         self.lse = torch.empty(case.shape[:3], device=self.q.device)
-        self.results = (self.o, self.lse)
+        self.results: tuple[Any, ...] = (self.o, self.lse)
         inputs: tuple[Any, ...] = (self.q, self.k, self.v)
         if case.is_backward:
             self.do = self._draw()

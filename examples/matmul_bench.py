@@ -4,9 +4,8 @@ python examples/matmul.py --bench --sizes 4096 --peers cublas,triton,pallas,tile
 
 Each candidate's result is checked before it is timed. Of each peer the best of a short sweep goes
 into the interleaved rounds; tilejit runs what its cost model chose, without one. The L2 cache is
-flushed before every call. Printed
-are medians as TFLOP/s, and their ratio to cuBLAS. A peer that is not there, does not compile or is
-wrong is left out, with the reason. Needs a GPU and torch.
+flushed before every call. Printed are medians as TFLOP/s, and their ratio to cuBLAS. A peer that is
+not there, does not compile or is wrong is left out, with the reason. Needs a GPU and torch.
 """
 
 from __future__ import annotations

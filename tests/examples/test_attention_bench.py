@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import types
@@ -134,6 +135,13 @@ def test_sweep_begins_with_the_defaults_and_has_tiles_for_every_usual_dimension(
     assert bench.tiles(512) == ({},)
 
 
+def test_sweep_does_not_spell_out_the_defaults(monkeypatch):
+    known = inspect.signature(example.attention).parameters
+    usual = tuple(known[name].default for name in ("BM", "BN", "threads"))
+    monkeypatch.setattr(bench, "TILES", ((64, (usual, (32, 16, 64))),))
+    assert bench.tiles(64) == ({}, {"BM": 32, "BN": 16, "threads": 64})
+
+
 @pytest.mark.parametrize(
     ("D", "tile"), [(most, tile) for most, _ in bench.TILES for tile in bench.tiles(most)[1:]]
 )
@@ -149,7 +157,7 @@ def test_tile_of_the_sweep_compiles_for_hopper(D, tile):
 def test_names_of_configurations_are_the_keywords():
     operands, *_ = host_operands(8, 64, False)
     names = [name for name, _ in bench.swept(operands, False)]
-    assert names[:2] == ["default", "BM=128, BN=128, threads=256"]
+    assert names[:2] == ["default", "BM=128, BN=192, threads=256"]
 
 
 def test_backward_is_what_attention_backward_computes(monkeypatch):
