@@ -81,7 +81,9 @@ def test_explanation_tells_where_there_are_no_masks():
     )
     first, second = explained(kernel)
     assert first == "loop over x: masks that hold in every tile are left out"  # column < N
-    assert re.fullmatch(r"loop over x: no masks where \(\(int64\(step \* 32\) \+ 31\) <= .*", second)
+    assert re.fullmatch(
+        r"loop over x: no masks where \(\(int64\(step \* 32\) \+ 31\) <= .*", second
+    )
     ((_, with_masks, without),) = branches(kernel)
     assert (with_masks, without) == (1, 0)  # without masks it copies x to itself
 
@@ -107,9 +109,7 @@ def test_masks_that_always_hold_cost_nothing(target):
     ]
     assert sources[0].ptx == sources[1].ptx
     assert explained(sources[0]) == ["loop over x: masks that hold in every tile are left out"]
-    kernel = padded.compile(
-        single(20, 500), single(20, 500), target=target, BN=128, masked=True
-    )
+    kernel = padded.compile(single(20, 500), single(20, 500), target=target, BN=128, masked=True)
     assert branches(kernel) == []  # two elements a thread: too few
 
 
@@ -274,7 +274,7 @@ shifts = st.one_of(
 @given(masks, sizes, shifts, st.integers(1, 30), st.integers(1, 60), st.booleans())
 def test_the_pass_changes_no_bit(make, constants, shift, M, N, simulates):
     a = np.random.default_rng(M * N).standard_normal((M, N)).astype(np.float32)
-    a.flat[:: 7] = [np.nan, np.inf, -0.0][N % 3]
+    a.flat[::7] = [np.nan, np.inf, -0.0][N % 3]
     results = []
     for used in (True, False):
         c = np.full((M, N), np.nan, np.float32)

@@ -226,5 +226,7 @@ def _without_identities(body: Body) -> Body:
 def _length(body: Body, box: Box) -> int:
     """About how many instructions an iteration takes."""
     exprs = {e for n in walk_nodes(body) for whole in n.exprs for e in walk(whole)}
-    costs = [LONG if e.op in MATH else 1 for e in exprs if isinstance(e, Op) and not box.is_fixed(e)]
+    costs = [
+        LONG if e.op in MATH else 1 for e in exprs if isinstance(e, Op) and not box.is_fixed(e)
+    ]
     return sum(costs) + sum(1 for n in walk_nodes(body) if isinstance(n, Store | Atomic))
