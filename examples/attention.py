@@ -1,6 +1,7 @@
 """Attention as ordinary tile code: two matmuls with a softmax between them in registers.
 
-python examples/attention.py     check it on NumPy arrays, wherever there is a device
+python examples/attention.py               check it on NumPy arrays, wherever there is a device
+python examples/attention.py --bench       time it (needs a GPU, torch); --bench --help says what
 
 Online softmax as in Milakov and Gimelshein (2018) and FlashAttention (Dao et al., 2022). Nothing in
 the compiler knows of attention: what keeps the scores in registers, brings K and V in rings of
@@ -137,4 +138,6 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    check()
+    from bench_options import script
+
+    script(__doc__, check, "attention_bench")

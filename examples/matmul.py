@@ -6,8 +6,6 @@ python examples/matmul.py --bench          time it (needs a GPU, torch); --bench
 
 from __future__ import annotations
 
-import sys
-
 import ml_dtypes
 import numpy as np
 
@@ -54,10 +52,6 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    if "--bench" in sys.argv[1:]:
-        from matmul_bench import main
+    from bench_options import script
 
-        raise SystemExit(main([word for word in sys.argv[1:] if word != "--bench"]))
-    if sys.argv[1:]:
-        raise SystemExit(f"Unknown: {' '.join(sys.argv[1:])}\n{__doc__}")
-    check()
+    script(__doc__, check, "matmul_bench")

@@ -81,8 +81,12 @@ class Case:
         operands = (self.M + self.N) * self.K * width(self.precision.stored)
         return operands + self.M * self.N * width(self.precision.out)
 
+    @property
+    def group(self) -> str:
+        return f"{self.dtype} {self.layout}"
+
     def __str__(self) -> str:
-        return f"{self.M}x{self.N}x{self.K} {self.dtype} {self.layout}"
+        return f"{self.M}x{self.N}x{self.K} {self.group}"
 
 
 def width(stored: str) -> int:

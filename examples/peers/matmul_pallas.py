@@ -1,17 +1,13 @@
 """The matmul that JAX ships for Hopper, written in Pallas Mosaic GPU."""
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch
-
 import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
 from jax.experimental.pallas.ops.gpu import hopper_matmul_mgpu as hopper
+from peers.jax_arrays import call_jax, to_jax
+from peers.jax_arrays import to_torch as to_torch
 
 # Tile of a warpgroup, slots, how wide the walk over C is, along which of M and N lie the two
 # warpgroups, and along which the two blocks of a cluster, if any.
@@ -35,7 +31,7 @@ def candidates(operands: Any, quick: bool) -> Iterator[tuple[str, Callable[[], A
         raise ValueError("JAX's kernel takes 16-bit operands, B stored K x N")
     if case.M % 64:
         raise ValueError(f"JAX's kernel takes tiles of 64 rows, which do not divide M = {case.M}")
-    a, b = _to_jax(operands.a), _to_jax(operands.b)
+    a, b = to_jax(operands.a), to_jax(operands.b)
     found = [t for t in (LARGE if case.M > 512 else SMALL + LARGE) if _divides(case, *t)]
     for tiling in found[: 3 if quick else 8]:
         tile_m, tile_n, slots, wide, groups, cluster = tiling
@@ -60,27 +56,4 @@ def _build(a: Any, b: Any, tiling: tuple[Any, ...]) -> Callable[[], Any]:
         wg_dimension=along[groups], cluster_dimension=along[cluster],
     )  # fmt: skip
     matmul = jax.jit(functools.partial(hopper.matmul, c=None, config=config))
-    # What the allocator hands out next holds NaN.
-    jnp.full((a.shape[0], b.shape[1]), jnp.nan, a.dtype).block_until_ready()
-    return lambda: matmul(a, b).block_until_ready()
-
-
-def _to_jax(x: Any) -> Any:
-    """The same memory where DLPack can, else a copy."""
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        raise RuntimeError(f"JAX sees no GPU, only {device.platform}")
-    torch.cuda.synchronize()
-    try:
-        return jnp.from_dlpack(x.detach())
-    except Exception:
-        bits = x.view(torch.int16).cpu().numpy()
-        return jax.device_put(bits.view(np.dtype(jnp.dtype(str(x.dtype)[6:]))), device)
-
-
-def to_torch(result: Any) -> Any:
-    """A JAX array as a torch tensor on the same GPU."""
-    try:
-        return torch.from_dlpack(result)
-    except Exception:
-        return torch.from_numpy(np.asarray(result.astype(jnp.float32))).cuda()
+    return call_jax(matmul, a, b, shape=(a.shape[0], b.shape[1]))

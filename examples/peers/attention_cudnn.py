@@ -1,0 +1,6 @@
+"""The attention of torch that is cuDNN."""
+
+from peers.torch_attention import with_backend
+from torch.nn.attention import SDPBackend
+
+candidates = with_backend(SDPBackend.CUDNN_ATTENTION)
