@@ -1,0 +1,82 @@
+"""The machine code of attention's loop: what each score costs, and where masks are paid for."""
+
+from __future__ import annotations
+
+import collections
+import re
+import shutil
+
+import attention
+import pytest
+
+import tilejit.language as T
+from tilejit.ir.node import If, Parallel, walk
+
+BM = BN = D = 128
+SCORES = BM * BN // 256  # of a thread
+MASK = re.compile(r"loop over scores: (.*)")
+
+
+def compiled(target="sm_90a", S=4096, **options):
+    tile, rows = T.Tensor((4, 16, S, D), "float16"), T.Tensor((4, 16, S), "float32")
+    return attention.attention.compile(tile, tile, tile, tile, rows, target=target, **options)
+
+
+def opcodes(sass: str) -> dict[str, int]:
+    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([\w.]+)", sass, re.MULTILINE)
+    return collections.Counter(
+        ".".join(name.split(".")[: 2 if name.startswith("MUFU") else 1]) for name in found
+    )
+
+
+def has_disassembler() -> bool:
+    if shutil.which("nvdisasm"):
+        return True
+    from cuda import pathfinder
+
+    return pathfinder.find_nvidia_binary_utility("nvdisasm") is not None
+
+
+@pytest.mark.skipif(not has_disassembler(), reason="needs nvdisasm")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_score_costs_as_much_as_by_hand(is_causal):
+    """One multiply-add, exponential, maximum and addition each, and half a conversion; outside the
+    loop and for rows a few more. A mask that depends on the tile is there once."""
+    counts = opcodes(compiled(is_causal=is_causal).sass)
+    rest = 12
+    for name in ("FFMA", "MUFU.EX2", "FMNMX", "FADD"):
+        assert SCORES <= counts[name] <= SCORES + rest, (name, counts[name])
+    # `out` is rescaled in the loop and divided after it
+    assert 2 * SCORES <= counts["FMUL"] <= 2 * SCORES + rest
+    assert counts["F2FP"] == SCORES  # half of them for O
+    masks = SCORES if is_causal else 0
+    assert masks <= counts["FSEL"] <= masks + rest
+    assert counts["FSETP"] <= rest and counts["MOV"] <= 64
+    assert counts["ISETP"] <= masks + 4 * rest
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "options, masks",
+    [
+        ({}, ["masks that hold in every tile are left out"]),
+        ({"S": 4090}, [r"no masks where .* < 4090"]),
+        ({"is_causal": True},
+         ["masks that hold in every tile are left out", r"no masks where .* <= \(block \* 128\)"]),
+        ({"is_causal": True, "window": 500},
+         ["masks that hold in every tile are left out", r"no masks where \(.*\) & \(.*\)"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_tiles_that_need_a_mask_pay_for_it(target, options, masks):
+    kernel = compiled(target, **options)
+    found = MASK.findall(kernel.explain())
+    assert len(found) == len(masks)
+    assert all(re.fullmatch(want, text) for want, text in zip(masks, found, strict=True)), found
+    (frame,) = kernel.kernels
+    around = [n for n in walk(frame.planned.body)
+              if isinstance(n, If) and any(isinstance(x, Parallel) for x in n.then)]  # fmt: skip
+    assert len(around) == sum("where" in text for text in masks)
+    assert all(not n.orelse for n in around)  # tiles without a mask have nothing to do
+    assert not re.search(r"C7\d\d\d|(?i:warning|advisory|error)", frame.compiled.log)
+    assert frame.resources.spill_bytes == frame.resources.stack_bytes == 0
