@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from tilejit.dtypes import bool_, float32, int32, int64, uint32
 from tilejit.ir.corners import NEGATED, TRUE, Box
-from tilejit.ir.expr import Expr, Op, Var, VarKind, binary, cast, const, index, show, unary, variables
+from tilejit.ir.expr import (
+    Expr,
+    Op,
+    Var,
+    VarKind,
+    binary,
+    cast,
+    const,
+    index,
+    show,
+    unary,
+    variables,
+)
 from tilejit.sim.reference_values import Values
 
 quick = settings(max_examples=400, deadline=None)

@@ -81,7 +81,9 @@ def test_explanation_tells_where_there_are_no_masks():
     )
     first, second = explained(kernel)
     assert first == "loop over x: masks that hold in every tile are left out"  # column < N
-    assert re.fullmatch(r"loop over x: no masks where \(\(int64\(step \* 32\) \+ 31\) <= .*", second)
+    assert re.fullmatch(
+        r"loop over x: no masks where \(\(int64\(step \* 32\) \+ 31\) <= .*", second
+    )
     ((_, with_masks, without),) = branches(kernel)
     assert (with_masks, without) == (1, 0)  # without masks it copies x to itself
 
@@ -107,9 +109,7 @@ def test_masks_that_always_hold_cost_nothing(target):
     ]
     assert sources[0].ptx == sources[1].ptx
     assert explained(sources[0]) == ["loop over x: masks that hold in every tile are left out"]
-    kernel = padded.compile(
-        single(20, 500), single(20, 500), target=target, BN=128, masked=True
-    )
+    kernel = padded.compile(single(20, 500), single(20, 500), target=target, BN=128, masked=True)
     assert branches(kernel) == []  # two elements a thread: too few
 
 
@@ -171,7 +171,7 @@ def test_long_loops_are_not_there_twice():
             x = T.tan(x)
         return x
 
-    condition = lambda i, j, step, block, limit, length, L: step * 64 + i < limit  # noqa: E731
+    condition = lambda i, j, step, block, limit, length, L: step * 64 + i < limit
     assert branches(loop_of(condition, long)) == []
     assert len(branches(loop_of(condition, lambda x: x))) == 1
 
@@ -272,9 +272,9 @@ shifts = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(masks, sizes, shifts, st.integers(1, 30), st.integers(1, 60), st.booleans())
-def test_the_pass_changes_no_bit(make, constants, shift, M, N, simulates):
+def test_the_pass_changes_no_bit(make, constants, shift, M, N, is_hopper):
     a = np.random.default_rng(M * N).standard_normal((M, N)).astype(np.float32)
-    a.flat[:: 7] = [np.nan, np.inf, -0.0][N % 3]
+    a.flat[::7] = [np.nan, np.inf, -0.0][N % 3]
     results = []
     for used in (True, False):
         c = np.full((M, N), np.nan, np.float32)
@@ -282,7 +282,7 @@ def test_the_pass_changes_no_bit(make, constants, shift, M, N, simulates):
         with pytest.MonkeyPatch.context() as patch, use_executor("simulator"):
             patch.setattr(passes, "PASSES", chosen)
             patch.setattr(bounds, "WORTH", 0)
-            with options(target="sm_90a" if simulates else "sm_80"):
+            with options(target="sm_90a" if is_hopper else "sm_80"):
                 make_random(**make)(a, c, shift, **constants)
         results.append(c)
     assert results[0].tobytes() == results[1].tobytes()
@@ -302,3 +302,25 @@ def test_a_good_part_of_the_random_masks_become_branches():
             )
             found += bool(branches(kernel))
     assert found > len(TERMS) ** 2 // 2
+
+
+# ---- what rows have in common --------------------------------------------------------------------
+
+
+def test_what_depends_on_the_row_alone_is_computed_once_a_row():
+    @tilejit(fast_math=True)
+    def scaled(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=64):
+            x = T.alloc_fragment((64, 64), "float32")
+            most = T.alloc_fragment((64,), "float32")
+            T.copy(A, x)
+            T.reduce_max(x, most, dim=1)
+            for i, j in T.Parallel(64, 64):
+                x[i, j] *= T.if_then_else(most[i] == NONE, 0.0, T.rsqrt(most[i]))
+            T.copy(x, C)
+
+    kernel = scaled.compile(single(64, 64), single(64, 64), target="sm_90a")
+    (frame,) = kernel.kernels
+    held = {b.name: layout.registers for b, layout in frame.planned.fragments.items()}
+    assert held["x"] == 64 and held["most"] < 32
+    assert kernel.ptx.count("rsqrt.approx.ftz.f32") == held["most"]
