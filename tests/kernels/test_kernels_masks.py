@@ -272,7 +272,7 @@ shifts = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(masks, sizes, shifts, st.integers(1, 30), st.integers(1, 60), st.booleans())
-def test_the_pass_changes_no_bit(make, constants, shift, M, N, simulates):
+def test_the_pass_changes_no_bit(make, constants, shift, M, N, is_hopper):
     a = np.random.default_rng(M * N).standard_normal((M, N)).astype(np.float32)
     a.flat[::7] = [np.nan, np.inf, -0.0][N % 3]
     results = []
@@ -282,7 +282,7 @@ def test_the_pass_changes_no_bit(make, constants, shift, M, N, simulates):
         with pytest.MonkeyPatch.context() as patch, use_executor("simulator"):
             patch.setattr(passes, "PASSES", chosen)
             patch.setattr(bounds, "WORTH", 0)
-            with options(target="sm_90a" if simulates else "sm_80"):
+            with options(target="sm_90a" if is_hopper else "sm_80"):
                 make_random(**make)(a, c, shift, **constants)
         results.append(c)
     assert results[0].tobytes() == results[1].tobytes()
@@ -302,3 +302,25 @@ def test_a_good_part_of_the_random_masks_become_branches():
             )
             found += bool(branches(kernel))
     assert found > len(TERMS) ** 2 // 2
+
+
+# ---- what rows have in common --------------------------------------------------------------------
+
+
+def test_what_depends_on_the_row_alone_is_computed_once_a_row():
+    @tilejit(fast_math=True)
+    def scaled(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=64):
+            x = T.alloc_fragment((64, 64), "float32")
+            most = T.alloc_fragment((64,), "float32")
+            T.copy(A, x)
+            T.reduce_max(x, most, dim=1)
+            for i, j in T.Parallel(64, 64):
+                x[i, j] *= T.if_then_else(most[i] == NONE, 0.0, T.rsqrt(most[i]))
+            T.copy(x, C)
+
+    kernel = scaled.compile(single(64, 64), single(64, 64), target="sm_90a")
+    (frame,) = kernel.kernels
+    held = {b.name: layout.registers for b, layout in frame.planned.fragments.items()}
+    assert held["x"] == 64 and held["most"] < 32
+    assert kernel.ptx.count("rsqrt.approx.ftz.f32") == held["most"]

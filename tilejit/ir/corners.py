@@ -15,7 +15,6 @@ from tilejit.dtypes import DType, bool_, int32, int64
 from tilejit.ir.analysis import Interval, interval, keeps_value, linear, provably
 from tilejit.ir.expr import (
     COMPARE,
-    Const,
     Expr,
     Op,
     Var,
@@ -111,20 +110,27 @@ class Box:
 
     def _opaque(self, e: Expr, fixed: dict[Expr, Var]) -> Expr:
         """The expression with its parts that are fixed in the box, but may wrap, as variables."""
-        if not isinstance(e, Op) or _never_wraps(e):
-            return e
-        if self.depends(e):
-            return rebuild(e, tuple(self._opaque(c, fixed) for c in e.children))
-        if e not in fixed:
-            fixed[e] = Var("fixed", e.dtype, VarKind.VALUE)
-        return fixed[e]
+        wrapping = _wrapping(e)
+        done: dict[Expr, Expr] = {}
+        for node in walk(e):
+            if not isinstance(node, Op) or node not in wrapping:
+                done[node] = node
+            elif self.depends(node):
+                done[node] = rebuild(node, tuple(done[c] for c in node.children))
+            else:
+                done[node] = fixed.setdefault(node, Var("fixed", node.dtype, VarKind.VALUE))
+        return done[e]
 
     def _widened(self, e: Expr) -> Expr:
         """The same in 64 bits; parts that are fixed in the box are computed as they were."""
-        if not isinstance(e, Op) or not self.depends(e):
-            return const(int(e.value), int64) if isinstance(e, Const) else cast(e, int64)
-        fresh = tuple(map(self._widened, e.children))
-        return fresh[0] if e.op == "cast" else rebuild(e, fresh)
+        done: dict[Expr, Expr] = {}
+        for node in walk(e):
+            if isinstance(node, Op) and self.depends(node):
+                fresh = tuple(done[c] for c in node.children)
+                done[node] = fresh[0] if node.op == "cast" else rebuild(node, fresh)
+            else:
+                done[node] = cast(node, int64)
+        return done[e]
 
     # ---- rising and falling -----------------------------------------------------------------
 
@@ -158,27 +164,34 @@ def _either(a: Expr | None, b: Expr | None) -> Expr | None:
 def _slope(e: Expr, var: Var) -> int | None:
     """1 where `e` never falls with the variable, -1 where it never rises, 0 where it does not
     depend on it; None where that is unknown."""
-    if var not in variables(e):
-        return 0
-    if e is var:
-        return 1
-    if not isinstance(e, Op) or e.dtype not in (int32, int64):
-        return None
+    done: dict[Expr, int | None] = {}
+    for node in walk(e):
+        if var not in variables(node):
+            done[node] = 0
+        elif isinstance(node, Op) and node.dtype in (int32, int64):
+            done[node] = _slope_of(node, [done[c] for c in node.children])
+        else:
+            done[node] = 1 if node is var else None
+    return done[e]
+
+
+def _slope_of(e: Op, slopes: list[int | None]) -> int | None:
+    """Of an operation of whole numbers, given those of its operands."""
     if e.op in ("add", "min", "max"):
-        return _joined(*(_slope(c, var) for c in e.children))
+        return _joined(*slopes)
     if e.op == "sub":
-        return _joined(_slope(e.children[0], var), _scaled(_slope(e.children[1], var), -1))
+        return _joined(slopes[0], _scaled(slopes[1], -1))
     if e.op == "neg":
-        return _scaled(_slope(e.children[0], var), -1)
+        return _scaled(slopes[0], -1)
     if e.op == "mul":
-        for factor, other in (e.children, e.children[::-1]):
+        for factor, own, other in zip(e.children, slopes, slopes[::-1], strict=True):
             sign = _sign(interval(factor))
-            if var not in variables(factor) and sign is not None:
-                return _scaled(_slope(other, var), sign)
-    if e.op == "floordiv" and var not in variables(e.children[1]):
-        return _slope(e.children[0], var) if (interval(e.children[1]).low or 0) > 0 else None
+            if own == 0 and sign is not None:
+                return _scaled(other, sign)
+    if e.op == "floordiv" and slopes[1] == 0:
+        return slopes[0] if (interval(e.children[1]).low or 0) > 0 else None
     if e.op == "cast" and keeps_value(e):
-        return _slope(e.children[0], var)
+        return slopes[0]
     return None
 
 
@@ -208,8 +221,16 @@ def _natural(dtype: DType) -> Interval:
 
 def _never_wraps(e: Expr) -> bool:
     """True when no part of the expression wraps, whatever its variables are."""
-    return all(
-        n.dtype.is_integer and interval(n).within(_natural(n.dtype))
-        for n in walk(e)
-        if isinstance(n, Op) and not n.dtype.is_bool
-    )
+    return not _wrapping(e)
+
+
+def _wrapping(e: Expr) -> set[Expr]:
+    """The parts of an expression that may wrap, or are made of such."""
+    found: set[Expr] = set()
+    for node in walk(e):
+        if not isinstance(node, Op):
+            continue
+        is_whole = node.dtype.is_integer and interval(node).within(_natural(node.dtype))
+        if any(c in found for c in node.children) or not (is_whole or node.dtype.is_bool):
+            found.add(node)
+    return found

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from tilejit.dtypes import bool_
+from tilejit.ir.buffer import Scope
 from tilejit.ir.corners import TRUE, Box
 from tilejit.ir.divergence import divergence
 from tilejit.ir.expr import (
@@ -121,6 +122,7 @@ class _Masks:
         self.is_sure = is_sure
         self.holds: Expr = TRUE
         self.found = False
+        self._settled: dict[tuple[Expr, bool], tuple[Expr, Expr]] = {}
 
     def strip(self, body: Body) -> Body:
         result: list[Node] = []
@@ -149,20 +151,40 @@ class _Masks:
         return (replace(fresh, condition=condition),)
 
     def value(self, e: Expr) -> Expr:
-        """The expression with its selections settled. Which arm is wanted: the one that is more
-        than a constant."""
-        if not isinstance(e, Op):
+        """The expression with its selections settled."""
+        rests: dict[Expr, Expr] = {}
+        for node in walk(e):
+            if isinstance(node, Op) and node.op == "select":
+                rest = self.settle(node.children[0], _wanted(node))[1]
+                if rest is not node.children[0]:
+                    rests[node] = rest
+        if not rests:
             return e
-        if e.op != "select":
-            fresh = tuple(map(self.value, e.children))
-            same = all(a is b for a, b in zip(fresh, e.children, strict=True))
-            return e if same else rebuild(e, fresh)
-        test, a, b = e.children
-        wanted = not isinstance(a, Const) or isinstance(b, Const)
-        condition = self.condition(test, wanted)
-        if isinstance(condition, Const):
-            return self.value(a if condition.value else b)
-        return select(condition, self.value(a), self.value(b))
+        done: dict[Expr, Expr] = {}
+        for node in walk(e):
+            fresh = tuple(done[c] for c in node.children)
+            if node in rests:
+                done[node] = select(rests[node], *fresh[1:])
+            else:
+                done[node] = rebuild(node, fresh) if isinstance(node, Op) else node
+        self._assume(e, rests)
+        return done[e]
+
+    def _assume(self, e: Expr, rests: dict[Expr, Expr]) -> None:
+        """Note what the selections that are left of an expression, or chose an arm, rely on."""
+        stack, seen = [e], set[Expr]()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            rest = rests.get(node)
+            if rest is None:
+                stack += node.children
+                continue
+            test, a, b = node.children
+            self.condition(test, _wanted(node))
+            stack += [a if rest.value else b] if isinstance(rest, Const) else [a, b]
 
     def condition(self, e: Expr, wanted: bool) -> Expr:
         """What is left of a condition in tiles where masks hold."""
@@ -175,6 +197,11 @@ class _Masks:
     def settle(self, e: Expr, wanted: bool) -> tuple[Expr, Expr]:
         """What must hold for the whole tile, and what is then left of the condition `e`: the
         wanted value, fewer terms, or `e` itself where nothing can be told."""
+        if (e, wanted) not in self._settled:
+            self._settled[e, wanted] = self._settle(e, wanted)
+        return self._settled[e, wanted]
+
+    def _settle(self, e: Expr, wanted: bool) -> tuple[Expr, Expr]:
         if not isinstance(e, Op):
             return TRUE, e
         if e.op == "not":
@@ -196,6 +223,12 @@ class _Masks:
         return found, const(wanted, bool_)
 
 
+def _wanted(node: Expr) -> bool:
+    """What the condition of a selection is where it selects no mask."""
+    _, a, b = node.children
+    return not isinstance(a, Const) or isinstance(b, Const)
+
+
 def _any(conditions: Iterable[Expr]) -> Expr:
     result: Expr = const(False, bool_)
     for condition in conditions:
@@ -212,7 +245,8 @@ def _without_identities(body: Body) -> Body:
             loads[node.out] = node
         elif isinstance(node, Store) and isinstance(node.value, Var):
             load = loads.get(node.value)
-            if load is not None and load.when is None:
+            is_own = node.buffer.scope is not Scope.GLOBAL  # others' memory may overlap
+            if is_own and load is not None and load.when is None:
                 if load.buffer is node.buffer and load.index == node.index:
                     continue
         written = {b.root for b in all_writes(node)}
