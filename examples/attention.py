@@ -24,7 +24,7 @@ LN_2 = 0.6931471805599453
 def attention(
     Q: T.Tensor, K: T.Tensor, V: T.Tensor, O: T.Tensor, LSE: T.Tensor,
     *,
-    BM=128, BN=128, threads=256, is_causal=False, window=None, softcap=None,
+    BM=None, BN=None, threads=None, is_causal=False, window=None, softcap=None,
 ):  # fmt: skip
     """O = softmax(Q @ K.T / sqrt(D)) @ V for each head.
 
@@ -36,6 +36,9 @@ def attention(
     """
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
+    BM = BM or (192 if D <= 64 and not is_causal else 128)
+    BN = BN or (128 if D <= 128 else 80)
+    threads = threads or 2 * BM
     none = -T.infinity("float32")
     scale = LOG2_E * (softcap or D**-0.5)  # of scores, for exp2
     with T.Kernel(T.ceildiv(S, BM), heads, batch, threads=threads) as (block, head, z):

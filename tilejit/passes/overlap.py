@@ -40,8 +40,11 @@ from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
-from tilejit.passes.registers import SPARE_REGISTERS, consumer_registers
+from tilejit.passes.registers import consumer_registers
+from tilejit.passes.wgmma import multiply_clocks
+from tilejit.passes.work import work_clocks
 
+SPARE_REGISTERS = 24  # of a thread besides its fragments, in a loop whose rounds overlap
 _QUIET = (Scope.FRAGMENT, Scope.SHARED, Scope.VAR)
 _KNOWN = (Let, Load, Store, Copy, Fill, Gemm, GemmWait, Parallel, Reduce, If, For, While)
 
@@ -154,7 +157,26 @@ class _Parting:
             *((n, False) for n in last),
             *((n, True) for n in copied),
         ]
+        if self.is_multiplying() and not moved:
+            order = self.sooner(order)
         return Overlap(tuple(order), moved)
+
+    def is_multiplying(self) -> bool:
+        """Whether the tensor cores have more to do than the threads."""
+        busy = sum(multiply_clocks(n) for n in self.nodes if isinstance(n, Gemm))
+        return busy > sum(work_clocks(n) for n in self.nodes)
+
+    def sooner(self, order: list[tuple[Node, bool]]) -> list[tuple[Node, bool]]:
+        """The order in which late multiplies start at once: work of theirs that stands before them
+        is done at the end of the round before, where nothing disturbs it."""
+        late = [n for n, ahead in order if not ahead]
+        start = next(k for k, n in enumerate(late) if isinstance(n, Gemm))
+        early = [n for n in late[:start] if not isinstance(n, Let | Load)]
+        rest = [(n, ahead) for n, ahead in order if n not in early]
+        fresh = [*rest, *((n, True) for n in early)]
+        nodes = [n for n, ahead in fresh if ahead or n not in self.rounds.repeated(set(late))]
+        stays = {n for n in late if n not in early}
+        return order if self.rounds.overtaken(nodes, stays) else fresh
 
     def by_hand(self) -> Overlap | None:
         """The order that the user gave: the trace has seen that it keeps the loop's meaning."""

@@ -101,6 +101,7 @@ class _Specialiser:
         for overlap in self.overlaps.values():
             fragments.update((b, fragments[old]) for old, b in overlap.moved.items())
         self.kernel = replace(self.kernel, fragments=fragments)
+        self.uneven = unevenness(self.kernel)
         self.turning = 0  # warpgroups that take turns in a loop
 
     def run(self) -> Kernel:
@@ -163,9 +164,8 @@ class _Specialiser:
     def _walk(self) -> Walk:
         """How blocks come to their tiles: in a fixed order, unless some tiles are longer."""
         is_free = self.cluster == 1 and self.teams == 1 and self.staging.late is None
-        uneven = unevenness(self.kernel) if is_free and not self.kernel.given.panel else None
-        if uneven is not None:
-            return queue_walk(self.kernel, uneven)
+        if self.uneven is not None and is_free and not self.kernel.given.panel:
+            return queue_walk(self.kernel, self.uneven)
         return tile_walk(self.kernel, self.cluster, self.axis)
 
     # ---- teams ------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ class _Specialiser:
 
     def _overlapped(self, loop: For) -> list[Node]:
         overlap, groups = self.overlaps[loop], self.kernel.num_threads // GROUP
-        turns = groups if groups > 1 and overlap.has_turns else 0
+        turns = groups if groups > 1 and overlap.has_turns and self.uneven is None else 0
         if turns:
             self.turning = turns
             self.notes.append(
