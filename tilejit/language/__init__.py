@@ -180,6 +180,7 @@ from tilejit.language.proxy import (
     ptr,
 )
 from tilejit.language.reduce import (
+    cluster_reduce,
     reduce,
     reduce_absmax,
     reduce_abssum,
@@ -282,6 +283,7 @@ __all__ = [
     "clear",
     "cluster_arrive",
     "cluster_arrive_relaxed",
+    "cluster_reduce",
     "cluster_sync",
     "cluster_wait",
     "clz",

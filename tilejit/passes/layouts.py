@@ -35,10 +35,12 @@ from tilejit.layout.boxes import BOX_ALIGN, boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.reduction import spread
 from tilejit.layout.shared import SharedLayout
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
 from tilejit.ops.reduce import Reduce
+from tilejit.passes import exchange
 from tilejit.passes.reduce import axis_of, note_of, result_layout, with_scratch
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
@@ -254,6 +256,9 @@ class _Converter:
                 result += self.gemm(node)
             elif isinstance(node, Reduce):
                 result += self.reduce(node)
+            elif isinstance(node, ClusterReduce):
+                self.notes.append(exchange.note_of(node, self.kernel.cluster_size))
+                result.append(exchange.with_scratch(node, self.kernel.cluster_size))
             elif isinstance(node, Load | Store | Atomic):
                 result += self.scalar(node, steps)
             else:
