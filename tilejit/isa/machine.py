@@ -216,6 +216,13 @@ class LaneContext(Protocol):
     def mbarrier_expect(self, address: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> None:
         """The current phase also waits for `count` bytes."""
 
+    def mbarrier_fence(self) -> None:
+        """Those that the active lanes have made are known to who waits at the cluster's barrier
+        for what comes next."""
+
+    def mbarrier_receive(self, address: np.ndarray[Any, Any], count: int) -> None:
+        """Each active lane has brought `count` bytes that the current phase waits for."""
+
     def mbarrier_wait(
         self, address: np.ndarray[Any, Any], parity: np.ndarray[Any, Any]
     ) -> None: ...

@@ -170,7 +170,7 @@ def cluster_reduce(buffer: Any, reduce_type: str = "sum", nan_propagate: bool = 
 
     A row that one block has no room for is divided among the blocks of a cluster: each reduces its
     part, and this makes the parts one. Elements go through distributed shared memory (PTX ISA,
-    "mapa", "barrier.cluster"). All threads of all blocks of the cluster come here equally often.
+    "st.async"). All threads of all blocks of the cluster come here equally often.
     Two runs give the same bits, and so do all blocks. In kernels without `T.Kernel(cluster=...)`
     the block is alone, and the tile stays as it is.
 
@@ -185,8 +185,8 @@ def cluster_reduce(buffer: Any, reduce_type: str = "sum", nan_propagate: bool = 
     Raises:
         DTypeError: the operation has no meaning for the dtype.
         ArgumentError, ArgumentTypeError: anything else about an argument.
-        TraceError: outside a kernel, inside T.Parallel or a T.ws, in a branch that not all threads
-            take, or between T.cluster_arrive and T.cluster_wait.
+        TraceError: outside a kernel, inside T.Parallel or a T.ws, or in a branch that not all
+            threads take.
     """
     what = "T.cluster_reduce"
     trace = tile_op(what)

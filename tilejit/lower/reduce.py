@@ -8,13 +8,14 @@ of a pair compute the same, so all copies of a result are equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from tilejit.dtypes import DType, int32, uint32, uint64
-from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
 from tilejit.ir.node import Node
 from tilejit.isa import cluster as isa_cluster
+from tilejit.isa import mbarrier as isa_mbarrier
 from tilejit.isa.machine import Value
 from tilejit.isa.special import shuffle
 from tilejit.layout.fragment import FragmentLayout
@@ -137,7 +138,7 @@ class ReduceEmitter(TileEmitter):
     # ---- between blocks ---------------------------------------------------------------------
 
     def emit_cluster_reduce(self, node: ClusterReduce) -> None:
-        """Each block leaves its elements with all blocks of the cluster; all read what is there."""
+        """Each block sends its elements to all blocks of the cluster; all read what has come."""
         m, dtype, scratch = self.m, node.accumulator, node.scratch
         buffer = node.tile.buffer
         layout = self.kernel.fragments[buffer]
@@ -148,26 +149,33 @@ class ReduceEmitter(TileEmitter):
         parts = thread_part(layout, self.thread)
         places = [coordinates(layout, parts, r) for r in range(layout.registers)]
         exist = [self.bounds(layout, at) for at in places]
-        self._send(layout, scratch, dtype, list(zip(places, values, exist, strict=True)))
-        m.issue(isa_cluster.CLUSTER_ARRIVE)
-        m.issue(isa_cluster.CLUSTER_WAIT)
+        point = self.single().points[0]
+        assert node.barrier is not None and node.slot is not None and node.parity is not None
+        come = self.barrier_address(node.barrier, node.slot, point)
+        size = math.prod(node.tile.shape) * self.kernel.cluster_size * dtype.bytes
+        expected = [come, m.const(size, uint32)]
+        m.issue(isa_mbarrier.ARRIVE_EXPECT, expected, self.inside_first_thread())
+        self._send(node, layout, come, list(zip(places, values, exist, strict=True)))
+        (parity,) = m.cast([self.index_value(node.parity, 32)[0]], int32, uint32)
+        m.issue(isa_mbarrier.wait_parity(self.target), [come, parity])
         results = []
         for at, inside in zip(places, exist, strict=True):
-            start: tuple[Expr, ...] = (*at, index(0))
+            start: tuple[Expr, ...] = (node.slot, *at, index(0))
             loaded = m.load(self.address(scratch, start), dtype, self.kernel.cluster_size, inside)
             results.append(self._tree(node, loaded))
         self.state[buffer][:] = m.cast(results, dtype, buffer.dtype)
 
     def _send(
         self,
+        node: ClusterReduce,
         layout: FragmentLayout,
-        scratch: Buffer,
-        dtype: DType,
+        come: Value,
         elements: list[tuple[tuple[Expr, ...], Value, Value | None]],
     ) -> None:
-        """Store elements at the block's number in the memory of every block. Threads that hold
-        copies of an element divide the blocks among them."""
-        m, blocks = self.m, self.kernel.cluster_size
+        """Store elements at the block's number in the memory of every block, whose barriers count
+        them. Threads that hold copies of an element divide the blocks among them."""
+        m, blocks, dtype = self.m, self.kernel.cluster_size, node.accumulator
+        assert node.scratch is not None and node.slot is not None, "exchanges are not planned"
         word = uint32 if dtype.bits == 32 else uint64
         own_rank = Var("rank", int32, VarKind.VALUE, index(0), index(blocks - 1))
         self.bind(own_rank, m.cast(list(m.issue(isa_cluster.CTA_RANK)), uint32, int32)[0])
@@ -178,12 +186,13 @@ class ReduceEmitter(TileEmitter):
                 is_block = self.value(binary("lt", peer, const(blocks)))
                 peer = arith("min", peer, blocks - 1)
             (rank,) = m.cast([self.index_value(peer, 32)[0]], int32, uint32)
+            (counted,) = m.issue(isa_cluster.MAPA, [come, rank])
             for at, value, inside in elements:
-                own = m.address(self.address(scratch, (*at, own_rank)))
+                own = m.address(self.address(node.scratch, (node.slot, *at, own_rank)))
                 (there,) = m.issue(isa_cluster.MAPA, [own, rank])
                 bits = value if dtype is word else m.bitcast(value, dtype, word)
                 when = self.both(inside, is_block)
-                m.issue(isa_cluster.store_cluster(dtype.bits), [there, bits], when)
+                m.issue(isa_cluster.send(dtype.bits), [there, bits, counted], when)
 
     def _copy_number(self, layout: FragmentLayout) -> Expr:
         """The thread's number among those that hold copies of its elements."""

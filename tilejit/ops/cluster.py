@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from tilejit.dtypes import DType
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr
+from tilejit.ir.kernel import Kernel
 from tilejit.ir.names import Names
-from tilejit.ir.node import Node
+from tilejit.ir.node import Node, walk
 from tilejit.ops.reduce import ReduceKind, accumulator
 
 
@@ -19,8 +20,11 @@ class ClusterReduce(Node):
 
     tile: after `select` a whole fragment, updated in place.
     keeps_nan: a NaN among the elements makes `max` and `min` NaN; else they pass over NaNs.
-    scratch: decided by `layouts`: shared memory where the blocks leave their elements,
-        (*tile's shape, blocks).
+
+    Decided by `exchange`:
+    scratch: shared memory where the blocks leave their elements, (slots, *tile's shape, blocks).
+    barrier, slot, parity: a barrier for each slot that completes when the elements of all blocks
+        have come; the slot that is used, and the parity of that phase.
 
     Elements are converted to `accumulator` first and the result to the tile's dtype last.
     """
@@ -29,6 +33,9 @@ class ClusterReduce(Node):
     kind: ReduceKind
     keeps_nan: bool = False
     scratch: Buffer | None = None
+    barrier: Buffer | None = None
+    slot: Expr | None = None
+    parity: Expr | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -40,11 +47,12 @@ class ClusterReduce(Node):
 
     @property
     def _scratch(self) -> tuple[Buffer, ...]:
-        return () if self.scratch is None else (self.scratch,)
+        return tuple(b for b in (self.scratch, self.barrier) if b is not None)
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return self.tile.starts
+        turn = tuple(e for e in (self.slot, self.parity) if e is not None)
+        return (*self.tile.starts, *turn)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -65,3 +73,10 @@ class ClusterReduce(Node):
             text += ", nan_propagate=True"
         comment = f"  # through {self.scratch.name}" if self.scratch is not None else ""
         return f"T.cluster_reduce({text}){comment}"
+
+
+def meets_late(kernel: Kernel) -> bool:
+    """Whether the threads of a cluster that have made their barriers need not wait for each other
+    before the first T.cluster_reduce: nothing else uses barriers."""
+    own = {n.barrier for n in walk(kernel.body) if isinstance(n, ClusterReduce)}
+    return all(b in own for b in kernel.scoped(Scope.BARRIER) if not b.is_view)

@@ -9,7 +9,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
 from tilejit.passes.describe import describe_tensors
-from tilejit.passes.exchange import order_exchanges
+from tilejit.passes.exchange import plan_exchanges
 from tilejit.passes.given import order_tiles
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
@@ -24,11 +24,11 @@ Pass = Callable[[Kernel], Kernel]
 
 # After choose_schedule and select_atoms (which also take the target), in this order:
 PASSES: tuple[Pass, ...] = (
+    plan_exchanges,  # what is sent is in fragments
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
     specialise,  # the same of what producers bring
     order_tiles,  # blocks that walk have an order already
-    order_exchanges,  # loops are what they stay
     insert_sync,  # hazards depend on what runs ahead
     order_reads,  # meetings and arrivals are what tells others
     describe_tensors,  # boxes depend on slots and clusters

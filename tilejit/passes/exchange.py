@@ -1,103 +1,125 @@
-"""Tiles that the blocks of a cluster combine: where they go through, and who may write there when.
+"""Tiles that the blocks of a cluster combine: where they go through, and who waits for whom.
 
-Knows the cluster's barrier and how often nodes execute. Does not know PTX.
+Knows barriers that count bytes, the cluster's barrier and how often nodes execute. Does not know
+PTX or layouts.
 
-Blocks write into each other's shared memory. A block may do so once the others have begun and have
-read what was there before: all come to the cluster's barrier when they have, early, and wait for
-each other right before they write, late, so that what lies between hides the way.
+Every block sends its elements to the shared memory of all, and waits at a barrier of its own until
+the bytes of all have come. A block that is ahead may send what comes next while another one still
+waits: it goes elsewhere, to the other of two slots, and no block gets further ahead, for it needs
+what that other one sends.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from tilejit.errors import TraceError
+from tilejit.dtypes import int32, uint64
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import index
+from tilejit.ir.expr import Var, VarKind, arith, const, index, int_value
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, Node, walk
+from tilejit.ir.node import Body, For, Load, Node, Store, While, walk
 from tilejit.ir.sync import Control, ControlOp
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterReduce, meets_late
 
+SLOTS = 2
 _BARRIER = (ControlOp.CLUSTER_ARRIVE, ControlOp.CLUSTER_ARRIVE_RELAXED, ControlOp.CLUSTER_WAIT)
 
 
-def with_scratch(node: ClusterReduce, blocks: int) -> ClusterReduce:
-    """The node with shared memory for the elements of all blocks."""
-    scratch = Buffer(
-        name=f"{node.tile.buffer.name}_blocks",
-        shape=tuple(index(n) for n in (*node.tile.shape, blocks)),
-        dtype=node.accumulator,
-        scope=Scope.SHARED,
-        span=node.span,
-    )
-    return replace(node, scratch=scratch)
+def plan_exchanges(kernel: Kernel) -> Kernel:
+    """Decide the memory, the barriers and the slots of T.cluster_reduce.
 
-
-def note_of(node: ClusterReduce, blocks: int) -> str:
-    """What explain() says of it."""
-    return (
-        f"cluster_reduce {node.kind} {node.tile.buffer.name}: {blocks} blocks through shared memory"
-    )
-
-
-def order_exchanges(kernel: Kernel) -> Kernel:
-    """Decide where blocks come to the cluster's barrier for T.cluster_reduce.
-
-    Needs: the final order of nodes. Decides: Control nodes. Each reduction itself is a meeting of
-    all threads of the cluster between the writing and the reading.
-    Raises TraceError where it stands between the user's T.cluster_arrive and T.cluster_wait.
+    Needs: tiles in fragments. Decides: `scratch`, `barrier`, `slot` and `parity` of the nodes, and
+    where the block's threads wait until all blocks of the cluster have begun: as late as they can.
     """
-    nodes = [n for n in walk(kernel.body) if isinstance(n, ClusterReduce)]
-    if not nodes:
+    if not any(isinstance(n, ClusterReduce) for n in walk(kernel.body)):
         return kernel
-    arrive = _control(ControlOp.CLUSTER_ARRIVE_RELAXED, nodes[0])
-    if any(isinstance(n, Control) and n.op in _BARRIER for n in walk(kernel.body)):
-        _check_order(kernel.body)
-        return replace(kernel, body=_visit(kernel.body, arrives_before=True))
-    first = next(k for k, n in enumerate(kernel.body) if any(m in nodes for m in walk((n,))))
-    if all(n in kernel.body for n in nodes):  # each has memory of its own, used once
-        wait = _control(ControlOp.CLUSTER_WAIT, nodes[0])
-        body = (arrive, *kernel.body[:first], wait, *kernel.body[first:])
-        return replace(kernel, body=body)
-    end = _control(ControlOp.CLUSTER_WAIT, nodes[-1])
-    return replace(kernel, body=(arrive, *_visit(kernel.body, arrives_before=False), end))
+    planner = _Planner(kernel.cluster_size)
+    body = planner.visit(kernel.body, is_repeated=False)
+    fresh = replace(
+        kernel,
+        body=(*planner.first, *body),
+        notes=(*kernel.notes, *dict.fromkeys(planner.notes)),
+    )
+    if not meets_late(fresh):
+        return fresh
+    wait = Control(op=ControlOp.CLUSTER_WAIT, span=kernel.span)
+    return replace(fresh, body=_with_wait(fresh.body, wait))
 
 
-def _control(op: ControlOp, node: Node) -> Control:
-    return Control(op=op, span=node.span)
+def _with_wait(body: Body, wait: Node) -> Body:
+    """The body with a wait before what first needs the other blocks, but not in branches, and in
+    loops only that have one round."""
+    at = next(k for k, n in enumerate(body) if any(map(_is_of_cluster, walk((n,)))))
+    first = body[at]
+    if isinstance(first, For) and _is_once(first):
+        inside = replace(first, body=_with_wait(first.body, wait))
+        return (*body[:at], inside, *body[at + 1 :])
+    return (*body[:at], wait, *body[at:])
 
 
-def _visit(body: Body, *, arrives_before: bool) -> Body:
-    """Each reduction between a wait and the arrival that the next one waits for; with
-    `arrives_before`, right after both."""
-    result: list[Node] = []
-    for node in body:
-        if not isinstance(node, ClusterReduce):
-            fresh = (_visit(child, arrives_before=arrives_before) for child in node.bodies)
+def _is_of_cluster(node: Node) -> bool:
+    is_control = isinstance(node, Control) and node.op in _BARRIER
+    return is_control or isinstance(node, ClusterReduce)
+
+
+class _Planner:
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.first: list[Node] = []  # what the kernel begins with
+        self.notes: list[str] = []
+
+    def visit(self, body: Body, *, is_repeated: bool) -> Body:
+        result: list[Node] = []
+        for node in body:
+            if isinstance(node, ClusterReduce):
+                result += self.planned(node, SLOTS if is_repeated else 1)
+                continue
+            again = is_repeated or isinstance(node, While)
+            again |= isinstance(node, For) and not _is_once(node)
+            fresh = (self.visit(child, is_repeated=again) for child in node.bodies)
             result.append(node.with_bodies(*fresh))
-            continue
-        arrive = _control(ControlOp.CLUSTER_ARRIVE, node)
-        wait = _control(ControlOp.CLUSTER_WAIT, node)
-        result += [arrive, wait, node] if arrives_before else [wait, node, arrive]
-    return tuple(result)
+        return tuple(result)
+
+    def planned(self, node: ClusterReduce, slots: int) -> list[Node]:
+        name, span = node.tile.buffer.name, node.span
+        self.notes.append(
+            f"cluster_reduce {node.kind} {name}: {self.blocks} blocks through shared memory"
+        )
+        scratch = Buffer(
+            name=f"{name}_blocks",
+            shape=tuple(index(n) for n in (slots, *node.tile.shape, self.blocks)),
+            dtype=node.accumulator,
+            scope=Scope.SHARED,
+            span=span,
+        )
+        barrier = Buffer(
+            name=f"{name}_come",
+            shape=(index(slots),),
+            dtype=uint64,
+            scope=Scope.BARRIER,
+            arrive_counts=(1,) * slots,
+            span=span,
+        )
+        fresh = replace(node, scratch=scratch, barrier=barrier)
+        if slots == 1:
+            return [replace(fresh, slot=index(0), parity=const(0, int32))]
+        turns = Buffer(name=f"{name}_turns", shape=(index(1),), dtype=int32, scope=Scope.VAR)
+        turn = Var(turns.name, int32, VarKind.VALUE, index(0), index(2 * slots - 1))
+        at = (index(0),)
+        following = arith("floormod", arith("add", turn, 1), 2 * slots)
+        self.first.append(Store(buffer=turns, index=at, value=const(0, int32), span=span))
+        return [
+            Load(out=turn, buffer=turns, index=at, span=span),
+            replace(
+                fresh,
+                slot=arith("floormod", turn, slots),
+                parity=arith("floordiv", turn, slots),
+            ),
+            Store(buffer=turns, index=at, value=following, span=span),
+        ]
 
 
-def _check_order(body: Body) -> None:
-    """
-    Raises:
-        TraceError: threads that have come to the cluster's barrier would come again before waiting.
-    """
-    before: Control | None = None
-    for node in body:
-        for child in node.bodies:
-            _check_order(child)
-        if isinstance(node, Control) and node.op in _BARRIER:
-            before = None if node.op is ControlOp.CLUSTER_WAIT else node
-        elif before is not None and any(isinstance(n, ClusterReduce) for n in walk((node,))):
-            raise TraceError(
-                f"T.cluster_reduce stands between T.{before.op} and its T.cluster_wait.",
-                span=node.span,
-                related=[(before.span, "the arrival")],
-                hint="Blocks meet at the same barrier to reduce: put it before or after the two.",
-            )
+def _is_once(loop: For) -> bool:
+    """True when the loop surely has one round."""
+    span = int_value(arith("sub", loop.stop, loop.start))
+    return span is not None and 0 < span * (1 if loop.step > 0 else -1) <= abs(loop.step)

@@ -35,12 +35,10 @@ from tilejit.layout.boxes import BOX_ALIGN, boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.reduction import spread
 from tilejit.layout.shared import SharedLayout
-from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
 from tilejit.ops.reduce import Reduce
-from tilejit.passes import exchange
 from tilejit.passes.reduce import axis_of, note_of, result_layout, with_scratch
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
@@ -103,7 +101,7 @@ class _Inference:
                     self.layouts[region.buffer] = wanted
                     self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
-        for buffer in sorted(undecided, key=lambda b: -math.prod(b.extents)):
+        for buffer in sorted(undecided, key=lambda b: (-math.prod(b.extents), -len(b.extents))):
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
                 self.spread()
@@ -144,17 +142,20 @@ class _Inference:
         if axis is not None and shape:
             vector = math.gcd(self.vector(group), shape[-1])
             return spread(shape, self.threads, vector, axis, buffer.dtype.bytes)
-        vectors = []
+        widths: list[int] = []
+        is_used = False
         for loop in self.loops:
-            mine = [at for _, b, at in accesses(loop) if b is buffer]
-            for at in mine:
-                if at and at[-1] is loop.vars[-1] if loop.vars else False:
-                    vectors.append(loop_vector(loop, self.kernel))
-                else:
-                    vectors.append(1)
-        if not vectors:
+            touched = list(accesses(loop))
+            reaches_memory = any(_is_common(b) for _, b, _ in touched)
+            for at in (at for _, b, at in touched if b is buffer):
+                is_used = True
+                if not loop.vars or at[-1:] != loop.vars[-1:]:
+                    widths.append(1)
+                elif reaches_memory:  # others go along with any width
+                    widths.append(loop_vector(loop, self.kernel))
+        if not is_used:
             return replicated(shape, self.threads)
-        vector = math.gcd(min(vectors), shape[-1]) if shape else 1
+        vector = math.gcd(min(widths, default=1), shape[-1]) if shape else 1
         return blocked(shape, self.threads, max(1, vector))
 
     def together(self, buffer: Buffer) -> set[Buffer]:
@@ -256,9 +257,6 @@ class _Converter:
                 result += self.gemm(node)
             elif isinstance(node, Reduce):
                 result += self.reduce(node)
-            elif isinstance(node, ClusterReduce):
-                self.notes.append(exchange.note_of(node, self.kernel.cluster_size))
-                result.append(exchange.with_scratch(node, self.kernel.cluster_size))
             elif isinstance(node, Load | Store | Atomic):
                 result += self.scalar(node, steps)
             else:

@@ -38,7 +38,6 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
-from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
@@ -62,12 +61,6 @@ def insert_sync(kernel: Kernel) -> Kernel:
 # Says which thread an access takes to which element: equal owners, same thread for an element.
 Owner = tuple[object, ...]
 Touched = Mapping[Buffer, Owner | None]  # None: any thread may touch any element
-
-
-def _met_over(kernel: Kernel) -> frozenset[Buffer]:
-    """What blocks of a cluster write and read for T.cluster_reduce, at meetings of their own."""
-    nodes = (n for n in walk(kernel.body) if isinstance(n, ClusterReduce))
-    return frozenset(n.scratch.root for n in nodes if n.scratch is not None)
 
 
 def _merge(a: Touched, b: Touched) -> dict[Buffer, Owner | None]:
@@ -132,7 +125,7 @@ class _Synchroniser:
         self.part = kernel  # as the executing threads see it
         self.divergence: Divergence = divergence(kernel)
         written = kernel.written
-        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel) | _met_over(kernel)
+        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel)
         self.constant = frozenset(
             b.root for b in kernel.buffers if b.scope is Scope.GLOBAL and b.root not in written
         )
