@@ -204,6 +204,16 @@ def test_where_it_must_not_stand(body, words):
         compiled(body)
 
 
+def test_clusters_of_sixteen_where_the_chip_has_them(hopper, rng):
+    a = rng.integers(-9, 10, (32, 1, 40)).astype(np.float32)
+    c = hopper(combining, a, out=[(a.shape, a.dtype)], blocks=16, threads=32)
+    assert (c == expected(a, "sum", 16)).all()
+    spec = T.Tensor((16, 1, 40), "float32")
+    assert "reqnctapercluster 16" in combining.compile(spec, spec, blocks=16, target="sm_90").ptx
+    with pytest.raises(UnsupportedError, match=r"a cluster of 16 blocks; sm_120a runs up to 8"):
+        combining.compile(spec, spec, blocks=16, target="sm_120a")
+
+
 def test_chips_and_dtypes_that_cannot():
     with pytest.raises(UnsupportedError, match="cluster needs"):
         compiled(add, target="sm_80")

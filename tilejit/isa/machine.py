@@ -337,6 +337,7 @@ class Lowered:
         (`threads`), or 32 when warps go different ways through blocking operations, or 128 when
         warpgroups do.
     cluster: blocks of a cluster along x, y and z; the grid is a multiple of it.
+    min_blocks: blocks that a multiprocessor has registers for at once.
     tensor_maps: which parameters are tensor maps; empty when none is. Their argument in the
         simulator is a `tma.TensorMap`.
     """
@@ -352,3 +353,4 @@ class Lowered:
     lanes: int = 0
     cluster: tuple[int, int, int] = (1, 1, 1)
     tensor_maps: tuple[bool, ...] = ()
+    min_blocks: int = 1

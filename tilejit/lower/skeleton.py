@@ -157,6 +157,7 @@ class _Skeleton:
             fast_math=kernel.fast_math,
             lanes=self._lanes(),
             cluster=kernel.cluster,
+            min_blocks=kernel.given.min_blocks,
             tensor_maps=tuple(p.kind is ParamKind.TENSOR_MAP for p in kernel.params),
         )
 

@@ -185,9 +185,9 @@ class Meetings:
     def run_arrive(self, node: BarrierArrive) -> None:
         slots = self.values.whole(node.slot)
         ranks = -1 if node.cta is None else self.values.whole(node.cta)
-        pairs = np.asarray(slots, np.int64) * 16 + np.asarray(ranks, np.int64) + 1
+        pairs = np.asarray(slots, np.int64) * 32 + np.asarray(ranks, np.int64) + 1
         for pair, count in self._counts(pairs).items():
-            slot, rank = divmod(pair, 16)
+            slot, rank = divmod(pair, 32)
             state = None
             if rank:
                 self._check_rank(rank - 1)
