@@ -78,7 +78,7 @@ def part_of(N, blocks):
     return N if blocks == 1 else T.ceildiv(T.ceildiv(N, blocks), 8) * 8
 
 
-@tilejit
+@tilejit(fast_math=True)
 def softmax(X: T.Tensor, Y: T.Tensor, *, BM=1, threads=256, blocks=1, resident=1):
     """Y = exp(X) / sum(exp(X)) along rows. X, Y: (M, N)."""
     M, N = X.shape
@@ -105,7 +105,7 @@ def softmax(X: T.Tensor, Y: T.Tensor, *, BM=1, threads=256, blocks=1, resident=1
             Y[row + i, column + j] = e[i, j] * total[i]
 
 
-@tilejit
+@tilejit(fast_math=True)
 def rms_norm(
     X: T.Tensor, W: T.Tensor, Y: T.Tensor, S: T.Tensor,
     *, eps=1e-6, BM=1, threads=256, blocks=1, resident=1,
@@ -135,7 +135,7 @@ def rms_norm(
             T.copy(s, S[row])
 
 
-@tilejit
+@tilejit(fast_math=True)
 def layer_norm(
     X: T.Tensor, W: T.Tensor, B: T.Tensor, Y: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
     *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1,
@@ -147,7 +147,7 @@ def layer_norm(
     with T.Kernel(T.ceildiv(M, BM) * blocks, threads=threads, cluster=blocks) as block:
         T.annotate_min_blocks_per_sm(resident)
         row, column = block // blocks * BM, block % blocks * part
-        x = T.alloc_fragment((BM, part), "float32")
+        x = T.alloc_fragment((BM, part), X.dtype)
         square = T.alloc_fragment((BM, part), "float32")
         w, b = T.alloc_fragment((part,), W.dtype), T.alloc_fragment((part,), B.dtype)
         mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
@@ -157,10 +157,10 @@ def layer_norm(
         for i in T.Parallel(BM):
             mean[i] = mean[i] / N
         for i, j in T.Parallel(BM, part):
-            x[i, j] = x[i, j] - mean[i]
+            off = x[i, j] - mean[i]
             if N % part:
-                x[i, j] = T.if_then_else(column + j < N, x[i, j], 0.0)
-            square[i, j] = x[i, j] * x[i, j]
+                off = T.if_then_else(column + j < N, off, 0.0)
+            square[i, j] = off * off
         T.reduce_sum(square, s, dim=1)
         T.cluster_reduce(s)
         T.copy(W[column], w)
@@ -168,33 +168,39 @@ def layer_norm(
         for i in T.Parallel(BM):
             s[i] = T.rsqrt(s[i] / N + eps)
         for i, j in T.Parallel(BM, part):
-            Y[row + i, column + j] = x[i, j] * s[i] * w[j] + b[j]
+            Y[row + i, column + j] = (x[i, j] - mean[i]) * s[i] * w[j] + b[j]
         if block % blocks == 0:
             T.copy(mean, MEAN[row])
             T.copy(s, S[row])
 
 
-@tilejit
+@tilejit(fast_math=True)
 def softmax_backward(
-    Y: T.Tensor, DY: T.Tensor, DX: T.Tensor, *, BM=1, threads=256, blocks=1, resident=1
+    Y: T.Tensor, DY: T.Tensor, DX: T.Tensor,
+    *, workers=132, BM=1, stages=2, threads=256, blocks=1, resident=1,
 ):  # fmt: skip
-    """DX = Y * (DY - sum(Y * DY)), of softmax's result Y and the gradient DY with respect to it."""
+    """DX = Y * (DY - sum(Y * DY)), of softmax's result Y and the gradient DY with respect to it.
+    Clusters of `blocks` blocks take every `workers`th group of BM rows, and bring what comes next
+    while they compute."""
     M, N = Y.shape
     part = part_of(N, blocks)
-    with T.Kernel(T.ceildiv(M, BM) * blocks, threads=threads, cluster=blocks) as block:
+    groups = T.ceildiv(M, BM)
+    with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
         T.annotate_min_blocks_per_sm(resident)
-        row, column = block // blocks * BM, block % blocks * part
-        y, dy = T.alloc_fragment((BM, part), Y.dtype), T.alloc_fragment((BM, part), DY.dtype)
+        worker, column = block // blocks, block % blocks * part
+        y, dy = T.alloc_shared((BM, part), Y.dtype), T.alloc_shared((BM, part), DY.dtype)
         product = T.alloc_fragment((BM, part), "float32")
         dot = T.alloc_fragment((BM,), "float32")
-        T.copy(Y[row, column], y)
-        T.copy(DY[row, column], dy)
-        for i, j in T.Parallel(BM, part):
-            product[i, j] = T.cast(y[i, j], "float32") * T.cast(dy[i, j], "float32")
-        T.reduce_sum(product, dot, dim=1)
-        T.cluster_reduce(dot)
-        for i, j in T.Parallel(BM, part):
-            DX[row + i, column + j] = y[i, j] * (dy[i, j] - dot[i])
+        for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
+            row = (worker + step * workers) * BM
+            T.copy(Y[row, column], y)
+            T.copy(DY[row, column], dy)
+            for i, j in T.Parallel(BM, part):
+                product[i, j] = T.cast(y[i, j], "float32") * T.cast(dy[i, j], "float32")
+            T.reduce_sum(product, dot, dim=1)
+            T.cluster_reduce(dot)
+            for i, j in T.Parallel(BM, part):
+                DX[row + i, column + j] = y[i, j] * (dy[i, j] - dot[i])
 
 
 @T.macro
@@ -214,7 +220,7 @@ def add_up(PARTS, OUT, columns):
         T.copy(total, OUT[block * columns])
 
 
-@tilejit
+@tilejit(fast_math=True)
 def rms_norm_backward(
     X: T.Tensor, W: T.Tensor, DY: T.Tensor, S: T.Tensor, DX: T.Tensor, DW: T.Tensor,
     *, workers=132, BM=1, stages=2, threads=256, blocks=1, resident=1,
@@ -243,20 +249,22 @@ def rms_norm_backward(
             T.copy(DY[row, column], dy)
             T.copy(S[row], s)
             for i, j in T.Parallel(BM, part):
-                part_of_dw = dy[i, j] * (x[i, j] * s[i])
-                dw[i, j] += part_of_dw
-                product[i, j] = part_of_dw * w[j]
+                hat = x[i, j] * s[i]
+                dw[i, j] += dy[i, j] * hat
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
             T.reduce_sum(product, dot, dim=1)
             T.cluster_reduce(dot)
+            for i in T.Parallel(BM):
+                dot[i] = dot[i] / N
             for i, j in T.Parallel(BM, part):
                 g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-                DX[row + i, column + j] = s[i] * (g - x[i, j] * s[i] * (dot[i] / N))
+                DX[row + i, column + j] = s[i] * (g - x[i, j] * s[i] * dot[i])
         T.reduce_sum(dw, sums, dim=0)
         T.copy(sums, parts[worker, column])
     add_up(parts, DW, 64)
 
 
-@tilejit
+@tilejit(fast_math=True)
 def layer_norm_backward(
     X: T.Tensor, W: T.Tensor, DY: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
     DX: T.Tensor, DW: T.Tensor, DB: T.Tensor,
@@ -272,10 +280,7 @@ def layer_norm_backward(
         worker, column = block // blocks, block % blocks * part
         x, dy = T.alloc_shared((BM, part), X.dtype), T.alloc_shared((BM, part), DY.dtype)
         w = T.alloc_shared((part,), W.dtype)
-        g, product = (
-            T.alloc_fragment((BM, part), "float32"),
-            T.alloc_fragment((BM, part), "float32"),
-        )
+        product = T.alloc_fragment((BM, part), "float32")
         dw, db = T.alloc_fragment((BM, part), "float32"), T.alloc_fragment((BM, part), "float32")
         mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
         total, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
@@ -290,19 +295,22 @@ def layer_norm_backward(
             T.copy(MEAN[row], mean)
             T.copy(S[row], s)
             for i, j in T.Parallel(BM, part):
-                part_of_dw = dy[i, j] * ((x[i, j] - mean[i]) * s[i])
-                dw[i, j] += part_of_dw
-                db[i, j] += dy[i, j]
-                product[i, j] = part_of_dw * w[j]
-                g[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-            T.reduce_sum(g, total, dim=1)
+                hat = (x[i, j] - mean[i]) * s[i]
+                dw[i, j] += dy[i, j] * hat
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
             T.reduce_sum(product, dot, dim=1)
-            T.cluster_reduce(total)
+            for i, j in T.Parallel(BM, part):
+                db[i, j] += dy[i, j]
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+            T.reduce_sum(product, total, dim=1)
             T.cluster_reduce(dot)
+            T.cluster_reduce(total)
+            for i in T.Parallel(BM):
+                total[i], dot[i] = total[i] / N, dot[i] / N
             for i, j in T.Parallel(BM, part):
                 hat = (x[i, j] - mean[i]) * s[i]
-                g_again = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-                DX[row + i, column + j] = s[i] * (g_again - (total[i] + hat * dot[i]) / N)
+                g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+                DX[row + i, column + j] = s[i] * (g - total[i] - hat * dot[i])
         T.reduce_sum(dw, sums, dim=0)
         T.copy(sums, w_parts[worker, column])
         T.reduce_sum(db, sums, dim=0)
@@ -335,7 +343,7 @@ def backward(name, x, w, dy, mean, s, plan=None, workers=3):
     knobs = (plan or backward_plan(x.shape[1])).options
     dx, dw, db = np.full_like(x, np.nan), np.full_like(w, np.nan), np.full_like(w, np.nan)
     if name == "softmax":
-        softmax_backward(x, dy, dx, **knobs)
+        softmax_backward(x, dy, dx, workers=workers, **knobs)
         return dx, None, None
     if name == "rms_norm":
         rms_norm_backward(x, w, dy, s, dx, dw, workers=workers, **knobs)

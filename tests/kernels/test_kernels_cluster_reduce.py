@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,34 @@ def test_rows_longer_than_a_block_are_reduced_by_a_cluster(hopper, rng):
     want = a.astype(np.float64) - a.mean(1, dtype=np.float64, keepdims=True)
     np.testing.assert_allclose(b, want, atol=1e-5)
     np.testing.assert_allclose(v, want.max(1), atol=1e-5)
+
+
+def test_neighbours_send_before_any_of_them_waits(hopper, rng):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, rows=3):
+        with T.Kernel(4, threads=32, cluster=2) as block:
+            a, b = T.alloc_fragment((8,), "float32"), T.alloc_fragment((8,), "float32")
+            for r in range(rows):
+                at = block // 2 * 2 * rows + 2 * r + block % 2
+                T.copy(A[at, 0], a)
+                T.copy(A[at, 0], b)
+                T.cluster_reduce(a)
+                T.cluster_reduce(b, "max")
+                T.cluster_reduce(b)  # of what the one before gave
+                T.copy(a, B[at, 0])
+                T.copy(b, C[at, 0])
+
+    a = rng.integers(-9, 10, (12, 8)).astype(np.float32)
+    b, c = hopper(kernel, a, out=[(a.shape, a.dtype)] * 2)
+    pairs = a.reshape(6, 2, 8)
+    assert (b == pairs.sum(1, keepdims=True).repeat(2, 1).reshape(12, 8)).all()
+    assert (c == 2 * pairs.max(1, keepdims=True).repeat(2, 1).reshape(12, 8)).all()
+    spec = T.Tensor(a.shape, "float32")
+    source = kernel.compile(spec, spec, spec, target="sm_90a").source
+    calls = re.findall(r"= (cluster_\w+)\(|^ +(cluster_send\w+)\(", source, re.M)
+    names = [a or b for a, b in calls]
+    assert names == ["cluster_send_sum_a", "cluster_send_max_b", "cluster_take_sum_a",
+                     "cluster_take_max_b", "cluster_reduce_sum_b"]  # fmt: skip
 
 
 def test_beside_the_users_own_meetings(hopper, rng):

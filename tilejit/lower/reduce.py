@@ -23,7 +23,7 @@ from tilejit.layout.reduction import Reduction
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterReduce, Step
 from tilejit.ops.reduce import Reduce, identity
 
 
@@ -139,23 +139,43 @@ class ReduceEmitter(TileEmitter):
 
     def emit_cluster_reduce(self, node: ClusterReduce) -> None:
         """Each block sends its elements to all blocks of the cluster; all read what has come."""
-        m, dtype, scratch = self.m, node.accumulator, node.scratch
-        buffer = node.tile.buffer
-        layout = self.kernel.fragments[buffer]
-        assert scratch is not None and dtype.bits in (32, 64), "layouts did not run"
-        values = m.cast(self.state[buffer], buffer.dtype, dtype)
-        if node.kind.is_absolute and dtype.is_signed:
-            values = [m.unary("abs", v, dtype) for v in values]
+        layout = self.kernel.fragments[node.tile.buffer]
+        assert node.barrier is not None and node.slot is not None, "exchanges are not planned"
         parts = thread_part(layout, self.thread)
         places = [coordinates(layout, parts, r) for r in range(layout.registers)]
         exist = [self.bounds(layout, at) for at in places]
-        point = self.single().points[0]
-        assert node.barrier is not None and node.slot is not None and node.parity is not None
-        come = self.barrier_address(node.barrier, node.slot, point)
+        come = self.barrier_address(node.barrier, node.slot, self.single().points[0])
+        if node.step is not Step.TAKE:
+            self._announce_and_send(node, come, places, exist)
+        if node.step is not Step.SEND:
+            self._take(node, come, places, exist)
+
+    def _announce_and_send(
+        self,
+        node: ClusterReduce,
+        come: Value,
+        places: list[tuple[Expr, ...]],
+        exist: list[Value | None],
+    ) -> None:
+        m, dtype, buffer = self.m, node.accumulator, node.tile.buffer
+        values = m.cast(self.state[buffer], buffer.dtype, dtype)
+        if node.kind.is_absolute and dtype.is_signed:
+            values = [m.unary("abs", v, dtype) for v in values]
         size = math.prod(node.tile.shape) * self.kernel.cluster_size * dtype.bytes
         expected = [come, m.const(size, uint32)]
         m.issue(isa_mbarrier.ARRIVE_EXPECT, expected, self.inside_first_thread())
+        layout = self.kernel.fragments[buffer]
         self._send(node, layout, come, list(zip(places, values, exist, strict=True)))
+
+    def _take(
+        self,
+        node: ClusterReduce,
+        come: Value,
+        places: list[tuple[Expr, ...]],
+        exist: list[Value | None],
+    ) -> None:
+        m, dtype, scratch, buffer = self.m, node.accumulator, node.scratch, node.tile.buffer
+        assert scratch is not None and node.slot is not None and node.parity is not None
         (parity,) = m.cast([self.index_value(node.parity, 32)[0]], int32, uint32)
         m.issue(isa_mbarrier.wait_parity(self.target), [come, parity])
         results = []

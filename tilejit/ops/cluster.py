@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tilejit.dtypes import DType
 from tilejit.ir.buffer import Buffer, Region, Scope
@@ -12,6 +13,14 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node, walk
 from tilejit.ops.reduce import ReduceKind, accumulator
+
+
+class Step(StrEnum):
+    """What of an exchange a node does: first the block sends its elements, then it takes all."""
+
+    WHOLE = "whole"
+    SEND = "send"
+    TAKE = "take"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +34,7 @@ class ClusterReduce(Node):
     scratch: shared memory where the blocks leave their elements, (slots, *tile's shape, blocks).
     barrier, slot, parity: a barrier for each slot that completes when the elements of all blocks
         have come; the slot that is used, and the parity of that phase.
+    step: what this node does of it; nothing touches the tile between the two.
 
     Elements are converted to `accumulator` first and the result to the tile's dtype last.
     """
@@ -36,6 +46,7 @@ class ClusterReduce(Node):
     barrier: Buffer | None = None
     slot: Expr | None = None
     parity: Expr | None = None
+    step: Step = Step.WHOLE
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -71,7 +82,8 @@ class ClusterReduce(Node):
         text = f'{names.region(self.tile)}, "{self.kind}"'
         if self.keeps_nan:
             text += ", nan_propagate=True"
-        comment = f"  # through {self.scratch.name}" if self.scratch is not None else ""
+        step = "" if self.step is Step.WHOLE else f", {self.step}"
+        comment = f"  # through {self.scratch.name}{step}" if self.scratch is not None else ""
         return f"T.cluster_reduce({text}){comment}"
 
 

@@ -6,11 +6,12 @@ PTX or layouts.
 Every block sends its elements to the shared memory of all, and waits at a barrier of its own until
 the bytes of all have come. A block that is ahead may send what comes next while another one still
 waits: it goes elsewhere, to the other of two slots, and no block gets further ahead, for it needs
-what that other one sends.
+what that other one sends. Neighbouring reductions all send before any waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tilejit.dtypes import int32, uint64
@@ -19,7 +20,7 @@ from tilejit.ir.expr import Var, VarKind, arith, const, index, int_value
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Load, Node, Store, While, walk
 from tilejit.ir.sync import Control, ControlOp
-from tilejit.ops.cluster import ClusterReduce, meets_late
+from tilejit.ops.cluster import ClusterReduce, Step, meets_late
 
 SLOTS = 2
 _BARRIER = (ControlOp.CLUSTER_ARRIVE, ControlOp.CLUSTER_ARRIVE_RELAXED, ControlOp.CLUSTER_WAIT)
@@ -70,17 +71,37 @@ class _Planner:
 
     def visit(self, body: Body, *, is_repeated: bool) -> Body:
         result: list[Node] = []
+        together: list[ClusterReduce] = []
         for node in body:
             if isinstance(node, ClusterReduce):
-                result += self.planned(node, SLOTS if is_repeated else 1)
+                if any(node.tile.buffer is other.tile.buffer for other in together):
+                    result += self.planned(together, is_repeated)
+                    together = []
+                together.append(node)
                 continue
+            result += self.planned(together, is_repeated)
+            together = []
             again = is_repeated or isinstance(node, While)
             again |= isinstance(node, For) and not _is_once(node)
             fresh = (self.visit(child, is_repeated=again) for child in node.bodies)
             result.append(node.with_bodies(*fresh))
+        result += self.planned(together, is_repeated)
         return tuple(result)
 
-    def planned(self, node: ClusterReduce, slots: int) -> list[Node]:
+    def planned(self, nodes: Sequence[ClusterReduce], is_repeated: bool) -> list[Node]:
+        """Neighbours of different tiles: what looks up turns, what sends, takes and counts."""
+        parts = [self.single(node, SLOTS if is_repeated else 1) for node in nodes]
+        before = [n for first, _, _ in parts for n in first]
+        after = [n for _, _, last in parts for n in last]
+        middle = [node for _, node, _ in parts]
+        if len(middle) == 1:
+            return [*before, *middle, *after]
+        steps = [replace(node, step=step) for step in (Step.SEND, Step.TAKE) for node in middle]
+        return [*before, *steps, *after]
+
+    def single(
+        self, node: ClusterReduce, slots: int
+    ) -> tuple[list[Node], ClusterReduce, list[Node]]:
         name, span = node.tile.buffer.name, node.span
         self.notes.append(
             f"cluster_reduce {node.kind} {name}: {self.blocks} blocks through shared memory"
@@ -102,21 +123,20 @@ class _Planner:
         )
         fresh = replace(node, scratch=scratch, barrier=barrier)
         if slots == 1:
-            return [replace(fresh, slot=index(0), parity=const(0, int32))]
+            return [], replace(fresh, slot=index(0), parity=const(0, int32)), []
         turns = Buffer(name=f"{name}_turns", shape=(index(1),), dtype=int32, scope=Scope.VAR)
         turn = Var(turns.name, int32, VarKind.VALUE, index(0), index(2 * slots - 1))
         at = (index(0),)
         following = arith("floormod", arith("add", turn, 1), 2 * slots)
         self.first.append(Store(buffer=turns, index=at, value=const(0, int32), span=span))
-        return [
-            Load(out=turn, buffer=turns, index=at, span=span),
-            replace(
-                fresh,
-                slot=arith("floormod", turn, slots),
-                parity=arith("floordiv", turn, slots),
-            ),
-            Store(buffer=turns, index=at, value=following, span=span),
-        ]
+        fresh = replace(
+            fresh, slot=arith("floormod", turn, slots), parity=arith("floordiv", turn, slots)
+        )
+        return (
+            [Load(out=turn, buffer=turns, index=at, span=span)],
+            fresh,
+            [Store(buffer=turns, index=at, value=following, span=span)],
+        )
 
 
 def _is_once(loop: For) -> bool:

@@ -51,7 +51,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterReduce, Step
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
@@ -409,6 +409,8 @@ class _Executor(Meetings):
 
     def run_cluster_reduce(self, node: ClusterReduce) -> None:
         self.need_all_threads("T.cluster_reduce")
+        if node.step is Step.TAKE:
+            return  # with what was sent
         parts = self.exchange(node, self.state.read(node.tile).copy())
         self.state.write(node.tile, cluster_reduced(node, parts))
 
