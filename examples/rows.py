@@ -163,15 +163,15 @@ def layer_norm(
             square[i, j] = off * off
         T.reduce_sum(square, s, dim=1)
         T.cluster_reduce(s)
-        T.copy(W[column], w)
-        T.copy(B[column], b)
         for i in T.Parallel(BM):
             s[i] = T.rsqrt(s[i] / N + eps)
-        for i, j in T.Parallel(BM, part):
-            Y[row + i, column + j] = (x[i, j] - mean[i]) * s[i] * w[j] + b[j]
         if block % blocks == 0:
             T.copy(mean, MEAN[row])
             T.copy(s, S[row])
+        T.copy(W[column], w)
+        T.copy(B[column], b)
+        for i, j in T.Parallel(BM, part):
+            Y[row + i, column + j] = (x[i, j] - mean[i]) * s[i] * w[j] + b[j]
 
 
 @tilejit(fast_math=True)

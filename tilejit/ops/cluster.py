@@ -32,8 +32,9 @@ class ClusterReduce(Node):
 
     Decided by `exchange`:
     scratch: shared memory where the blocks leave their elements, (slots, *tile's shape, blocks).
-    barrier, slot, parity: a barrier for each slot that completes when the elements of all blocks
-        have come; the slot that is used, and the parity of that phase.
+    barrier, slot, parity: a barrier for each slot, perhaps shared with neighbours, that completes
+        when the elements of all blocks have come; the slot that is used, and the parity of that
+        phase.
     step: what this node does of it; nothing touches the tile between the two.
 
     Elements are converted to `accumulator` first and the result to the tile's dtype last.

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from tilejit.dtypes import int32, uint64
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Var, VarKind, arith, const, index, int_value
+from tilejit.ir.expr import Expr, Var, VarKind, arith, const, index, int_value
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Load, Node, Store, While, walk
 from tilejit.ir.sync import Control, ControlOp
@@ -89,53 +89,52 @@ class _Planner:
         return tuple(result)
 
     def planned(self, nodes: Sequence[ClusterReduce], is_repeated: bool) -> list[Node]:
-        """Neighbours of different tiles: what looks up turns, what sends, takes and counts."""
-        parts = [self.single(node, SLOTS if is_repeated else 1) for node in nodes]
-        before = [n for first, _, _ in parts for n in first]
-        after = [n for _, _, last in parts for n in last]
-        middle = [node for _, node, _ in parts]
-        if len(middle) == 1:
-            return [*before, *middle, *after]
-        steps = [replace(node, step=step) for step in (Step.SEND, Step.TAKE) for node in middle]
-        return [*before, *steps, *after]
-
-    def single(
-        self, node: ClusterReduce, slots: int
-    ) -> tuple[list[Node], ClusterReduce, list[Node]]:
-        name, span = node.tile.buffer.name, node.span
-        self.notes.append(
-            f"cluster_reduce {node.kind} {name}: {self.blocks} blocks through shared memory"
-        )
-        scratch = Buffer(
-            name=f"{name}_blocks",
-            shape=tuple(index(n) for n in (slots, *node.tile.shape, self.blocks)),
-            dtype=node.accumulator,
-            scope=Scope.SHARED,
-            span=span,
-        )
+        """Neighbours of different tiles, which share their turns and a barrier."""
+        if not nodes:
+            return []
+        slots, span = SLOTS if is_repeated else 1, nodes[0].span
+        name = "_".join(n.tile.buffer.name for n in nodes)
         barrier = Buffer(
             name=f"{name}_come",
             shape=(index(slots),),
             dtype=uint64,
             scope=Scope.BARRIER,
-            arrive_counts=(1,) * slots,
+            arrive_counts=(len(nodes),) * slots,
             span=span,
         )
-        fresh = replace(node, scratch=scratch, barrier=barrier)
-        if slots == 1:
-            return [], replace(fresh, slot=index(0), parity=const(0, int32)), []
-        turns = Buffer(name=f"{name}_turns", shape=(index(1),), dtype=int32, scope=Scope.VAR)
-        turn = Var(turns.name, int32, VarKind.VALUE, index(0), index(2 * slots - 1))
-        at = (index(0),)
-        following = arith("floormod", arith("add", turn, 1), 2 * slots)
-        self.first.append(Store(buffer=turns, index=at, value=const(0, int32), span=span))
-        fresh = replace(
-            fresh, slot=arith("floormod", turn, slots), parity=arith("floordiv", turn, slots)
+        slot: Expr = index(0)
+        parity: Expr = index(0)
+        before: list[Node] = []
+        after: list[Node] = []
+        if is_repeated:
+            turns = Buffer(name=f"{name}_turns", shape=(index(1),), dtype=int32, scope=Scope.VAR)
+            turn = Var(turns.name, int32, VarKind.VALUE, index(0), index(2 * slots - 1))
+            at = (index(0),)
+            following = arith("floormod", arith("add", turn, 1), 2 * slots)
+            slot, parity = arith("floormod", turn, slots), arith("floordiv", turn, slots)
+            self.first.append(Store(buffer=turns, index=at, value=const(0, int32), span=span))
+            before.append(Load(out=turn, buffer=turns, index=at, span=span))
+            after.append(Store(buffer=turns, index=at, value=following, span=span))
+        fresh = [
+            replace(n, scratch=self.scratch(n, slots), barrier=barrier, slot=slot, parity=parity)
+            for n in nodes
+        ]
+        if len(fresh) > 1:
+            fresh = [replace(n, step=step) for step in (Step.SEND, Step.TAKE) for n in fresh]
+        return [*before, *fresh, *after]
+
+    def scratch(self, node: ClusterReduce, slots: int) -> Buffer:
+        """Memory for the elements of all blocks."""
+        name = node.tile.buffer.name
+        self.notes.append(
+            f"cluster_reduce {node.kind} {name}: {self.blocks} blocks through shared memory"
         )
-        return (
-            [Load(out=turn, buffer=turns, index=at, span=span)],
-            fresh,
-            [Store(buffer=turns, index=at, value=following, span=span)],
+        return Buffer(
+            name=f"{name}_blocks",
+            shape=tuple(index(n) for n in (slots, *node.tile.shape, self.blocks)),
+            dtype=node.accumulator,
+            scope=Scope.SHARED,
+            span=node.span,
         )
 
 
