@@ -75,6 +75,7 @@ class Target:
     shared_bytes: int
     features: frozenset[Feature]
     chip: Chip
+    max_cluster: int = 8  # blocks (CUDA Programming Guide, thread block clusters: 8 are portable)
 
     @property
     def compute(self) -> str:
@@ -106,9 +107,9 @@ TARGETS: dict[str, Target] = {
         Target("sm_80", (8, 0), "", 163 * 1024, _SM80, _A100),
         Target("sm_86", (8, 6), "", 99 * 1024, _SM80, _RTX3090),
         Target("sm_89", (8, 9), "", 99 * 1024, _SM89, _RTX4090),
-        Target("sm_90", (9, 0), "", 227 * 1024, _SM90, _H100),
-        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90A, _H100),
-        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM100, _B200),
+        Target("sm_90", (9, 0), "", 227 * 1024, _SM90, _H100, 16),
+        Target("sm_90a", (9, 0), "a", 227 * 1024, _SM90A, _H100, 16),
+        Target("sm_100a", (10, 0), "a", 227 * 1024, _SM100, _B200, 16),
         Target("sm_120a", (12, 0), "a", 99 * 1024, _SM100, _RTX5090),
     )
 }

@@ -65,7 +65,11 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     barrier.bar_arrive(3, 256),
     *(special.shuffle(mode) for mode in ("idx", "bfly")),
     *(stmatrix.stmatrix(count, trans) for count in (1, 2, 4) for trans in (False, True)),
-    *(load(bits) for load in (cluster.load_cluster, cluster.store_cluster) for bits in (32, 64)),
+    *(
+        make(bits)
+        for make in (cluster.load_cluster, cluster.store_cluster, cluster.send)
+        for bits in (32, 64)
+    ),
     registers.setmaxnreg(24, False),
     registers.setmaxnreg(240, True),
     *(

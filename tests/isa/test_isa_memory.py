@@ -155,7 +155,7 @@ def test_records_with_a_constant_are_made_once():
         (barrier.FENCE_DEVICE, []),
         (launch.GRID_DEPENDENCY_WAIT, []),
         (launch.GRID_DEPENDENCY_LAUNCH, []),
-        (mbarrier.FENCE_INIT, []),
+        (mbarrier.FENCE_INIT, [("mbarrier_fence",)]),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -73,10 +73,10 @@ def test_clusters_that_cannot_be_are_refused():
         T.Kernel(4, cluster="two")
     with refused(
         ResourceError,
-        "T.Kernel: a cluster of 16 blocks; every chip that has clusters runs up to 8.",
+        "T.Kernel: a cluster of 32 blocks; no chip runs more than 16.",
         "Use a smaller cluster.",
     ):
-        T.Kernel(16, cluster=16)
+        T.Kernel(32, cluster=32)
     with refused(
         ArgumentError,
         "T.Kernel: the grid has 6 blocks along y, which clusters of 4 do not divide.",

@@ -114,3 +114,32 @@ def test_kernel_that_waits_for_those_before_it_is_launched_so(monkeypatch):
         (attribute,) = config.attrs
         assert "PROGRAMMATIC_STREAM_SERIALIZATION" in str(attribute.id)
         assert attribute.value.programmaticStreamSerializationAllowed == 1
+
+
+@pytest.mark.parametrize(
+    "shared_bytes, cluster, wanted",
+    [
+        (48 << 10, 8, []),
+        (64 << 10, 1, [("MAX_DYNAMIC_SHARED_SIZE_BYTES", 64 << 10)]),
+        (0, 16, [("NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1)]),
+    ],
+)
+def test_what_needs_an_attribute_gets_it_once_a_device(monkeypatch, shared_bytes, cluster, wanted):
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    found = []
+    fake = types.SimpleNamespace(
+        cuLibraryLoadData=lambda *args: (0, "library"),
+        cuLibraryGetKernel=lambda *args: (0, 17),
+        CUfunction=lambda handle: ("function", handle),
+        CUfunction_attribute=bindings.CUfunction_attribute,
+        cuDeviceGet=lambda device: (0, device),
+        cuKernelSetAttribute=lambda *args: found.append(args) or (0,),
+        cuLaunchKernel=lambda *args: (0,),
+    )
+    monkeypatch.setattr(launch, "driver", lambda: fake)
+    monkeypatch.setattr(launch, "check", lambda result, doing: result[-1])
+    kernel = launch.LoadedKernel("f", b"", "f", (64, 1, 1), shared_bytes, cluster=cluster)
+    for device in (0, 0, 3):
+        kernel.launcher((16, 1, 1), device)(99, 1234)
+    names = [(a.name.removeprefix("CU_FUNC_ATTRIBUTE_"), value, d) for a, value, _, d in found]
+    assert names == [(name, value, d) for d in (0, 3) for name, value in wanted]

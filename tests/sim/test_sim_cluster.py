@@ -195,6 +195,52 @@ def test_blocks_write_each_others_shared_memory(bits, make_kernel):
     np.testing.assert_array_equal(run(make_kernel, emit), expected)
 
 
+def send_over(m, bx, bits=32, waits=True, fences=True, expected=None):
+    """Each thread sends a number to the other block, whose barrier counts the bytes; the barriers
+    are made known by the fence and an arrival that releases nothing."""
+    dtype, size = (uint32, 4) if bits == 32 else (uint64, 8)
+    first = lane(m, 0)
+    m.issue(mbarrier.INIT, [place(m, BARRIER), m.const(1, uint32)], first)
+    if fences:
+        m.issue(mbarrier.FENCE_INIT)
+    m.issue(cluster.CLUSTER_ARRIVE_RELAXED)
+    mine = Address("shared", None, scaled(m, m.thread_index(), size), 0, align=size)
+    m.issue(cluster.CLUSTER_WAIT)
+    count = m.const(size * THREADS if expected is None else expected, uint32)
+    m.issue(mbarrier.ARRIVE_EXPECT, [place(m, BARRIER), count], first)
+    value = m.cast([m.binary("add", m.thread_index(), scaled(m, bx, 1000), int32)], int32, dtype)
+    there = m.issue(cluster.MAPA, [m.address(mine), other(m)])[0]
+    counted = m.issue(cluster.MAPA, [place(m, BARRIER), other(m)])[0]
+    m.issue(cluster.send(bits), [there, value[0], counted])
+    wait = [place(m, BARRIER), m.const(0, uint32)]
+    if waits:
+        m.issue(WAIT, wait)
+    result = m.cast(m.load(mine, dtype), dtype, int32)[0]
+    if not waits:  # too late
+        m.issue(WAIT, wait)
+    return result
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("lanes", [0, 32])
+def test_what_is_sent_has_come_when_the_barrier_says_so(bits, lanes, make_kernel):
+    result = run(make_kernel, lambda m, bx: send_over(m, bx, bits), lanes=lanes)
+    np.testing.assert_array_equal(result, np.arange(THREADS) + 1000 * np.array([[1], [0]]))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"waits": False}, "shared memory .* and nothing orders the two"),
+        ({"fences": False}, "initialised, and nothing orders the two"),
+        ({"expected": 4 * THREADS + 4}, "still expects 4 bytes"),
+    ],
+)
+def test_sending_without_order_is_found(options, words, make_kernel):
+    with pytest.raises(SimulationError, match=words):
+        run(make_kernel, lambda m, bx: send_over(m, bx, **options))
+
+
 def test_an_unmapped_address_is_the_blocks_own(make_kernel):
     def emit(m, bx):
         m.store(own(m), [bx], int32)

@@ -89,6 +89,7 @@ class Given:
         0 where they choose; register_span: where that was said. keeps_registers: no thread gives
         any away.
     layouts: of shared buffers; passes choose those of others.
+    min_blocks: blocks that a multiprocessor has registers for at once.
     """
 
     cluster: tuple[int, int, int] | None = None
@@ -99,6 +100,7 @@ class Given:
     register_span: Span | None = None
     keeps_registers: bool = False
     layouts: Mapping[Buffer, GivenLayout] = field(default_factory=lambda: _EMPTY)
+    min_blocks: int = 1
 
     def layout_of(self, buffer: Buffer, otherwise: SharedLayout) -> SharedLayout:
         """How a shared buffer lies; `otherwise` where passes choose."""

@@ -131,6 +131,35 @@ def store_cluster(bits: int) -> Instruction:
     )
 
 
+@cache
+def send(bits: int) -> Instruction:
+    """Store 32 or 64 bits to the shared memory of a block of the cluster without waiting for it;
+    a barrier of that block counts the bytes when they are there.
+
+    Inputs: an address made by `MAPA`, aligned to the access, the value, the barrier's address made
+    by `MAPA` likewise. The thread's other accesses are not ordered with it.
+    """
+    dtype = _word(bits)
+
+    def meaning(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+        address, barrier = (np.broadcast_to(x, lanes.thread.shape) for x in inputs[::2])
+        value = np.broadcast_to(inputs[1], lanes.thread.shape)
+        _check_aligned(lanes, address, bits)
+        content = np.ascontiguousarray(value).view(np.uint8).reshape(-1, bits // 8)
+        lanes.write("cluster", address, content)
+        lanes.mbarrier_receive(barrier, bits // 8)
+        return ()
+
+    # PTX ISA, "Data movement and conversion instructions: st.async"
+    return Instruction(
+        name=f"st.async.b{bits}",
+        ptx=f"st.async.shared::cluster.mbarrier::complete_tx::bytes.b{bits} [$a0], $a1, [$a2];",
+        inputs=(dtypes.uint32, dtype, dtypes.uint32),
+        needs=_NEEDS | {Feature.MBARRIER_TX},
+        meaning=meaning,
+    )
+
+
 def _word(bits: int) -> dtypes.DType:
     assert bits in (32, 64), f"an access of {bits} bits to another block"
     return dtypes.uint32 if bits == 32 else dtypes.uint64

@@ -216,6 +216,13 @@ class LaneContext(Protocol):
     def mbarrier_expect(self, address: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> None:
         """The current phase also waits for `count` bytes."""
 
+    def mbarrier_fence(self) -> None:
+        """Those that the active lanes have made are known to who waits at the cluster's barrier
+        for what comes next."""
+
+    def mbarrier_receive(self, address: np.ndarray[Any, Any], count: int) -> None:
+        """Each active lane has brought `count` bytes that the current phase waits for."""
+
     def mbarrier_wait(
         self, address: np.ndarray[Any, Any], parity: np.ndarray[Any, Any]
     ) -> None: ...
@@ -330,6 +337,7 @@ class Lowered:
         (`threads`), or 32 when warps go different ways through blocking operations, or 128 when
         warpgroups do.
     cluster: blocks of a cluster along x, y and z; the grid is a multiple of it.
+    min_blocks: blocks that a multiprocessor has registers for at once.
     tensor_maps: which parameters are tensor maps; empty when none is. Their argument in the
         simulator is a `tma.TensorMap`.
     """
@@ -345,3 +353,4 @@ class Lowered:
     lanes: int = 0
     cluster: tuple[int, int, int] = (1, 1, 1)
     tensor_maps: tuple[bool, ...] = ()
+    min_blocks: int = 1

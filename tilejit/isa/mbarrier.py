@@ -47,8 +47,8 @@ def _arrive_cluster(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array,
     return ()
 
 
-def _nothing(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
-    """The simulator initialises barriers at once for everyone."""
+def _fence_init(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+    lanes.mbarrier_fence()
     return ()
 
 
@@ -111,12 +111,13 @@ ARRIVE_CLUSTER = Instruction(
 )
 
 # PTX ISA, "membar, fence": makes the thread's initialised barriers known to the cluster and to
-# asynchronous copies; a barrier of the cluster or the block follows.
+# asynchronous copies; a barrier of the cluster or the block follows, and that of the cluster may be
+# come to without release.
 FENCE_INIT = Instruction(
     name="fence.mbarrier_init",
     ptx="fence.mbarrier_init.release.cluster;",
     needs=frozenset({Feature.CLUSTER}),
-    meaning=_nothing,
+    meaning=_fence_init,
 )
 
 

@@ -75,6 +75,7 @@ from tilejit.language.integers import (
     truncdiv,
     truncmod,
 )
+from tilejit.language.launch import annotate_min_blocks_per_sm
 from tilejit.language.layout import (
     annotate_layout,
     make_chunked_layout,
@@ -180,6 +181,7 @@ from tilejit.language.proxy import (
     ptr,
 )
 from tilejit.language.reduce import (
+    cluster_reduce,
     reduce,
     reduce_absmax,
     reduce_abssum,
@@ -257,6 +259,7 @@ __all__ = [
     "alloc_var",
     "annotate_consumer_reg_alloc",
     "annotate_layout",
+    "annotate_min_blocks_per_sm",
     "annotate_producer_reg_dealloc",
     "asin",
     "atan",
@@ -282,6 +285,7 @@ __all__ = [
     "clear",
     "cluster_arrive",
     "cluster_arrive_relaxed",
+    "cluster_reduce",
     "cluster_sync",
     "cluster_wait",
     "clz",

@@ -5,6 +5,8 @@ Knows grids and thread counts. Does not know loops, branches or targets.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -28,7 +30,8 @@ from tilejit.language.trace import Trace, current, current_kernel, enter, leave
 from tilejit.language.value import Value, as_index
 
 USUAL_THREADS = 128
-MAX_CLUSTER = 8  # blocks, portable (CUDA Programming Guide, thread block clusters)
+MAX_CLUSTER = 16  # blocks, where chips allow more than 8 (CUDA Programming Guide, clusters)
+MOST_BLOCKS, MOST_RESIDENT = 32, 2048  # of a multiprocessor (the same, technical specifications)
 MAX_THREADS = 1024  # per block, all CUDA devices (CUDA Programming Guide, compute capabilities)
 
 
@@ -39,10 +42,12 @@ class Kernel(Context):
         grid: blocks along x, y and z; integers, or values of symbols and runtime scalars.
         threads: threads of a block; an int, or up to three of them. Left out, the cost model
             chooses; 128 where the kernel asks for its threads.
-        cluster: blocks of a cluster along x, y and z, or along x alone, at most 8 together: they
-            run at once, meet at `T.cluster_sync` and can share what `T.tma_copy` brings (PTX ISA,
-            "Cluster of cooperative thread arrays"). It divides the grid. Left out, passes choose
-            it for kernels whose tiles they bring themselves; 1 is for none. Needs sm_90 or newer.
+        cluster: blocks of a cluster along x, y and z, or along x alone, at most 8 together, 16 on
+            sm_90, sm_90a and sm_100a (where fewer clusters then run at once): they start together,
+            meet at `T.cluster_sync`, combine tiles by `T.cluster_reduce` and can share what
+            `T.tma_copy` brings (PTX ISA, "Cluster of cooperative thread arrays"). It divides the
+            grid. Left out, passes choose it for kernels whose tiles they bring themselves; 1 is
+            for none. Needs sm_90 or newer.
 
     Raises:
         ArgumentError, ArgumentTypeError, ResourceError: grid, threads or cluster that cannot be.
@@ -196,8 +201,7 @@ def _cluster(cluster: object, grid: tuple[Expr, ...]) -> tuple[int, int, int]:
     x, y, z = (*sizes, 1, 1)[:3]
     if x * y * z > MAX_CLUSTER:
         raise ResourceError(
-            f"T.Kernel: a cluster of {x * y * z} blocks; every chip that has clusters runs up to "
-            f"{MAX_CLUSTER}.",
+            f"T.Kernel: a cluster of {x * y * z} blocks; no chip runs more than {MAX_CLUSTER}.",
             hint="Use a smaller cluster.",
         )
     for d, size in enumerate((x, y, z)):
@@ -209,6 +213,30 @@ def _cluster(cluster: object, grid: tuple[Expr, ...]) -> tuple[int, int, int]:
                 hint="Round the grid up to a multiple; blocks that are too many may do nothing.",
             )
     return x, y, z
+
+
+def annotate_min_blocks_per_sm(count: int) -> None:
+    """How many blocks a multiprocessor must have registers for at once: a thread then gets no more
+    than that leaves (CUDA Programming Guide, "Launch Bounds"), and what it lacks goes to local
+    memory, which `kernel.resources` shows.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no number of blocks of 1 to 32, or more threads than the
+            2048 that a multiprocessor can have.
+        TraceError: outside a kernel.
+    """
+    what = "T.annotate_min_blocks_per_sm"
+    trace = current_kernel(what)
+    if isinstance(count, bool) or not isinstance(count, int | np.integer):
+        raise ArgumentTypeError(f"{what}: the number of blocks is {count!r}, not an integer.")
+    threads = math.prod(trace.threads)
+    if not 1 <= count <= MOST_BLOCKS or count * threads > MOST_RESIDENT:
+        raise ArgumentError(
+            f"{what}: a multiprocessor cannot hold {count} blocks of {threads} threads.",
+            hint=f"Up to {MOST_BLOCKS} blocks, and {MOST_RESIDENT} threads together.",
+        )
+    trace.given = dataclasses.replace(trace.given, min_blocks=int(count))
+    trace.is_free = False
 
 
 def get_thread_binding(dim: int = 0) -> Value:

@@ -5,6 +5,7 @@ Knows shapes, dtypes and scopes. Does not know threads: passes find out who hold
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tilejit.dtypes import DType, bool_, int32, promote
@@ -21,6 +22,7 @@ from tilejit.language.extents import is_integer, shape_text
 from tilejit.language.gemm import refuse
 from tilejit.language.regions import Start, as_side
 from tilejit.language.where import tile_op
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.reduce import Reduce, ReduceKind, result_shapes
 
 
@@ -160,6 +162,40 @@ def reduce_bitxor(
 ) -> None:
     """`reduce` with "bitxor", of integers or bool."""
     _reduce("T.reduce_bitxor", buffer, out, "bitxor", dim, clear, batch, False, annotations)
+
+
+def cluster_reduce(buffer: Any, reduce_type: str = "sum", nan_propagate: bool = False) -> None:
+    """Combine a tile with those of the other blocks of the cluster, element by element, in place:
+    then all of them hold the same.
+
+    A row that one block has no room for is divided among the blocks of a cluster: each reduces its
+    part, and this makes the parts one. Elements go through distributed shared memory (PTX ISA,
+    "st.async"). All threads of all blocks of the cluster come here equally often.
+    Two runs give the same bits, and so do all blocks. In kernels without `T.Kernel(cluster=...)`
+    the block is alone, and the tile stays as it is.
+
+    Args:
+        buffer: a tile in a fragment or shared memory, such as a result of `reduce`; updated.
+        reduce_type: "sum", "abssum", "max", "min", "absmax", "bitand", "bitor" or "bitxor".
+        nan_propagate: of max, min and absmax: a NaN makes the result NaN. Else NaNs are passed
+            over; only of nothing but NaNs the result is NaN.
+
+    Floats are combined in float32, or float64 where `buffer` is; integers wrap.
+
+    Raises:
+        DTypeError: the operation has no meaning for the dtype.
+        ArgumentError, ArgumentTypeError: anything else about an argument.
+        TraceError: outside a kernel, inside T.Parallel or a T.ws, or in a branch that not all
+            threads take.
+    """
+    what = "T.cluster_reduce"
+    trace = tile_op(what)
+    kind = _kind(what, reduce_type)
+    tile = _tile(what, buffer, "the tile")
+    _check_dtypes(what, kind, tile.buffer, tile.buffer)
+    keeps_nan = _flag(what, nan_propagate, "nan_propagate")
+    if math.prod(trace.cluster) > 1:
+        trace.add(ClusterReduce(tile=tile, kind=kind, keeps_nan=keeps_nan, span=caller_span()))
 
 
 def _reduce(

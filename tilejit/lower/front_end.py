@@ -161,7 +161,7 @@ def lower_to_llvm(lowered: Lowered, target: Target) -> tuple[str, str]:
         library.finalize()
         function = library.get_function(result.fndesc.llvm_func_name)
         compiler.kernel_fixup(function, False)
-        nvvm.set_launch_bounds(function, (_product(lowered.threads), 1))
+        nvvm.set_launch_bounds(function, (_product(lowered.threads), lowered.min_blocks))
         if lowered.cluster != (1, 1, 1):
             for axis, blocks in zip("xyz", lowered.cluster, strict=True):
                 _annotate(function, f"cluster_dim_{axis}", ir_int(blocks))

@@ -36,6 +36,7 @@ from tilejit.ir.sync import (
     SyncThreads,
 )
 from tilejit.isa.atom import CopyMethod
+from tilejit.ops.cluster import ClusterReduce, Step
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
@@ -139,6 +140,9 @@ def call_name(nodes: Body) -> str:
         return f"gemm_{node.a.buffer.name}_{node.b.buffer.name}"
     if isinstance(node, Reduce):
         return f"reduce_{node.kind}_{node.src.buffer.name}_{node.dst.buffer.name}"
+    if isinstance(node, ClusterReduce):
+        what = "reduce" if node.step is Step.WHOLE else node.step.value
+        return f"cluster_{what}_{node.kind}_{node.tile.buffer.name}"
     if isinstance(node, SyncThreads):
         return "sync"
     written = dict.fromkeys(b.name for n in walk(nodes) for b in n.writes)

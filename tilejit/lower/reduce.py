@@ -1,5 +1,5 @@
 """Emitters of reductions: registers first, then lanes of a warp by shuffles, then warps through
-shared memory.
+shared memory, then blocks of a cluster through each other's.
 
 Knows fragment digits and shuffles. Does not know why a fragment lies as it does. What is combined
 with what depends on the layout alone, so two runs give the same bits; in every step both threads
@@ -8,17 +8,22 @@ of a pair compute the same, so all copies of a result are equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from tilejit.dtypes import DType, uint32, uint64
-from tilejit.ir.expr import Expr, index
+from tilejit.dtypes import DType, int32, uint32, uint64
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
 from tilejit.ir.node import Node
+from tilejit.isa import cluster as isa_cluster
+from tilejit.isa import mbarrier as isa_mbarrier
 from tilejit.isa.machine import Value
 from tilejit.isa.special import shuffle
+from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.reduction import Reduction
 from tilejit.lower.emit import Points
-from tilejit.lower.index import coordinates, thread_part
+from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
+from tilejit.ops.cluster import ClusterReduce, Step
 from tilejit.ops.reduce import Reduce, identity
 
 
@@ -29,6 +34,9 @@ class ReduceEmitter(TileEmitter):
         if isinstance(node, Reduce):
             with self.scope():
                 self.emit_reduce(node)
+        elif isinstance(node, ClusterReduce):
+            with self.scope():
+                self.emit_cluster_reduce(node)
         else:
             super().emit_tile(node, points)
 
@@ -72,7 +80,7 @@ class ReduceEmitter(TileEmitter):
         along = [[v for _, v in sorted(groups[part], key=lambda e: e[0])] for part in order]
         return [self._tree(node, mine) for mine in along]
 
-    def _tree(self, node: Reduce, values: Sequence[Value]) -> Value:
+    def _tree(self, node: Reduce | ClusterReduce, values: Sequence[Value]) -> Value:
         """All combined, neighbours first: few values are under way at a time, and errors of sums
         grow with the tree's height."""
         if len(values) == 1:
@@ -82,7 +90,7 @@ class ReduceEmitter(TileEmitter):
             node, self._tree(node, values[:middle]), self._tree(node, values[middle:])
         )
 
-    def _pair(self, node: Reduce, a: Value, b: Value) -> Value:
+    def _pair(self, node: Reduce | ClusterReduce, a: Value, b: Value) -> Value:
         m, dtype = self.m, node.accumulator
         result = m.binary(node.kind.combine, a, b, dtype)
         if not (node.keeps_nan and node.kind.is_extreme and dtype.is_float):
@@ -126,3 +134,92 @@ class ReduceEmitter(TileEmitter):
             loaded = self.m.load(self.address(scratch, start), dtype, reduction.groups, inside)
             results.append(self._tree(node, loaded))
         return results
+
+    # ---- between blocks ---------------------------------------------------------------------
+
+    def emit_cluster_reduce(self, node: ClusterReduce) -> None:
+        """Each block sends its elements to all blocks of the cluster; all read what has come."""
+        layout = self.kernel.fragments[node.tile.buffer]
+        assert node.barrier is not None and node.slot is not None, "exchanges are not planned"
+        parts = thread_part(layout, self.thread)
+        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
+        exist = [self.bounds(layout, at) for at in places]
+        come = self.barrier_address(node.barrier, node.slot, self.single().points[0])
+        if node.step is not Step.TAKE:
+            self._announce_and_send(node, come, places, exist)
+        if node.step is not Step.SEND:
+            self._take(node, come, places, exist)
+
+    def _announce_and_send(
+        self,
+        node: ClusterReduce,
+        come: Value,
+        places: list[tuple[Expr, ...]],
+        exist: list[Value | None],
+    ) -> None:
+        m, dtype, buffer = self.m, node.accumulator, node.tile.buffer
+        values = m.cast(self.state[buffer], buffer.dtype, dtype)
+        if node.kind.is_absolute and dtype.is_signed:
+            values = [m.unary("abs", v, dtype) for v in values]
+        size = math.prod(node.tile.shape) * self.kernel.cluster_size * dtype.bytes
+        expected = [come, m.const(size, uint32)]
+        m.issue(isa_mbarrier.ARRIVE_EXPECT, expected, self.inside_first_thread())
+        layout = self.kernel.fragments[buffer]
+        self._send(node, layout, come, list(zip(places, values, exist, strict=True)))
+
+    def _take(
+        self,
+        node: ClusterReduce,
+        come: Value,
+        places: list[tuple[Expr, ...]],
+        exist: list[Value | None],
+    ) -> None:
+        m, dtype, scratch, buffer = self.m, node.accumulator, node.scratch, node.tile.buffer
+        assert scratch is not None and node.slot is not None and node.parity is not None
+        (parity,) = m.cast([self.index_value(node.parity, 32)[0]], int32, uint32)
+        m.issue(isa_mbarrier.wait_parity(self.target), [come, parity])
+        results = []
+        for at, inside in zip(places, exist, strict=True):
+            start: tuple[Expr, ...] = (node.slot, *at, index(0))
+            loaded = m.load(self.address(scratch, start), dtype, self.kernel.cluster_size, inside)
+            results.append(self._tree(node, loaded))
+        self.state[buffer][:] = m.cast(results, dtype, buffer.dtype)
+
+    def _send(
+        self,
+        node: ClusterReduce,
+        layout: FragmentLayout,
+        come: Value,
+        elements: list[tuple[tuple[Expr, ...], Value, Value | None]],
+    ) -> None:
+        """Store elements at the block's number in the memory of every block, whose barriers count
+        them. Threads that hold copies of an element divide the blocks among them."""
+        m, blocks, dtype = self.m, self.kernel.cluster_size, node.accumulator
+        assert node.scratch is not None and node.slot is not None, "exchanges are not planned"
+        word = uint32 if dtype.bits == 32 else uint64
+        own_rank = Var("rank", int32, VarKind.VALUE, index(0), index(blocks - 1))
+        self.bind(own_rank, m.cast(list(m.issue(isa_cluster.CTA_RANK)), uint32, int32)[0])
+        for first in range(0, blocks, layout.replicas):
+            peer = arith("add", self._copy_number(layout), first)
+            is_block = None
+            if first + layout.replicas > blocks:
+                is_block = self.value(binary("lt", peer, const(blocks)))
+                peer = arith("min", peer, blocks - 1)
+            (rank,) = m.cast([self.index_value(peer, 32)[0]], int32, uint32)
+            (counted,) = m.issue(isa_cluster.MAPA, [come, rank])
+            for at, value, inside in elements:
+                own = m.address(self.address(node.scratch, (node.slot, *at, own_rank)))
+                (there,) = m.issue(isa_cluster.MAPA, [own, rank])
+                bits = value if dtype is word else m.bitcast(value, dtype, word)
+                when = self.both(inside, is_block)
+                m.issue(isa_cluster.send(dtype.bits), [there, bits, counted], when)
+
+    def _copy_number(self, layout: FragmentLayout) -> Expr:
+        """The thread's number among those that hold copies of its elements."""
+        number: Expr = index(0)
+        step = 1
+        for digit in layout.replica_digits:
+            value = thread_digit(self.thread, digit.stride, digit.size, layout.threads)
+            number = arith("add", number, arith("mul", value, step))
+            step *= digit.size
+        return number

@@ -56,6 +56,7 @@ from tilejit.lower.grouping import (
 )
 from tilejit.lower.held import Held, held_as
 from tilejit.lower.hopper import KernelEmitter
+from tilejit.ops.cluster import meets_late
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.uses import used_variables
 
@@ -156,6 +157,7 @@ class _Skeleton:
             fast_math=kernel.fast_math,
             lanes=self._lanes(),
             cluster=kernel.cluster,
+            min_blocks=kernel.given.min_blocks,
             tensor_maps=tuple(p.kind is ParamKind.TENSOR_MAP for p in kernel.params),
         )
 
@@ -187,6 +189,7 @@ class _Skeleton:
             return
 
         maps = [p.var for p in self.kernel.params if p.kind is ParamKind.TENSOR_MAP]
+        is_late = meets_late(self.kernel)
 
         def emit(emitter: KernelEmitter) -> None:
             m = emitter.m
@@ -201,6 +204,9 @@ class _Skeleton:
                     m.issue(isa_mbarrier.INIT, [where, m.const(count, uint32)], first)
             if self.kernel.cluster_size > 1:
                 m.issue(isa_mbarrier.FENCE_INIT)
+                if is_late:
+                    m.issue(isa_cluster.CLUSTER_ARRIVE_RELAXED)
+                    return
                 m.issue(isa_cluster.CLUSTER_ARRIVE)
                 m.issue(isa_cluster.CLUSTER_WAIT)
                 return

@@ -11,6 +11,7 @@ from tilejit.passes.allocate import allocate_memory
 from tilejit.passes.bounds import drop_masks
 from tilejit.passes.clears import fold_clears
 from tilejit.passes.describe import describe_tensors
+from tilejit.passes.exchange import plan_exchanges
 from tilejit.passes.given import order_tiles
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
@@ -27,6 +28,7 @@ Pass = Callable[[Kernel], Kernel]
 PASSES: tuple[Pass, ...] = (
     drop_masks,  # early: what follows sees what is left to compute
     fold_clears,  # what accumulators hold when loops begin has been looked at
+    plan_exchanges,  # what is sent is in fragments
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
     specialise,  # the same of what producers bring

@@ -15,6 +15,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, LoopKind, Node, Roles, While, walk
 from tilejit.ir.sync import Control, ControlOp
 from tilejit.isa.atom import WgmmaAtom
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bring import Reach, is_inward
@@ -147,6 +148,8 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
         return "the kernel has a loop whose end only the block knows"
     if any(isinstance(n, Control) and n.op is not ControlOp.FENCE_DEVICE for n in nodes):
         return "the kernel orders asynchronous work itself"
+    if any(isinstance(n, ClusterReduce) for n in nodes):
+        return "all threads of a cluster's blocks reduce tiles together"
     if kernel.threads[1:] != (1, 1):
         return "the block's threads have more than one dimension"
     if kernel.num_threads + GROUP > MAX_THREADS:

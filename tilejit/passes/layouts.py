@@ -101,7 +101,7 @@ class _Inference:
                     self.layouts[region.buffer] = wanted
                     self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
-        for buffer in sorted(undecided, key=lambda b: -math.prod(b.extents)):
+        for buffer in sorted(undecided, key=lambda b: (-math.prod(b.extents), -len(b.extents))):
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
                 self.spread()
@@ -142,17 +142,20 @@ class _Inference:
         if axis is not None and shape:
             vector = math.gcd(self.vector(group), shape[-1])
             return spread(shape, self.threads, vector, axis, buffer.dtype.bytes)
-        vectors = []
+        widths: list[int] = []
+        is_used = False
         for loop in self.loops:
-            mine = [at for _, b, at in accesses(loop) if b is buffer]
-            for at in mine:
-                if at and at[-1] is loop.vars[-1] if loop.vars else False:
-                    vectors.append(loop_vector(loop, self.kernel))
-                else:
-                    vectors.append(1)
-        if not vectors:
+            touched = list(accesses(loop))
+            reaches_memory = any(_is_common(b) for _, b, _ in touched)
+            for at in (at for _, b, at in touched if b is buffer):
+                is_used = True
+                if not loop.vars or at[-1:] != loop.vars[-1:]:
+                    widths.append(1)
+                elif reaches_memory:  # others go along with any width
+                    widths.append(loop_vector(loop, self.kernel))
+        if not is_used:
             return replicated(shape, self.threads)
-        vector = math.gcd(min(vectors), shape[-1]) if shape else 1
+        vector = math.gcd(min(widths, default=1), shape[-1]) if shape else 1
         return blocked(shape, self.threads, max(1, vector))
 
     def together(self, buffer: Buffer) -> set[Buffer]:

@@ -65,6 +65,13 @@ def check_needs(kernel: Kernel, target: Target) -> None:
     """
     if kernel.cluster_size > 1 and not target.has(Feature.CLUSTER):
         raise _lacks("T.Kernel: cluster", Feature.CLUSTER, target, kernel)
+    if kernel.cluster_size > target.max_cluster and kernel.cluster_size > 1:
+        raise UnsupportedError(
+            f"T.Kernel: a cluster of {kernel.cluster_size} blocks; {target} runs up to "
+            f"{target.max_cluster}.",
+            span=kernel.span,
+            hint="Use a smaller cluster.",
+        )
     for node in walk_nodes(kernel.body):
         if isinstance(node, Control) and node.op in _NEEDS:
             feature = _NEEDS[node.op]

@@ -15,6 +15,7 @@ from tilejit.ir.node import Node
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.reduction import Reduction
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.reduce import Reduce
 
@@ -33,6 +34,15 @@ def in_fragments(node: Reduce) -> list[Node]:
             before.append(_copy(node.dst, target, node))
         after.append(_copy(target, node.dst, node))
     return [*before, replace(node, src=source, dst=target), *after]
+
+
+def combined_in_fragment(node: ClusterReduce) -> list[Node]:
+    """The same of a tile that blocks of a cluster combine."""
+    if _is_fragment(node.tile):
+        return [node]
+    held = _fragment_for(node.tile, "held")
+    fetch, keep = _copy(node.tile, held, node), _copy(held, node.tile, node)
+    return [fetch, replace(node, tile=held), keep]
 
 
 def _is_fragment(region: Region) -> bool:

@@ -44,6 +44,7 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, WgmmaAtom
 from tilejit.isa.mma import MMA, WARP, find_mma
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
@@ -59,7 +60,7 @@ from tilejit.passes.manual import (
     started_multiply,
     with_meetings,
 )
-from tilejit.passes.reduce import in_fragments
+from tilejit.passes.reduce import combined_in_fragment, in_fragments
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
 
@@ -132,6 +133,8 @@ class _Selector:
                 result += self.gemm(node)
             elif isinstance(node, Reduce):
                 result += in_fragments(node)
+            elif isinstance(node, ClusterReduce):
+                result += combined_in_fragment(node)
             elif isinstance(node, Atomic):
                 result += self.atomic(node, is_divergent)
             else:
@@ -153,6 +156,7 @@ class _Selector:
         """Each role's body as that of a kernel with the role's threads."""
         bodies: list[Body] = []
         before = self.kernel, self.threads, self.brought, self.executing
+        refuse_in_roles(node)
         for role in node.roles:
             self.threads = role.threads
             self.executing = before[3].of(role)
@@ -341,11 +345,27 @@ def needs_all_threads(node: Node) -> bool:
         return not is_private(node) and not is_started
     if isinstance(node, SyncThreads):
         return node.number is None
-    return isinstance(node, Gemm | GemmWait | Parallel | Reduce) or is_aligned(node)
+    kinds = Gemm | GemmWait | Parallel | Reduce | ClusterReduce
+    return isinstance(node, kinds) or is_aligned(node)
+
+
+def refuse_in_roles(node: Roles) -> None:
+    """
+    Raises:
+        TraceError: a role's threads would meet those of other blocks without the block's others.
+    """
+    for inner in walk((node,)):
+        if isinstance(inner, ClusterReduce):
+            raise TraceError(
+                "T.cluster_reduce needs all threads of the block, but it stands in a T.ws.",
+                span=inner.span,
+                hint="Move it out of the T.ws.",
+            )
 
 
 def _spelling(node: Node) -> str:
     names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel",
+             ClusterReduce: "T.cluster_reduce",
              GemmWait: "T.wait_wgmma", SyncThreads: "T.sync_threads"}  # fmt: skip
     if isinstance(node, Gemm) and node.is_async:
         return "T.wgmma_gemm"

@@ -121,6 +121,7 @@ class TileFrame:
                 lowered.threads,
                 lowered.shared_bytes,
                 starts_early=_waits_for_others(self.graph),
+                cluster=math.prod(lowered.cluster),
             )
 
         return self._once("load", load)

@@ -22,6 +22,7 @@ from tilejit.runtime.device import check, driver
 
 MAX_GRID = (2**31 - 1, 65535, 65535)  # CUDA Programming Guide, technical specifications
 _PLAIN_SHARED_BYTES = 48 * 1024  # more needs the function attribute
+_PORTABLE_CLUSTER = 8  # blocks; more needs the function attribute
 _STAGING_ALIGN = 256  # what cuMemAlloc aligns to; a host array keeps its address modulo this
 
 _FORMATS = {
@@ -95,6 +96,7 @@ class LoadedKernel:
         threads: tuple[int, int, int],
         shared_bytes: int,
         starts_early: bool = False,
+        cluster: int = 1,
     ) -> None:
         api = driver()
         doing = f"Loading {name}"
@@ -104,19 +106,27 @@ class LoadedKernel:
         self._function = api.CUfunction(int(self._kernel))
         self._threads = threads
         self._shared_bytes = shared_bytes
+        self._cluster = cluster
         self._prepared: set[int] = set()
         self._launch = _launch_early if starts_early else api.cuLaunchKernel
 
     def _prepare(self, device: int) -> None:
-        """Allow more than 48 KiB of dynamic shared memory on the device, once."""
+        """Allow more than 48 KiB of dynamic shared memory, and more than 8 blocks of a cluster, on
+        the device, once."""
         if self._shared_bytes > _PLAIN_SHARED_BYTES:
-            api = driver()
-            attribute = api.CUfunction_attribute
-            name = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             doing = f"Reserving {self._shared_bytes} bytes of shared memory for {self._name}"
-            handle = check(api.cuDeviceGet(device), doing)
-            check(api.cuKernelSetAttribute(name, self._shared_bytes, self._kernel, handle), doing)
+            name = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+            self._set(name, self._shared_bytes, device, doing)
+        if self._cluster > _PORTABLE_CLUSTER:
+            doing = f"Allowing clusters of {self._cluster} blocks for {self._name}"
+            self._set("CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1, device, doing)
         self._prepared.add(device)
+
+    def _set(self, name: str, value: int, device: int, doing: str) -> None:
+        api = driver()
+        attribute = getattr(api.CUfunction_attribute, name)
+        handle = check(api.cuDeviceGet(device), doing)
+        check(api.cuKernelSetAttribute(attribute, value, self._kernel, handle), doing)
 
     def launcher(self, grid: tuple[int, int, int], device: int) -> Callable[[int, int], None]:
         """`launch` for one grid on one device, as a function of stream and parameters."""

@@ -176,6 +176,7 @@ class ClusterBarrier:
         self._arrived = 0
         self._rounds = 0
         self._awaited: dict[int, int] = {}  # by thread: the round it has arrived in
+        self._passed: dict[int, int] = {}  # by thread: the last round that it has waited for
         self._gathered: Array | None = None
         self._released: Array | None = None
 
@@ -201,8 +202,14 @@ class ClusterBarrier:
             )
         last = max((self._awaited.pop(t) for t in threads.tolist()), default=-1)
         self._turns.wait_until(group, lambda: self._rounds > last, lambda: str(self), span)
+        self._passed.update(dict.fromkeys(threads.tolist(), last))
         if self._order is not None and self._released is not None:
             self._order.acquire(threads, self._released)
+
+    def next_known(self) -> Callable[[int], bool]:
+        """Tells of a thread whether it has waited for a round that nobody has completed yet."""
+        now = self._rounds
+        return lambda thread: self._passed.get(thread, -1) >= now
 
     def leave(self, threads: int) -> None:
         """`threads` have ended: nobody waits for them any more."""
@@ -239,6 +246,7 @@ class PhaseBarrier:
         self.bytes = 0
         self.phase = 0
         self.made = made
+        self.is_known: Callable[[int], bool] = lambda thread: False  # to threads of the cluster
         self.agent: int | None = None  # what copies to it
         self._gathered: Array | None = None
         self.released: Array | None = None
@@ -363,6 +371,19 @@ class BlockBarriers:
         ):
             self.find(place, np.array([thread]), "announces bytes to").expect(size)
 
+    def publish(self, threads: Array, is_known: Callable[[int], bool]) -> None:
+        """Those that `threads` have made are known to other threads too."""
+        for barrier in self._phased.values():
+            if barrier.made[0] in threads:
+                barrier.is_known = is_known
+
+    def receive(self, threads: Array, address: Array, count: int) -> None:
+        """Each thread has brought bytes that the barrier at its address counts."""
+        for place in np.unique(address).tolist():
+            members = threads[address == place]
+            known = None if self._order is None else self._order.release(members)
+            self.find(place, members, "sends to").receive(count * len(members), known)
+
     def check_end(self) -> None:
         """Raise when the block ends before the bytes that a barrier expects have come."""
         for barrier in self._phased.values():
@@ -406,9 +427,9 @@ class BlockBarriers:
         if self._order is not None:
             maker, time = barrier.made
             ordered = self._order.comes_after(threads, maker, time)
-            if not ordered.all():
-                thread = int(threads[ordered.argmin()])
-                who, other = self._order.who(thread), self._order.name(maker)
+            others = [t for t in threads[~ordered].tolist() if not barrier.is_known(t)]
+            if others:
+                who, other = self._order.who(others[0]), self._order.name(maker)
                 raise SimulationError(
                     f"{who} {verb} the barrier at {where} that {other} initialised, and nothing "
                     "orders the two.",

@@ -191,6 +191,10 @@ class AsyncEffects(LaneEffects):
         mapped: Array = address + (rank + 1 << CLUSTER_SHIFT)
         return mapped.astype(np.uint32)
 
+    def mbarrier_fence(self) -> None:
+        known = self._block.cluster.barrier.next_known()
+        self._block.barriers.publish(self._threads[self.active], known)
+
     def cluster_arrive(self, releases: bool) -> None:
         self._block.cluster.barrier.arrive(self._threads[self.active], releases)
 

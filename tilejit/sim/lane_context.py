@@ -252,6 +252,10 @@ class LaneEffects:
         for block, on, place in self._by_block(address):
             block.barriers.expect(self._threads[on], place, count[on])
 
+    def mbarrier_receive(self, address: Array, count: int) -> None:
+        for block, on, place in self._by_block(address):
+            block.barriers.receive(self._threads[on], place, count)
+
     def _by_block(self, address: Array) -> Iterator[tuple[Block, Array, Array]]:
         """Each block of the cluster that the active lanes' addresses are in, with the lanes and
         the addresses there."""

@@ -51,6 +51,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
+from tilejit.ops.cluster import ClusterReduce, Step
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
@@ -64,7 +65,7 @@ from tilejit.sim.reference_memory import (
     holds_everywhere,
     holds_nowhere,
 )
-from tilejit.sim.reference_reduce import reduced
+from tilejit.sim.reference_reduce import cluster_reduced, reduced
 from tilejit.sim.reference_state import BlockState
 from tilejit.sim.reference_sync import Cluster, Meetings
 from tilejit.sim.reference_values import (
@@ -138,6 +139,7 @@ class _Executor(Meetings):
             Fill: self.run_fill,
             Gemm: self.run_gemm,
             Reduce: self.run_reduce,
+            ClusterReduce: self.run_cluster_reduce,
             BarrierArrive: self.run_arrive,
             BarrierWait: self.run_wait,
             SyncThreads: self.run_sync,
@@ -404,6 +406,13 @@ class _Executor(Meetings):
         values = self.state.read(node.src)
         old = None if node.clear else self.state.read(node.dst)
         self.state.write(node.dst, reduced(node, values, old))
+
+    def run_cluster_reduce(self, node: ClusterReduce) -> None:
+        self.need_all_threads("T.cluster_reduce")
+        if node.step is Step.TAKE:
+            return  # with what was sent
+        parts = self.exchange(node, self.state.read(node.tile).copy())
+        self.state.write(node.tile, cluster_reduced(node, parts))
 
 
 def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:

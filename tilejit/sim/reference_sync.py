@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
+from tilejit.ops.scalar import Array
 from tilejit.sim.reference_memory import holds_everywhere
 from tilejit.sim.reference_state import BlockState, Phases
 from tilejit.sim.reference_values import Value, is_lane_value
@@ -57,6 +58,7 @@ class Cluster:
     def start(self) -> None:
         """Forget the blocks before."""
         self.meeting = Meeting(self.threads)
+        self.exchanges: list[Exchange] = []
         for member in self.members:
             member.state.start_block()
 
@@ -64,6 +66,14 @@ class Cluster:
         """Threads have ended: nobody waits for them any more."""
         self.meeting.needed -= threads
         self.meeting.come(0)
+
+
+@dataclass
+class Exchange:
+    """What the blocks of a cluster have left for each other at a node, by rank."""
+
+    node: Node
+    parts: dict[int, Array] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,9 +185,9 @@ class Meetings:
     def run_arrive(self, node: BarrierArrive) -> None:
         slots = self.values.whole(node.slot)
         ranks = -1 if node.cta is None else self.values.whole(node.cta)
-        pairs = np.asarray(slots, np.int64) * 16 + np.asarray(ranks, np.int64) + 1
+        pairs = np.asarray(slots, np.int64) * 32 + np.asarray(ranks, np.int64) + 1
         for pair, count in self._counts(pairs).items():
-            slot, rank = divmod(pair, 16)
+            slot, rank = divmod(pair, 32)
             state = None
             if rank:
                 self._check_rank(rank - 1)
@@ -251,3 +261,23 @@ class Meetings:
                     notes=[f"{meeting.arrived} of {meeting.needed} threads have come."],
                     hint="Let all threads of all blocks come to the cluster's barrier.",
                 )
+
+    def exchange(self, node: Node, own: Array) -> list[Array]:
+        """What each block of the cluster has at the node, once all have come there."""
+        rank = self.cluster.members.index(self)
+        exchanges = self.cluster.exchanges
+        mine = next((e for e in exchanges if rank not in e.parts), None)
+        if mine is None:
+            mine = Exchange(node)
+            exchanges.append(mine)
+        blocks = len(self.cluster.members)
+        if mine.node is node:
+            mine.parts[rank] = own
+        if mine.node is not node or not self.wait_until(lambda: len(mine.parts) == blocks):
+            raise SimulationError(
+                "The blocks of the cluster do not come to T.cluster_reduce together.",
+                span=node.span,
+                notes=[f"{len(mine.parts)} of {blocks} blocks have come."],
+                hint="Let all blocks of a cluster come to it equally often.",
+            )
+        return [mine.parts[r] for r in range(blocks)]

@@ -1,0 +1,427 @@
+"""Softmax, RMSNorm and LayerNorm of rows of up to 262,144 elements, and their gradients.
+
+python examples/rows.py            check them, wherever there is a device
+python examples/rows.py --bench    time them beside copies of as many bytes (rows_bench.py; needs a
+                                   GPU and torch)
+
+A row is read once and stays on the chip: in the registers of one block, or, where they are too few,
+of a cluster of blocks that combine their sums by T.cluster_reduce. Gradients with respect to
+weights are summed over the rows of a block in registers, and over blocks by a second kernel, always
+in the same order. All maths is float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+import tilejit.language as T
+from tilejit import options, tilejit
+
+LOG2_E = 1.4426950408889634
+MULTIPROCESSORS = 132  # of an H100 or H200: how many blocks go through the rows of a gradient
+EPS = {"rms_norm": 1e-6, "layer_norm": 1e-5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows are divided: BM of them in a block, or one among `blocks` blocks."""
+
+    BM: int
+    threads: int
+    blocks: int
+    resident: int
+
+    @property
+    def options(self):
+        return {"BM": self.BM, "threads": self.threads, "blocks": self.blocks,
+                "resident": self.resident}  # fmt: skip
+
+
+def forward_plan(N):
+    """32 elements a thread, and 1024 threads a multiprocessor: enough bytes on their way."""
+    if N <= 8192:
+        return Plan(max(1, 8192 // N), 256, 1, 4)
+    return Plan(1, 512, cluster_for(N, 16384), 2)
+
+
+def backward_plan(N):
+    """16 elements a thread: there are two tensors to read, and sums over rows to keep."""
+    if N <= 8192:
+        return Plan(max(1, 8192 // N), 512, 1, 1)
+    if N <= 65536:
+        return Plan(1, 512, cluster_for(N, 8192), 1)
+    return Plan(1, 1024, cluster_for(N, 16384), 1)
+
+
+def workers(plan):
+    """Clusters of blocks that run at once where a multiprocessor holds `resident` blocks; of wide
+    clusters one fewer, for their blocks have to be neighbours."""
+    at_once = MULTIPROCESSORS * plan.resident // plan.blocks
+    return at_once - at_once // 16 if plan.blocks > 2 else at_once
+
+
+def cluster_for(N, most):
+    """Blocks of a cluster, a power of two, such that each has at most so many columns."""
+    blocks = 1
+    while blocks * most < N:
+        blocks *= 2
+    assert blocks <= 16, f"rows of {N} elements are too long"
+    return blocks
+
+
+def part_of(N, blocks):
+    """Columns of a row that each block of a cluster takes: whole vectors of 16 bytes."""
+    return N if blocks == 1 else T.ceildiv(T.ceildiv(N, blocks), 8) * 8
+
+
+@tilejit(fast_math=True)
+def softmax(X: T.Tensor, Y: T.Tensor, *, BM=1, threads=256, blocks=1, resident=1):
+    """Y = exp(X) / sum(exp(X)) along rows. X, Y: (M, N)."""
+    M, N = X.shape
+    part = part_of(N, blocks)
+    with T.Kernel(T.ceildiv(M, BM) * blocks, threads=threads, cluster=blocks) as block:
+        T.annotate_min_blocks_per_sm(resident)
+        row, column = block // blocks * BM, block % blocks * part
+        x = T.alloc_fragment((BM, part), X.dtype)
+        e = T.alloc_fragment((BM, part), "float32")
+        most, total = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        T.copy(X[row, column], x)
+        if N % part:
+            for i, j in T.Parallel(BM, part):
+                x[i, j] = T.if_then_else(column + j < N, x[i, j], -T.infinity(X.dtype))
+        T.reduce_max(x, most, dim=1)
+        T.cluster_reduce(most, "max")
+        for i, j in T.Parallel(BM, part):
+            e[i, j] = T.exp2((x[i, j] - most[i]) * LOG2_E)
+        T.reduce_sum(e, total, dim=1)
+        T.cluster_reduce(total)
+        for i in T.Parallel(BM):
+            total[i] = 1 / total[i]
+        for i, j in T.Parallel(BM, part):
+            Y[row + i, column + j] = e[i, j] * total[i]
+
+
+@tilejit(fast_math=True)
+def rms_norm(
+    X: T.Tensor, W: T.Tensor, Y: T.Tensor, S: T.Tensor,
+    *, eps=1e-6, BM=1, threads=256, blocks=1, resident=1,
+):  # fmt: skip
+    """S = 1 / sqrt(mean(X * X) + eps) of each row, Y = X * S * W. X, Y: (M, N); W: (N,); S: (M,)
+    float32."""
+    M, N = X.shape
+    part = part_of(N, blocks)
+    with T.Kernel(T.ceildiv(M, BM) * blocks, threads=threads, cluster=blocks) as block:
+        T.annotate_min_blocks_per_sm(resident)
+        row, column = block // blocks * BM, block % blocks * part
+        x = T.alloc_fragment((BM, part), X.dtype)
+        square = T.alloc_fragment((BM, part), "float32")
+        w = T.alloc_fragment((part,), W.dtype)
+        s = T.alloc_fragment((BM,), "float32")
+        T.copy(X[row, column], x)
+        for i, j in T.Parallel(BM, part):
+            square[i, j] = T.cast(x[i, j], "float32") * T.cast(x[i, j], "float32")
+        T.reduce_sum(square, s, dim=1)
+        T.cluster_reduce(s)
+        T.copy(W[column], w)
+        for i in T.Parallel(BM):
+            s[i] = T.rsqrt(s[i] / N + eps)
+        for i, j in T.Parallel(BM, part):
+            Y[row + i, column + j] = x[i, j] * s[i] * w[j]
+        if block % blocks == 0:
+            T.copy(s, S[row])
+
+
+@tilejit(fast_math=True)
+def layer_norm(
+    X: T.Tensor, W: T.Tensor, B: T.Tensor, Y: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
+    *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1,
+):  # fmt: skip
+    """Y = (X - MEAN) * S * W + B, with the mean and 1 / sqrt(variance + eps) of each row. X, Y:
+    (M, N); W, B: (N,); MEAN, S: (M,) float32."""
+    M, N = X.shape
+    part = part_of(N, blocks)
+    with T.Kernel(T.ceildiv(M, BM) * blocks, threads=threads, cluster=blocks) as block:
+        T.annotate_min_blocks_per_sm(resident)
+        row, column = block // blocks * BM, block % blocks * part
+        x = T.alloc_fragment((BM, part), X.dtype)
+        square = T.alloc_fragment((BM, part), "float32")
+        w, b = T.alloc_fragment((part,), W.dtype), T.alloc_fragment((part,), B.dtype)
+        mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        T.copy(X[row, column], x)
+        T.reduce_sum(x, mean, dim=1)
+        T.cluster_reduce(mean)
+        for i in T.Parallel(BM):
+            mean[i] = mean[i] / N
+        for i, j in T.Parallel(BM, part):
+            off = x[i, j] - mean[i]
+            if N % part:
+                off = T.if_then_else(column + j < N, off, 0.0)
+            square[i, j] = off * off
+        T.reduce_sum(square, s, dim=1)
+        T.cluster_reduce(s)
+        for i in T.Parallel(BM):
+            s[i] = T.rsqrt(s[i] / N + eps)
+        if block % blocks == 0:
+            T.copy(mean, MEAN[row])
+            T.copy(s, S[row])
+        T.copy(W[column], w)
+        T.copy(B[column], b)
+        for i, j in T.Parallel(BM, part):
+            Y[row + i, column + j] = (x[i, j] - mean[i]) * s[i] * w[j] + b[j]
+
+
+@tilejit(fast_math=True)
+def softmax_backward(
+    Y: T.Tensor, DY: T.Tensor, DX: T.Tensor,
+    *, workers=132, BM=1, stages=2, threads=256, blocks=1, resident=1,
+):  # fmt: skip
+    """DX = Y * (DY - sum(Y * DY)), of softmax's result Y and the gradient DY with respect to it.
+    Clusters of `blocks` blocks take every `workers`th group of BM rows, and bring what comes next
+    while they compute."""
+    M, N = Y.shape
+    part = part_of(N, blocks)
+    groups = T.ceildiv(M, BM)
+    with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
+        T.annotate_min_blocks_per_sm(resident)
+        worker, column = block // blocks, block % blocks * part
+        y, dy = T.alloc_shared((BM, part), Y.dtype), T.alloc_shared((BM, part), DY.dtype)
+        product = T.alloc_fragment((BM, part), "float32")
+        dot = T.alloc_fragment((BM,), "float32")
+        for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
+            row = (worker + step * workers) * BM
+            T.copy(Y[row, column], y)
+            T.copy(DY[row, column], dy)
+            for i, j in T.Parallel(BM, part):
+                product[i, j] = T.cast(y[i, j], "float32") * T.cast(dy[i, j], "float32")
+            T.reduce_sum(product, dot, dim=1)
+            T.cluster_reduce(dot)
+            for i, j in T.Parallel(BM, part):
+                DX[row + i, column + j] = y[i, j] * (dy[i, j] - dot[i])
+
+
+@T.macro
+def add_up(PARTS, OUT, columns):
+    """OUT[n] = the sum of PARTS[:, n], always in the same order."""
+    count, N = PARTS.shape
+    with T.Kernel(T.ceildiv(N, columns), threads=256) as block:
+        tile = T.alloc_fragment((32, columns), "float32")
+        acc = T.alloc_fragment((32, columns), "float32")
+        total = T.alloc_fragment((columns,), "float32")
+        T.clear(acc)
+        for step in range(T.ceildiv(count, 32)):
+            T.copy(PARTS[step * 32, block * columns], tile)
+            for i, j in T.Parallel(32, columns):
+                acc[i, j] += tile[i, j]
+        T.reduce_sum(acc, total, dim=0)
+        T.copy(total, OUT[block * columns])
+
+
+@tilejit(fast_math=True)
+def rms_norm_backward(
+    X: T.Tensor, W: T.Tensor, DY: T.Tensor, S: T.Tensor, DX: T.Tensor, DW: T.Tensor,
+    *, workers=132, BM=1, stages=2, threads=256, blocks=1, resident=1,
+):  # fmt: skip
+    """The gradients with respect to X and W of `rms_norm`, which gave S, from DY, that with respect
+    to Y. DW: (N,). Clusters of `blocks` blocks take every `workers`th group of BM rows; each keeps
+    its part of DW in registers, and a second kernel adds the parts."""
+    M, N = X.shape
+    part = part_of(N, blocks)
+    groups = T.ceildiv(M, BM)
+    parts = T.empty((workers, N), "float32")
+    with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
+        T.annotate_min_blocks_per_sm(resident)
+        worker, column = block // blocks, block % blocks * part
+        x, dy = T.alloc_shared((BM, part), X.dtype), T.alloc_shared((BM, part), DY.dtype)
+        w = T.alloc_shared((part,), W.dtype)
+        product = T.alloc_fragment((BM, part), "float32")
+        dw = T.alloc_fragment((BM, part), "float32")
+        s, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        sums = T.alloc_fragment((part,), "float32")
+        T.copy(W[column], w)
+        T.clear(dw)
+        for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
+            row = (worker + step * workers) * BM
+            T.copy(X[row, column], x)
+            T.copy(DY[row, column], dy)
+            T.copy(S[row], s)
+            for i, j in T.Parallel(BM, part):
+                hat = x[i, j] * s[i]
+                dw[i, j] += dy[i, j] * hat
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
+            T.reduce_sum(product, dot, dim=1)
+            T.cluster_reduce(dot)
+            for i in T.Parallel(BM):
+                dot[i] = dot[i] / N
+            for i, j in T.Parallel(BM, part):
+                g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+                DX[row + i, column + j] = s[i] * (g - x[i, j] * s[i] * dot[i])
+        T.reduce_sum(dw, sums, dim=0)
+        T.copy(sums, parts[worker, column])
+    add_up(parts, DW, 64)
+
+
+@tilejit(fast_math=True)
+def layer_norm_backward(
+    X: T.Tensor, W: T.Tensor, DY: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
+    DX: T.Tensor, DW: T.Tensor, DB: T.Tensor,
+    *, workers=132, BM=1, stages=2, threads=256, blocks=1, resident=1,
+):  # fmt: skip
+    """The same of `layer_norm`, with the gradient with respect to B."""
+    M, N = X.shape
+    part = part_of(N, blocks)
+    groups = T.ceildiv(M, BM)
+    w_parts, b_parts = T.empty((workers, N), "float32"), T.empty((workers, N), "float32")
+    with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
+        T.annotate_min_blocks_per_sm(resident)
+        worker, column = block // blocks, block % blocks * part
+        x, dy = T.alloc_shared((BM, part), X.dtype), T.alloc_shared((BM, part), DY.dtype)
+        w = T.alloc_shared((part,), W.dtype)
+        product = T.alloc_fragment((BM, part), "float32")
+        dw, db = T.alloc_fragment((BM, part), "float32"), T.alloc_fragment((BM, part), "float32")
+        mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        total, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        sums = T.alloc_fragment((part,), "float32")
+        T.copy(W[column], w)
+        T.clear(dw)
+        T.clear(db)
+        for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
+            row = (worker + step * workers) * BM
+            T.copy(X[row, column], x)
+            T.copy(DY[row, column], dy)
+            T.copy(MEAN[row], mean)
+            T.copy(S[row], s)
+            for i, j in T.Parallel(BM, part):
+                hat = (x[i, j] - mean[i]) * s[i]
+                dw[i, j] += dy[i, j] * hat
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
+            T.reduce_sum(product, dot, dim=1)
+            for i, j in T.Parallel(BM, part):
+                db[i, j] += dy[i, j]
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+            T.reduce_sum(product, total, dim=1)
+            T.cluster_reduce(dot)
+            T.cluster_reduce(total)
+            for i in T.Parallel(BM):
+                total[i], dot[i] = total[i] / N, dot[i] / N
+            for i, j in T.Parallel(BM, part):
+                hat = (x[i, j] - mean[i]) * s[i]
+                g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+                DX[row + i, column + j] = s[i] * (g - total[i] - hat * dot[i])
+        T.reduce_sum(dw, sums, dim=0)
+        T.copy(sums, w_parts[worker, column])
+        T.reduce_sum(db, sums, dim=0)
+        T.copy(sums, b_parts[worker, column])
+    add_up(w_parts, DW, 64)
+    add_up(b_parts, DB, 64)
+
+
+def forward(name, x, w, b, plan=None):
+    """The result of softmax, rms_norm or layer_norm of a NumPy array, and its statistics."""
+    M, N = x.shape
+    knobs = (plan or forward_plan(N)).options
+    y, mean, s = (
+        np.full_like(x, np.nan),
+        np.full(M, np.nan, np.float32),
+        np.full(M, np.nan, np.float32),
+    )
+    if name == "softmax":
+        softmax(x, y, **knobs)
+        return y, None, None
+    if name == "rms_norm":
+        rms_norm(x, w, y, s, eps=EPS[name], **knobs)
+        return y, None, s
+    layer_norm(x, w, b, y, mean, s, eps=EPS[name], **knobs)
+    return y, mean, s
+
+
+def backward(name, x, w, dy, mean, s, plan=None, workers=3):
+    """Gradients with respect to X (of softmax x is the result), W and B, or None."""
+    knobs = (plan or backward_plan(x.shape[1])).options
+    dx, dw, db = np.full_like(x, np.nan), np.full_like(w, np.nan), np.full_like(w, np.nan)
+    if name == "softmax":
+        softmax_backward(x, dy, dx, workers=workers, **knobs)
+        return dx, None, None
+    if name == "rms_norm":
+        rms_norm_backward(x, w, dy, s, dx, dw, workers=workers, **knobs)
+        return dx, dw, None
+    layer_norm_backward(x, w, dy, mean, s, dx, dw, db, workers=workers, **knobs)
+    return dx, dw, db
+
+
+def exact_forward(name, x, w, b):
+    """The same in float64."""
+    x, w, b = (a.astype(np.float64) for a in (x, w, b))
+    if name == "softmax":
+        with np.errstate(invalid="ignore"):
+            e = np.exp(x - x.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+    mean = x.mean(1, keepdims=True) if name == "layer_norm" else 0
+    s = 1 / np.sqrt(((x - mean) ** 2).mean(1, keepdims=True) + EPS[name])
+    return (x - mean) * s * w + (b if name == "layer_norm" else 0)
+
+
+def exact_backward(name, x, w, dy):
+    """The same in float64; of softmax from its result x."""
+    x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
+    if name == "softmax":
+        return x * (dy - (x * dy).sum(1, keepdims=True)), None, None
+    mean = x.mean(1, keepdims=True) if name == "layer_norm" else 0
+    s = 1 / np.sqrt(((x - mean) ** 2).mean(1, keepdims=True) + EPS[name])
+    hat, g = (x - mean) * s, dy * w
+    centre = g.mean(1, keepdims=True) if name == "layer_norm" else 0
+    dx = s * (g - centre - hat * (g * hat).mean(1, keepdims=True))
+    return dx, (dy * hat).sum(0), dy.sum(0) if name == "layer_norm" else None
+
+
+def agree(got, wanted, tolerance=0.01):
+    """Whether a result is as near to the exact one as 16-bit floats are, NaNs and infinities at the
+    same places."""
+    if wanted is None:
+        return got is None
+    got = got.astype(np.float64)
+    scale = np.abs(wanted[np.isfinite(wanted)]).max(initial=1e-30)
+    is_finite = np.isfinite(wanted)
+    same = (np.isnan(got) == np.isnan(wanted)).all() and (np.isinf(got) == np.isinf(wanted)).all()
+    near = np.abs(got - wanted)[is_finite] <= tolerance * (np.abs(wanted[is_finite]) + 0.1 * scale)
+    return bool(same and near.all())
+
+
+def check_one(name, M, N, rng, dtype=ml_dtypes.bfloat16, plans=(None, None), workers=3):
+    """Compare one function and its gradient with float64."""
+    x, dy = (rng.standard_normal((M, N)).astype(dtype) for _ in range(2))
+    w, b = (1 + 0.5 * rng.standard_normal((2, N))).astype(dtype)
+    y, mean, s = forward(name, x, w, b, plans[0])
+    assert agree(y, exact_forward(name, x, w, b)), f"{name} of {M} x {N} is wrong"
+    of = y if name == "softmax" else x
+    found = backward(name, of, w, dy, mean, s, plans[1], workers)
+    wanted = exact_backward(name, of, w, dy)
+    for what, got, want in zip(("X", "W", "B"), found, wanted, strict=True):
+        assert agree(got, want), f"{name}: the gradient of {what} of {M} x {N} is wrong"
+
+
+NAMES = ("softmax", "rms_norm", "layer_norm")
+
+
+def check() -> None:
+    """Compare with float64: short rows, several in a block; odd ones; one in a cluster."""
+    rng = np.random.default_rng(0)
+    cluster = Plan(1, 64, 2, 1)
+    for name in NAMES:
+        check_one(name, 70, 128, rng)
+        check_one(name, 9, 1000, rng)
+        with options(target="sm_90a"):  # what is simulated where there is no GPU
+            check_one(name, 3, 2100, rng, plans=(cluster, cluster))
+    print("softmax, rms_norm and layer_norm and their gradients are right")
+
+
+if __name__ == "__main__":
+    if "--bench" in sys.argv:
+        import rows_bench
+
+        rows_bench.main()
+    else:
+        check()
