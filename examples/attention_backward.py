@@ -10,11 +10,6 @@ operands of the products that become dV and dK where they are, in registers.
 
 from __future__ import annotations
 
-from typing import Any
-
-import ml_dtypes
-import numpy as np
-
 import tilejit.language as T
 from tilejit import tilejit
 
@@ -22,7 +17,7 @@ LOG2_E = 1.4426950408889634
 ROWS = 128  # that the workspaces' rows are a multiple of: every BM divides it
 
 
-@tilejit
+@tilejit(fast_math=True)
 def attention_backward(
     Q: T.Tensor, K: T.Tensor, V: T.Tensor, O: T.Tensor, LSE: T.Tensor, dO: T.Tensor,
     dQ: T.Tensor, dK: T.Tensor, dV: T.Tensor,
@@ -97,8 +92,8 @@ def attention_backward(
                         seen = seen & (key <= newest)
                     if window:
                         seen = seen & (key > newest - window)
-                    score = T.if_then_else(seen, scores[i, j], none)
-                    scores[i, j] = T.exp2(score * (scale * LOG2_E) - top[j])
+                    power = scores[i, j] * (scale * LOG2_E) - top[j]
+                    scores[i, j] = T.exp2(T.if_then_else(seen, power, none))
                 T.copy(scores, weights)
                 T.gemm(weights, g, dv)
                 for i, j in T.Parallel(BN, BM):

@@ -654,7 +654,7 @@ def test_atomic_add_of_a_tile_updates_each_element(form):
     C = tensor("C", (16, 32))
     with kernel() as nodes:
         acc = T.alloc_fragment((16, 32), "float16")
-        T.atomic_add({"start": C[0, 0], "slice": C[0:16, :], "whole": C}[form], acc)
+        T.atomic_add({"start": C[0, 0], "slice": C[0:16, :], "whole": C}[form], acc, use_tma=False)
     loop = last(nodes, Parallel)
     load, update = loop.body
     assert loop.extents == (16, 32) and isinstance(load, Load)

@@ -19,6 +19,7 @@ from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
+from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bulk import refused
 from tilejit.passes.late import STRIP_ROW, Late, can_wait
@@ -104,6 +105,8 @@ class _Stager:
 
     def visit(self, node: Node) -> Node | tuple[Node, ...]:
         atom = self._held(node)
+        if isinstance(node, Copy) and node.combine is not None and not node.is_tma and atom is None:
+            return self._by_threads(node, f"{node.src.buffer.name} is no accumulator")
         if not isinstance(node, Copy) or atom is None:
             return node
         source, target = node.src.buffer, node.dst.buffer
@@ -117,19 +120,14 @@ class _Stager:
         size = math.prod(buffer.extents) * buffer.dtype.bytes
         if buffer not in self.shared and size > self.free:
             reason = reason or f"{size} bytes of shared memory for it are not left"
-        if reason and node.prefer == "tma":
-            raise refused(node, reason, self.kernel)
         if reason:
-            self.staging.notes.append(
-                f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"
-            )
-            self.by_threads.add(self.aliases.of(target))
-            return node
+            return self._by_threads(node, reason)
         if buffer not in self.shared:
             self.free -= size
             self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
             self.staging.buffers.append(buffer)
-        note = f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
+        added = "" if node.combine is None else "added "
+        note = f"{source.name} -> {target.name}: {added}by TMA, through strips of {width} columns"
         if self.teams == 1 and can_wait(self.kernel, node, len(strips)):
             self.staging.notes.append(f"{note}, while the next tile is multiplied")
             return (self._hold(node, buffer, atom, width, strips),)
@@ -139,6 +137,19 @@ class _Stager:
             for number, place in enumerate(strips)
             for n in self._strip(node, buffer, atom, width, number, place)
         )
+
+    def _by_threads(self, node: Copy, reason: str) -> Node:
+        """The copy as threads make it."""
+        source, target = node.src.buffer, node.dst.buffer
+        if node.prefer == "tma":
+            raise refused(node, reason, self.kernel)
+        done = "stored" if node.combine is None else "added"
+        self.staging.notes.append(
+            f"{source.name} -> {target.name}: {done} by the threads, not by TMA ({reason})"
+        )
+        self.by_threads.add(self.aliases.of(target))
+        loop = None if node.combine is None else as_parallel(node)
+        return loop or node
 
     def _hold(
         self,
@@ -193,13 +204,13 @@ class _Stager:
         is short."""
         groups = self.teams * atom.groups_m * atom.groups_n
         each = groups * ROWS * width * target.dtype.bytes
+        shape = (self.teams * atom.groups_m, atom.groups_n, ROWS, width)
         slots = max(1, min(MOST_STRIPS, strips, self.free // each))
-        shape = (slots, self.teams * atom.groups_m, atom.groups_n, ROWS, width)
         found = self.strips.get((shape, target.dtype))
-        if found is None:
+        if found is None or found.extents[0] < slots:
             found = self.strips[shape, target.dtype] = Buffer(
                 name=f"{target.name}_strips",
-                shape=tuple(index(n) for n in shape),
+                shape=tuple(index(n) for n in (slots, *shape)),
                 dtype=target.dtype,
                 scope=Scope.SHARED,
                 span=source.span,
@@ -313,6 +324,7 @@ class _Stager:
             src=inner,
             dst=outer,
             atom=CopyAtom(CopyMethod.TMA, 0),
+            combine=node.combine,
             eviction=node.eviction,
             whole=node.whole or node,
             span=node.span,
