@@ -21,6 +21,7 @@ from tilejit import tilejit
 
 LOG2_E = 1.4426950408889634
 ROWS = 128  # workspaces have a multiple of so many rows: any BM divides it
+ROWWISE = T.GemmWarpPolicy.FullRow  # scores stay with the warps that multiply them again
 STRIP = 64  # rows of a block that prepares or finishes
 
 
@@ -117,8 +118,8 @@ def attention_backward(
                 T.copy(Q[z, head, step * BM, 0], q)
                 T.copy(dO[z, head, step * BM, 0], g)
                 T.copy(Stats[z, head, 0:2, step * BM : step * BM + BM], stats)
-                T.gemm(k, q, scores, transpose_B=True, clear_accum=True)
-                T.gemm(v, g, slopes, transpose_B=True, clear_accum=True)
+                T.gemm(k, q, scores, transpose_B=True, clear_accum=True, policy=ROWWISE)
+                T.gemm(v, g, slopes, transpose_B=True, clear_accum=True, policy=ROWWISE)
                 for i, j in T.Parallel(BN, BM):
                     seen = is_seen(step * BM + j, block * BN + i)
                     scores[i, j], bend = weight(scores[i, j], stats[0, j], seen)
@@ -128,12 +129,12 @@ def attention_backward(
                 for i, j in T.Parallel(BN, BM):
                     slope = slopes[i, j] if softcap else slopes[i, j] - stats[1, j]
                     grads[i, j] = scores[i, j] * slope
-                T.gemm(weights, g, dv)
+                T.gemm(weights, g, dv, policy=ROWWISE)
                 if not deterministic or left is turned:
                     T.copy(grads, turned)
                 if not deterministic:
                     T.gemm(turned, k, dq, transpose_A=True, clear_accum=True)
-                T.gemm(left, q, dk)
+                T.gemm(left, q, dk, policy=ROWWISE)
                 if not deterministic:
                     T.atomic_add(Sum[z, head, step * BM : step * BM + BM, :], dq)
         for i, d in T.Parallel(BN, D):
@@ -171,14 +172,14 @@ def attention_backward(
         for step in T.Pipelined(first, T.ceildiv(last, BN), num_stages=stages):
             T.copy(K[z, source, step * BN, 0], k)
             T.copy(V[z, source, step * BN, 0], v)
-            T.gemm(q, k, scores, transpose_B=True, clear_accum=True)
-            T.gemm(g, v, slopes, transpose_B=True, clear_accum=True)
+            T.gemm(q, k, scores, transpose_B=True, clear_accum=True, policy=ROWWISE)
+            T.gemm(g, v, slopes, transpose_B=True, clear_accum=True, policy=ROWWISE)
             for i, j in T.Parallel(BM, BN):
                 seen = is_seen(block * BM + i, step * BN + j)
                 scores[i, j], bend = weight(scores[i, j], top[i], seen)
                 slope = slopes[i, j] - total[i]
                 grads[i, j] = scores[i, j] * (slope * bend if softcap else slope)
-            T.gemm(grads, k, dq)
+            T.gemm(grads, k, dq, policy=ROWWISE)
         for i, d in T.Parallel(BM, D):
             dq[i, d] *= scale
         T.copy(dq, dQ[z, head, block * BM, 0])
