@@ -44,7 +44,7 @@ def attention_backward(
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
     group = heads // shared
-    is_light = D <= 64 and not (softcap and deterministic)  # 128 rows of scores fit the registers
+    is_light = D <= 64 and not softcap  # scores of 128 queries fit the registers
     BM, BN = BM or (128 if is_light else 64), BN or (128 if D <= 128 else 64)
     scale, none = 1 / D**0.5, -T.infinity("float32")
     rows = T.ceildiv(S, ROWS) * ROWS
@@ -103,6 +103,10 @@ def attention_backward(
         dq = T.alloc_fragment((BM, D), "float32")
         dk = T.alloc_fragment((BN, D), "float32")
         dv = T.alloc_fragment((BN, D), "float32")
+        across = threads // (2 * BM)  # warpgroups that share the columns of dQ
+        if across > 1 and D // across % 64:  # each begins where a swizzle of the keys does
+            half, quarter = T.make_half_bank_swizzled_layout, T.make_quarter_bank_swizzled_layout
+            T.annotate_layout({k: (quarter if D // across % 32 else half)(k)})
         T.annotate_producer_reg_dealloc(24)
         T.annotate_consumer_reg_alloc(240)
 
@@ -126,8 +130,8 @@ def attention_backward(
                     scores[i, j], bend = weight(scores[i, j], stats[0, j], seen)
                     if softcap:
                         slopes[i, j] = (slopes[i, j] - stats[1, j]) * bend
-                T.copy(scores, weights)
                 for i, j in T.Parallel(BN, BM):
+                    weights[i, j] = scores[i, j]
                     slope = slopes[i, j] if softcap else slopes[i, j] - stats[1, j]
                     grads[i, j] = scores[i, j] * slope
                 T.gemm(weights, g, dv, policy=ROWWISE)
