@@ -642,6 +642,19 @@ def test_atomic_on_an_element_records_one_update(call, combine):
     assert old.expr is second.out and old.dtype == "int32"
 
 
+@pytest.mark.parametrize(("use_tma", "prefer"), [(None, None), (True, "tma")])
+@pytest.mark.parametrize("scope", ["fragment", "shared"])
+def test_atomic_add_of_a_tile_is_a_copy_that_adds(scope, use_tma, prefer):
+    C = tensor("C", (16, 32))
+    with kernel() as nodes:
+        tile = {"fragment": T.alloc_fragment, "shared": T.alloc_shared}[scope]((16, 32), "float16")
+        T.atomic_add(C[0, 0], tile, use_tma=use_tma)
+    copy = last(nodes, Copy)
+    assert (copy.combine, copy.prefer) == ("add", prefer)
+    assert copy.src.buffer is tile.buffer and copy.writes == (C.buffer,)
+    assert copy.reads == (tile.buffer, C.buffer)
+
+
 def test_atomic_add_casts_its_value():
     C = tensor("C", (8,), "float16")
     with kernel() as nodes:
@@ -654,7 +667,7 @@ def test_atomic_add_of_a_tile_updates_each_element(form):
     C = tensor("C", (16, 32))
     with kernel() as nodes:
         acc = T.alloc_fragment((16, 32), "float16")
-        T.atomic_add({"start": C[0, 0], "slice": C[0:16, :], "whole": C}[form], acc)
+        T.atomic_add({"start": C[0, 0], "slice": C[0:16, :], "whole": C}[form], acc, use_tma=False)
     loop = last(nodes, Parallel)
     load, update = loop.body
     assert loop.extents == (16, 32) and isinstance(load, Load)
@@ -722,8 +735,23 @@ def test_atomic_options_without_meaning_are_refused():
             'Atomics are "relaxed"; order them with T.sync_threads or a barrier.',
         ):
             T.atomic_add(C[0], 1, memory_order="acq_rel")
-        with refused(UnsupportedError, "T.atomic_add: use_tma=True is not supported.", "Omit it."):
-            T.atomic_add(C[0], 1, use_tma=True)
+        for dst, value in ((C[0], 1), (C, 1.0), (s, s)):
+            with refused(
+                UnsupportedError,
+                "T.atomic_add: use_tma=True adds tiles to global tensors only.",
+                "Omit it.",
+            ):
+                T.atomic_add(dst, value, use_tma=True)
+        with refused(
+            UnsupportedError,
+            "T.atomic_add: use_tma=True adds tiles of fragments and of shared memory only.",
+            "Omit it.",
+        ):
+            T.atomic_add(C, tensor("D", (8,)), use_tma=True)
+        with refused(
+            ArgumentTypeError, "T.atomic_add: use_tma is 'yes', not True, False or None.", ""
+        ):
+            T.atomic_add(C, s, use_tma="yes")
         with refused(
             UnsupportedError, "T.atomic_max: annotations are not supported.", "Omit them."
         ):

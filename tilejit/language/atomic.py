@@ -18,7 +18,14 @@ from tilejit.dtypes import (
     uint32,
     uint64,
 )
-from tilejit.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError, caller_span
+from tilejit.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DTypeError,
+    ShapeError,
+    UnsupportedError,
+    caller_span,
+)
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, cast
 from tilejit.ir.node import Atomic, Load, Node, Parallel
@@ -28,10 +35,13 @@ from tilejit.language.regions import Start, as_side, match, start_example
 from tilejit.language.trace import Trace, current_kernel
 from tilejit.language.value import Value, as_expr
 from tilejit.language.where import tile_op
+from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import loop_variables, place
 
 _INTEGERS: tuple[DType, ...] = (int32, uint32, int64, uint64)
 _FLOATS: tuple[DType, ...] = (float16, bfloat16, float32, float64)
+# From where to where a tile may be added without the threads
+_MOVES = ((Scope.FRAGMENT, Scope.GLOBAL), (Scope.SHARED, Scope.GLOBAL))
 _ALLOWED: dict[str, tuple[DType, ...]] = {
     "add": _INTEGERS + _FLOATS,
     "min": _INTEGERS + _FLOATS,
@@ -45,7 +55,7 @@ def atomic_add(
     value: Any,
     memory_order: str | None = None,
     return_prev: bool = False,
-    use_tma: bool = False,
+    use_tma: bool | None = None,
     annotations: Any = None,
 ) -> Value | None:
     """`dst += value` in one step that no other thread can interrupt.
@@ -56,19 +66,22 @@ def atomic_add(
         value: a number or traced value, or a tile of the same extents; cast to dst's dtype.
         memory_order: None or "relaxed".
         return_prev: give back the old value (elements only).
-        use_tma: False.
+        use_tma: True for the tensor memory accelerator, which then adds a tile to a global tensor
+            or is refused with the reason; False for threads; None for what the kernel can do best.
         annotations: None.
 
     Raises:
         ArgumentError: dst lies in registers.
         DTypeError: no atomic operation on dst's dtype.
         ShapeError: tiles of different extents.
-        UnsupportedError: another memory order, or an old value of a tile.
+        UnsupportedError: another memory order, an old value of a tile, or the tensor memory
+            accelerator is asked for and cannot add the tile.
         TraceError: outside a kernel; a tile inside T.Parallel.
     """
-    if use_tma:
-        raise UnsupportedError("T.atomic_add: use_tma=True is not supported.", hint="Omit it.")
-    return _atomic("add", dst, value, memory_order, return_prev, annotations)
+    what = "T.atomic_add"
+    if use_tma not in (None, False, True):
+        raise ArgumentTypeError(f"{what}: use_tma is {use_tma!r}, not True, False or None.")
+    return _atomic("add", dst, value, memory_order, return_prev, annotations, use_tma)
 
 
 def atomic_max(
@@ -101,7 +114,13 @@ def atomic_or(
 
 
 def _atomic(
-    combine: str, dst: Any, value: Any, memory_order: Any, return_prev: Any, annotations: Any
+    combine: str,
+    dst: Any,
+    value: Any,
+    memory_order: Any,
+    return_prev: Any,
+    annotations: Any,
+    use_tma: bool | None = False,
 ) -> Value | None:
     what = f"T.atomic_{combine}"
     trace = current_kernel(what)
@@ -116,6 +135,10 @@ def _atomic(
     buffer = side if isinstance(side, Buffer) else side.buffer
     _check(what, combine, buffer)
     is_tile = isinstance(value, BufferHandle | RegionHandle) and not isinstance(value, VarHandle)
+    if use_tma and not (is_tile and buffer.scope is Scope.GLOBAL):
+        raise UnsupportedError(
+            f"{what}: use_tma=True adds tiles to global tensors only.", hint="Omit it."
+        )
     if isinstance(side, Start) and not is_tile:
         expr = as_expr(value, buffer.dtype, f"value of {what}")
         return _element(trace, combine, side, cast(expr, buffer.dtype), bool(return_prev))
@@ -126,7 +149,7 @@ def _atomic(
         )
     tile_op(f"{what} on a tile")
     if is_tile or isinstance(value, Element):
-        _tile(trace, combine, *match(what, as_side(value, what, "the value"), side))
+        _tile(trace, combine, *match(what, as_side(value, what, "the value"), side), use_tma)
     else:
         _spread(trace, what, combine, side, as_expr(value, buffer.dtype, f"value of {what}"))
     return None
@@ -161,13 +184,27 @@ def _element(
     return None if old is None else Value(old)
 
 
-def _tile(trace: Trace, combine: str, value: Region, dst: Region) -> None:
-    """An element's update for each element of a tile, in T.Parallel."""
+def _tile(
+    trace: Trace, combine: str, value: Region, dst: Region, use_tma: bool | None = False
+) -> None:
+    """An element's update for each element of a tile, in T.Parallel; or a copy that adds, where
+    the accelerator may do it."""
     if value.shape != dst.shape:
         raise UnsupportedError(
             f"T.atomic_{combine}: `{value.buffer.name}` would have to repeat.",
             hint="Write the loop with T.Parallel.",
         )
+    may_move = (value.buffer.scope, dst.buffer.scope) in _MOVES
+    if use_tma and not may_move:
+        raise UnsupportedError(
+            f"T.atomic_{combine}: use_tma=True adds tiles of fragments and of shared memory only.",
+            related=[(value.buffer.span, f"{value.buffer.name} comes from here")],
+            hint="Omit it.",
+        )
+    if may_move and use_tma is not False:
+        prefer = "tma" if use_tma else None
+        trace.add(Copy(src=value, dst=dst, combine=combine, prefer=prefer, span=caller_span()))
+        return
     variables = loop_variables(dst.shape)
     name = trace.unique_name(f"{value.buffer.name}_at")
     loaded = Var(name, value.buffer.dtype, VarKind.VALUE)

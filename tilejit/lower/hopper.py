@@ -187,6 +187,9 @@ class KernelEmitter(MatmulEmitter):
                 raise InternalError(f"A box of `{inner.buffer.name}` is not aligned.")
             shared = self.m.address(address)
             policy = [] if not hint else [self._policy(node.eviction or "")]
+            if node.combine is not None:
+                self.m.issue(isa_tma.tma_reduce_add(len(at)), [tensor, *at, shared])
+                continue
             if not is_load:
                 self.m.issue(isa_tma.tma_store(len(at), hint), [tensor, *at, shared, *policy])
                 continue

@@ -19,6 +19,9 @@ class Copy(Node):
 
     Elements of `src` outside a global tensor read as `pad`; those of `dst` are not written.
 
+    combine: "add" for dst[...] += src[...], each element in one step that no other thread can
+        interrupt; None for a plain copy.
+
     coalesced_width: elements a thread moves at once, when the user says so.
     prefer: the method that the user asks for ("tma", "cp_async", "sync", or "no_tma": not that).
     eviction: how long the L2 cache should keep what is moved ("evict_first", "evict_last").
@@ -40,6 +43,7 @@ class Copy(Node):
     src: Region
     dst: Region
     pad: Expr | None = None
+    combine: str | None = None
     coalesced_width: int | None = None
     prefer: str | None = None
     eviction: str | None = None
@@ -57,7 +61,7 @@ class Copy(Node):
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
-        return (self.src.buffer,)
+        return (self.src.buffer,) if self.combine is None else (self.src.buffer, self.dst.buffer)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
@@ -93,8 +97,12 @@ class Copy(Node):
             yield f"copies {self.src.shape} to {self.dst.shape}"
         if self.pad is not None and self.pad.dtype is not self.src.buffer.dtype:
             yield f"pads {self.src.buffer.dtype} with {self.pad.dtype}"
+        if self.combine not in (None, "add"):
+            yield f"combines by {self.combine}"
 
     def show(self, names: Names) -> str:
+        if self.combine is not None:
+            return self._show_combined(names)
         text = f"{names.region(self.src)}, {names.region(self.dst)}"
         if self.pad is not None:
             text += f", pad={names.expr(self.pad)}"
@@ -115,6 +123,12 @@ class Copy(Node):
         is_started |= self.is_tma and self.dst.buffer.scope is Scope.GLOBAL
         name = "tma_copy" if is_started else "copy"
         return f"T.{name}({text})" + (f"  # {self.atom}" if self.atom else "")
+
+    def _show_combined(self, names: Names) -> str:
+        text = f"{names.region(self.dst)}, {names.region(self.src)}"
+        if self.is_tma or self.prefer == "tma":
+            text += ", use_tma=True"
+        return f"T.atomic_{self.combine}({text})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

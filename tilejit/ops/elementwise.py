@@ -21,7 +21,7 @@ from tilejit.ir.expr import (
     select,
     substitute,
 )
-from tilejit.ir.node import Body, For, Load, LoopKind, Node, Parallel, Store
+from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, Parallel, Store
 from tilejit.ops.copy import Copy, Fill
 
 
@@ -75,12 +75,10 @@ def _copy_loop(node: Copy) -> Parallel:
     value: Expr = loaded
     if node.pad is not None and source.scope is Scope.GLOBAL:
         value = select(in_range(node.src, variables), value, node.pad)
-    store = Store(
-        buffer=target,
-        index=place(node.dst, variables),
-        value=cast(value, target.dtype),
-        span=node.span,
-    )
+    at, value = place(node.dst, variables), cast(value, target.dtype)
+    store: Node = Store(buffer=target, index=at, value=value, span=node.span)
+    if node.combine is not None:
+        store = Atomic(buffer=target, index=at, value=value, combine=node.combine, span=node.span)
     return Parallel(
         vars=variables,
         extents=node.src.shape,

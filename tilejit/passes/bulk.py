@@ -23,11 +23,14 @@ from tilejit.target import Feature, Target
 
 def refused(node: Copy, reason: str, kernel: Kernel) -> UnsupportedError:
     """The error where the accelerator is asked for and cannot do it."""
+    asked, argument = 'T.copy: prefer_instruction="tma"', "prefer_instruction"
+    if node.combine is not None:
+        asked, argument = f"T.atomic_{node.combine}: use_tma=True", "use_tma"
     return UnsupportedError(
-        f'T.copy: prefer_instruction="tma" is not possible: {reason}.',
+        f"{asked} is not possible: {reason}.",
         span=node.span,
         related=kernel.given.related(node.src.buffer, node.dst.buffer),
-        hint="Leave prefer_instruction out: T.copy then chooses.",
+        hint=f"Leave {argument} out: {asked.partition(':')[0]} then chooses.",
     )
 
 

@@ -14,11 +14,12 @@ from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Load, Node, OneThread, Parallel, Store, rewrite, walk
+from tilejit.ir.node import For, Load, Node, OneThread, Parallel, Store, rewrite, walk
 from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy
+from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bulk import refused
 from tilejit.passes.late import STRIP_ROW, Late, can_wait
@@ -74,8 +75,10 @@ class _Stager:
         self.fragments = dict(kernel.fragments)
         self.thread = kernel.thread_vars[0]
         self.gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
-        self.strips: dict[tuple[tuple[int, ...], DType], Buffer] = {}
+        self.strips: dict[tuple[tuple[int, ...], DType, bool], Buffer] = {}
         self.aliases = Aliases(kernel)
+        loops = (n for n in walk(kernel.body) if isinstance(n, For))
+        self.repeated = {inner for loop in loops for inner in walk(loop.body)}
         held = {n: self._held(n) for n in walk(kernel.body)}
         # Tensors that threads write: no order is between their writes and the accelerator's
         self.by_threads = {
@@ -104,11 +107,14 @@ class _Stager:
 
     def visit(self, node: Node) -> Node | tuple[Node, ...]:
         atom = self._held(node)
+        if isinstance(node, Copy) and node.combine is not None and not node.is_tma and atom is None:
+            return self._by_threads(node, f"{node.src.buffer.name} is no accumulator")
         if not isinstance(node, Copy) or atom is None:
             return node
         source, target = node.src.buffer, node.dst.buffer
         width, strips = _strips(node, atom)
-        buffer = self._strip_buffer(source, target, atom, width, len(strips))
+        is_repeated = node in self.repeated
+        buffer = self._strip_buffer(source, target, atom, width, len(strips), is_repeated)
         probe = self._store(node, buffer, atom, width, 0, (0, 0))
         prefer = node.prefer if node.prefer == "tma" else None
         reason = misfit(replace(probe, atom=None, prefer=prefer), self.kernel)
@@ -117,28 +123,38 @@ class _Stager:
         size = math.prod(buffer.extents) * buffer.dtype.bytes
         if buffer not in self.shared and size > self.free:
             reason = reason or f"{size} bytes of shared memory for it are not left"
-        if reason and node.prefer == "tma":
-            raise refused(node, reason, self.kernel)
         if reason:
-            self.staging.notes.append(
-                f"{source.name} -> {target.name}: stored by the threads, not by TMA ({reason})"
-            )
-            self.by_threads.add(self.aliases.of(target))
-            return node
+            return self._by_threads(node, reason)
         if buffer not in self.shared:
             self.free -= size
             self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
             self.staging.buffers.append(buffer)
-        note = f"{source.name} -> {target.name}: by TMA, through strips of {width} columns"
+        added = "" if node.combine is None else "added "
+        note = f"{source.name} -> {target.name}: {added}by TMA, through strips of {width} columns"
         if self.teams == 1 and can_wait(self.kernel, node, len(strips)):
             self.staging.notes.append(f"{note}, while the next tile is multiplied")
             return (self._hold(node, buffer, atom, width, strips),)
         self.staging.notes.append(note)
+        if is_repeated and len(strips) == buffer.extents[0]:
+            return self._at_once(node, buffer, atom, width, strips)
         return tuple(
             n
             for number, place in enumerate(strips)
             for n in self._strip(node, buffer, atom, width, number, place)
         )
+
+    def _by_threads(self, node: Copy, reason: str) -> Node:
+        """The copy as threads make it."""
+        source, target = node.src.buffer, node.dst.buffer
+        if node.prefer == "tma":
+            raise refused(node, reason, self.kernel)
+        done = "stored" if node.combine is None else "added"
+        self.staging.notes.append(
+            f"{source.name} -> {target.name}: {done} by the threads, not by TMA ({reason})"
+        )
+        self.by_threads.add(self.aliases.of(target))
+        loop = None if node.combine is None else as_parallel(node)
+        return loop or node
 
     def _hold(
         self,
@@ -187,24 +203,58 @@ class _Stager:
         return None
 
     def _strip_buffer(
-        self, source: Buffer, target: Buffer, atom: WgmmaAtom, width: int, strips: int
+        self,
+        source: Buffer,
+        target: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        strips: int,
+        is_repeated: bool,
     ) -> Buffer:
         """Two strips a warpgroup, so that one is written while the other is sent; one where space
-        is short."""
+        is short. Copies in loops share none with those outside."""
         groups = self.teams * atom.groups_m * atom.groups_n
         each = groups * ROWS * width * target.dtype.bytes
+        shape = (self.teams * atom.groups_m, atom.groups_n, ROWS, width)
         slots = max(1, min(MOST_STRIPS, strips, self.free // each))
-        shape = (slots, self.teams * atom.groups_m, atom.groups_n, ROWS, width)
-        found = self.strips.get((shape, target.dtype))
-        if found is None:
-            found = self.strips[shape, target.dtype] = Buffer(
+        found = self.strips.get((shape, target.dtype, is_repeated))
+        if found is None or found.extents[0] < slots:
+            found = self.strips[shape, target.dtype, is_repeated] = Buffer(
                 name=f"{target.name}_strips",
-                shape=tuple(index(n) for n in shape),
+                shape=tuple(index(n) for n in (slots, *shape)),
                 dtype=target.dtype,
                 scope=Scope.SHARED,
                 span=source.span,
             )
         return found
+
+    def _at_once(
+        self,
+        node: Copy,
+        buffer: Buffer,
+        atom: WgmmaAtom,
+        width: int,
+        strips: list[tuple[int, int]],
+    ) -> tuple[Node, ...]:
+        """All strips, each in its slot: written when those of the round before have been read,
+        which is long ago, and sent together."""
+        span = node.span
+        places = list(enumerate(strips))
+        stores = [self._store(node, buffer, atom, width, k, place) for k, place in places]
+        return (
+            Control(op=ControlOp.STORE_WAIT_READ, span=span),
+            self._meeting(node, atom),
+            *(self._written(node, buffer, atom, width, k, place) for k, place in places),
+            Control(op=ControlOp.FENCE_ASYNC, span=span),
+            self._meeting(node, atom),
+            OneThread(body=tuple(stores), each=GROUP, span=span),
+            Control(op=ControlOp.STORE_COMMIT, span=span),
+        )
+
+    def _meeting(self, node: Copy, atom: WgmmaAtom) -> SyncThreads:
+        """Of the thread's warpgroup."""
+        number = self._barrier(atom)
+        return SyncThreads(inserted=True, number=number, threads=GROUP, span=node.span)
 
     def _strip(
         self,
@@ -217,12 +267,7 @@ class _Stager:
     ) -> list[Node]:
         """One strip: write it when its slot has been read, send it."""
         slots, span = buffer.extents[0], node.span
-        meeting = SyncThreads(
-            inserted=True,
-            number=self._barrier(atom),
-            threads=GROUP,
-            span=span,
-        )
+        meeting = self._meeting(node, atom)
         store = self._store(node, buffer, atom, width, number % slots, place)
         written = self._written(node, buffer, atom, width, number % slots, place)
         read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
@@ -313,6 +358,7 @@ class _Stager:
             src=inner,
             dst=outer,
             atom=CopyAtom(CopyMethod.TMA, 0),
+            combine=node.combine,
             eviction=node.eviction,
             whole=node.whole or node,
             span=node.span,

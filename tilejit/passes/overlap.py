@@ -99,15 +99,33 @@ class Overlap:
 
 
 def overlaps(kernel: Kernel, brought: Collection[Node]) -> dict[For, Overlap]:
-    """The pipelined loops whose rounds overlap, with how they do.
+    """The pipelined loops whose rounds overlap, or whose multiplies run beside other work of their
+    round, with how they do.
 
     Needs: atoms, layouts. brought: copies that others make.
     """
-    if not _fits(kernel):
-        return {}
-    loops = [n for n in walk(kernel.body) if isinstance(n, For)]
-    found = {loop: find_overlap(loop, brought, kernel) for loop in loops}
-    return {loop: overlap for loop, overlap in found.items() if overlap is not None}
+    fits = _fits(kernel)
+    found: dict[For, Overlap] = {}
+    for loop in (n for n in walk(kernel.body) if isinstance(n, For)):
+        overlap = find_overlap(loop, brought, kernel) if fits else None
+        overlap = overlap or in_order(loop, brought)
+        if overlap is not None:
+            found[loop] = overlap
+    return found
+
+
+def in_order(loop: For, brought: Collection[Node]) -> Overlap | None:
+    """A round of one iteration, in its own order, whose multiplies run beside what does not need
+    them; None where each is needed at once, or nothing else is done meanwhile."""
+    if loop.kind is not LoopKind.PIPELINED or loop.num_stages == 1:
+        return None
+    own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
+    if len(own) < 2 or len(own) != sum(isinstance(n, Gemm) for n in walk(loop.body)):
+        return None
+    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
+    if all(isinstance(n, Gemm | Let | Load) for n in nodes):
+        return None
+    return Overlap(tuple((n, False) for n in nodes))
 
 
 def _fits(kernel: Kernel) -> bool:

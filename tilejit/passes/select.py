@@ -46,7 +46,7 @@ from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, Wgm
 from tilejit.isa.mma import MMA, WARP, find_mma
 from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy, Fill
-from tilejit.ops.elementwise import as_loops, is_private
+from tilejit.ops.elementwise import as_loops, as_parallel, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
 from tilejit.ops.reduce import Reduce
 from tilejit.passes.bulk import refused, whole_copy
@@ -175,6 +175,8 @@ class _Selector:
     def copy(self, node: Copy, is_pipelined: bool) -> list[Node]:
         if node in self.brought.copies:
             return [replace(node, atom=CopyAtom(CopyMethod.TMA, 0))]
+        if node.combine is not None:
+            return self.addition(node)
         is_epilogue = node.src.buffer.scope is Scope.FRAGMENT
         if node.prefer == "tma" and not (is_epilogue and self.brought.copies):
             if self.brought.copies:
@@ -194,6 +196,19 @@ class _Selector:
             name = f"{node.src.buffer.name} -> {node.dst.buffer.name}"
             self.notes.append(f"copy {name}: eviction_policy is not used by {chosen.atom}")
         return [chosen]
+
+    def addition(self, node: Copy) -> list[Node]:
+        """A copy that adds: the warpgroups' strips, one bulk copy, or each thread's elements."""
+        if node.src.buffer.scope is Scope.FRAGMENT and self.brought.copies:
+            return [replace(node, atom=CopyAtom(CopyMethod.REGISTERS, 1))]
+        if node.prefer != "tma":
+            loop = as_parallel(node)
+            assert loop is not None, node
+            return [loop]
+        if self.brought.copies:
+            raise refused(node, "the kernel's stores are its warpgroups'", self.kernel)
+        nodes, _ = whole_copy(node, self.kernel, self.target)
+        return nodes
 
     def copy_atom(self, node: Copy, is_pipelined: bool) -> CopyAtom:
         source, target = node.src.buffer, node.dst.buffer

@@ -22,10 +22,18 @@ Sent = frozenset[tuple[Buffer, Copy | None]]
 
 
 def may_meet(now: Iterable[tuple[Buffer, Copy]], before: Sent) -> bool:
-    """Whether what is sent now may go where something is on its way to."""
+    """Whether what is sent now may go where something is on its way to, and would be another
+    result in another order."""
     return any(
-        tensor is other and copy is not earlier for tensor, copy in now for other, earlier in before
+        tensor is other and copy is not earlier and not _both_add(copy, earlier)
+        for tensor, copy in now
+        for other, earlier in before
     )
+
+
+def _both_add(copy: Copy, other: Copy | None) -> bool:
+    """Sums do not depend on the order."""
+    return copy.combine is not None and other is not None and copy.combine == other.combine
 
 
 def after_round(sent: Sent, own: Iterable[tuple[Buffer, Copy]], loop: Node) -> Sent:
@@ -36,7 +44,9 @@ def after_round(sent: Sent, own: Iterable[tuple[Buffer, Copy]], loop: Node) -> S
     """
     if is_over_tiles(loop):
         return frozenset()
-    again = {(tensor, copy) for tensor, copy in own if not _moves_on(copy, loop)}
+    again = {
+        (tensor, copy) for tensor, copy in own if copy.combine is None and not _moves_on(copy, loop)
+    }
     return sent - again | {(tensor, None) for tensor, copy in sent & again}
 
 

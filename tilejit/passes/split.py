@@ -80,7 +80,9 @@ def splittable(kernel: Kernel) -> Splittable | str:
     reason = _more_than_adds(loop, sums) or _not_from_zero(before, sums)
     if reason:
         return reason
-    if any(isinstance(n, Gemm | While | Atomic) for n in walk((*before, *after))):
+    around = list(walk((*before, *after)))
+    adds = any(isinstance(n, Copy) and n.combine is not None for n in around)
+    if adds or any(isinstance(n, Gemm | While | Atomic) for n in around):
         return "around it there is a T.gemm, a T.While or an atomic"
     if any(b.scope is Scope.BARRIER for b in kernel.buffers):
         return "the kernel has barriers of its own"

@@ -31,7 +31,6 @@ from tilejit.ir.node import (
     Roles,
     Store,
     While,
-    all_reads,
     is_over_tiles,
     walk,
 )
@@ -264,7 +263,9 @@ class _Synchroniser:
 
     def touched(self, node: Node) -> tuple[Touched, Touched]:
         """What a node and all in it read and write, with owners where they are sure."""
-        reads = dict.fromkeys(self.shared(all_reads(node)), None)
+        inner = list(walk((node,)))  # bulk stores that add read their tensor beyond the block
+        read = {b for n in inner for b in (n.reads[:1] if is_bulk_store(n) else n.reads)}
+        reads = dict.fromkeys(self.shared(read), None)
         stored = {b for n in walk((node,)) if not is_bulk_store(n) for b in n.writes}
         writes = dict.fromkeys(self.shared(stored), None)
         owners: dict[Buffer, set[Owner | None]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from tilejit.dtypes import bfloat16, float16, float32, int32, uint32, uint64
 from tilejit.ir.analysis import divisor, interval
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Var, int_value, is_const
@@ -18,6 +19,8 @@ from tilejit.ops.copy import Copy
 
 UNIT = 16  # bytes: of addresses, strides and rows of a box
 MAX_RANK = 5
+# Of elements that it adds (PTX ISA, "cp.reduce.async.bulk")
+_ADDED = (int32, uint32, uint64, float16, bfloat16, float32)
 
 
 def same_bits(source: Buffer, target: Buffer) -> bool:
@@ -42,6 +45,8 @@ def misfit(copy: Copy, kernel: Kernel) -> str:
     if scopes[0] is Scope.GLOBAL:
         return _global_misfit(copy.src, kernel) or _shared_misfit(copy.dst, kernel)
     is_asked = copy.is_async or copy.prefer == "tma"
+    if copy.combine is not None and copy.dst.buffer.dtype not in _ADDED:
+        return f"it does not add {copy.dst.buffer.dtype}"
     reason = _global_misfit(copy.dst, kernel) or _written_misfit(copy.dst, kernel, is_asked)
     return reason or _shared_misfit(copy.src, kernel)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.errors import InternalError, SimulationError
-from tilejit.ir.buffer import Buffer
+from tilejit.ir.buffer import Buffer, Region
 from tilejit.ir.divergence import divergence
 from tilejit.ir.expr import Expr, Var, index
 from tilejit.ir.kernel import Kernel, ParamKind
@@ -55,7 +55,7 @@ from tilejit.ops.cluster import ClusterReduce, Step
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
-from tilejit.ops.scalar import Array, cast_array
+from tilejit.ops.scalar import Array, cast_array, evaluate_op
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
 from tilejit.sim.reference_memory import (
@@ -353,9 +353,16 @@ class _Executor(Meetings):
             return
         if not any(r.buffer.scope.is_per_thread for r in (node.src, node.dst)):
             self.need_all_threads("T.copy")
-        source, target = node.src.buffer.dtype, node.dst.buffer.dtype
         pad = 0 if node.pad is None else self.values.value(node.pad)
-        self.state.write(node.dst, cast_array(self.state.read(node.src, pad), source, target))
+        self.move(node, node.src, node.dst, pad)
+
+    def move(self, node: Copy, source: Region, target: Region, pad: Any = 0) -> None:
+        """Copy or add a region, all of it at once."""
+        kind = target.buffer.dtype
+        values = cast_array(self.state.read(source, pad), source.buffer.dtype, kind)
+        if node.combine is not None:
+            values = evaluate_op(node.combine, (self.state.read(target), values), kind)
+        self.state.write(target, values)
 
     def run_bulk_copy(self, node: Copy) -> None:
         """A copy that threads start: once, or once for each place that they name."""
@@ -377,8 +384,7 @@ class _Executor(Meetings):
                     replace(node.src, starts=at[:rank]),
                     replace(node.dst, starts=at[rank:]),
                 )
-                kinds = source.buffer.dtype, target.buffer.dtype
-                self.state.write(target, cast_array(self.state.read(source), *kinds))
+                self.move(node, source, target)
         finally:
             self.state.mask = mask
 
