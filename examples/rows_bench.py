@@ -51,7 +51,6 @@ class Tensors:
     def backward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
         """After `forward` of the same name, which gives what it reads."""
         knobs = plan.options | more
-        knobs.setdefault("workers", rows.workers(plan))
         if name == "softmax":
             return lambda: rows.softmax_backward(self.y, self.dy, self.dx, **knobs)
         read = (self.x, self.w, self.dy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -25,8 +27,8 @@ def hopper_executor(executor):
         yield executor
 
 
-def plan(BM=1, threads=64, blocks=1):
-    return rows.Plan(BM, threads, blocks, 1)
+def plan(BM=1, threads=64, blocks=1, stages=2):
+    return rows.Plan(BM, threads, blocks, 1, stages)
 
 
 def test_rows_are_right_on_every_executor(executor, capsys):
@@ -47,11 +49,14 @@ def test_rows_are_right_on_every_executor(executor, capsys):
         (7, 515, plan(blocks=4), 3),
         (3, 300, plan(blocks=8, threads=32), 2),  # some blocks have nothing of a row
         (4, 640, plan(BM=2, blocks=2), 2),
+        (3, 24, plan(blocks=4, threads=32), 1),
+        (6, 200, plan(stages=3), 2),
     ],
 )
 def test_any_division_of_rows_is_right(hopper_executor, name, M, N, how, workers):
     rng = np.random.default_rng(N)
     rows.check_one(name, M, N, rng, plans=(how, how), workers=workers)
+    rows.check_one(name, M, N, rng, plans=(replace(how, stages=0), how), workers=workers)
 
 
 @pytest.mark.parametrize("name", rows.NAMES)
@@ -102,7 +107,7 @@ def test_plans_hold_their_rows(name, N):
     for found in (rows.forward_plan(N), rows.backward_plan(N, name)):
         assert found.BM == 1 or found.blocks == 1
         assert found.blocks * 16384 >= N and max(N, 8192) >= found.BM * N
-        assert found.resident * found.threads <= 1024 and rows.workers(found) >= 1
+        assert found.resident * found.threads <= 1024 and found.workers >= 1
 
 
 def test_rows_that_are_too_long():
@@ -123,9 +128,7 @@ def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
         forward, backward = rows.forward_plan(N), rows.backward_plan(N, name)
         made = [
             getattr(rows, name).compile(*ahead, target=HOPPER, **forward.options),
-            getattr(rows, f"{name}_backward").compile(
-                *back, target=HOPPER, workers=rows.workers(backward), **backward.options
-            ),
+            getattr(rows, f"{name}_backward").compile(*back, target=HOPPER, **backward.options),
         ]
         for frame in (frame for kernel in made for frame in kernel.kernels):
             assert (frame.resources.spill_bytes, frame.resources.stack_bytes) == (0, 0), name
