@@ -51,7 +51,6 @@ class Tensors:
     def backward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
         """After `forward` of the same name, which gives what it reads."""
         knobs = plan.options | more
-        knobs.setdefault("workers", rows.workers(plan))
         if name == "softmax":
             return lambda: rows.softmax_backward(self.y, self.dy, self.dx, **knobs)
         read = (self.x, self.w, self.dy)
@@ -88,10 +87,10 @@ def _exact(name: str, t: Tensors) -> tuple[Any, Any, Any, Any]:
     return hat * w + (b if is_layer else 0), dx, (dy * hat).sum(0), dy.sum(0) if is_layer else None
 
 
-def wrong(name: str, M: int, N: int, forward: rows.Plan, backward: rows.Plan) -> str:
+def wrong(name: str, M: int, N: int) -> str:
     """What is not right about a function and its gradient; empty when all is."""
     t = Tensors(M, N)
-    t.forward(name, forward)()
+    t.forward(name, rows.forward_plan(N))()
     y, dx, dw, db = _exact(name, t)
     if not _near(t.y, y):
         return "the result differs from float64"
@@ -99,7 +98,7 @@ def wrong(name: str, M: int, N: int, forward: rows.Plan, backward: rows.Plan) ->
     for _ in range(3):
         for tensor in (t.dx, t.dw, t.db):
             tensor.fill_(float("nan"))
-        t.backward(name, backward)()
+        t.backward(name, rows.backward_plan(N, name))()
         for what, got, wanted in (("X", t.dx, dx), ("W", t.dw, dw), ("B", t.db, db)):
             if wanted is not None and not _near(got, wanted):
                 return f"the gradient of {what} differs from float64"
@@ -120,18 +119,17 @@ def bench(width: int, rounds: int, limit: Limit) -> None:
     """Check and time all functions of rows of a width, and print a line."""
     import torch
 
-    forward, backward = rows.forward_plan(width), rows.backward_plan(width)
     notes = [
         f"  {name}: {trouble}"
         for name in rows.NAMES
-        if (trouble := wrong(name, max(3, CHECKED // width), width, forward, backward))
+        if (trouble := wrong(name, max(3, CHECKED // width), width))
     ]
     t = Tensors(ELEMENTS // width, width)
     target = torch.empty_like(t.x)
     calls: dict[Any, Callable[[], Any]] = {"copy": lambda: target.copy_(t.x)}
     for name in rows.NAMES:
-        calls[name] = t.forward(name, forward)
-        calls[f"{name} gradient"] = t.backward(name, backward)
+        calls[name] = t.forward(name, rows.forward_plan(width))
+        calls[f"{name} gradient"] = t.backward(name, rows.backward_plan(width, name))
     for call in calls.values():
         call()
     times = {

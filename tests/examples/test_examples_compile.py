@@ -75,6 +75,34 @@ CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
         {"is_causal": True, "window": 40, "softcap": 30.0, "BM": 64, "BN": 64, "threads": 128},
     ),
     ("manual_matmul", "matmul"): lambda: ((brain(4096, 4096),) * 3, {"cluster": 2}),
+    ("rows", "softmax"): lambda: ((brain(70, 128),) * 2, {"BM": 64}),
+    ("rows", "rms_norm"): lambda: (
+        (brain(9, 1000), brain(1000), brain(9, 1000), single(9)),
+        {"BM": 8},
+    ),
+    ("rows", "layer_norm"): lambda: (
+        (brain(9, 1000), brain(1000), brain(1000), brain(9, 1000), single(9), single(9)),
+        {"BM": 8},
+    ),
+    ("rows", "softmax_backward"): lambda: (
+        (brain(70, 128),) * 3,
+        {"BM": 64, "threads": 512, "workers": 3},
+    ),
+    ("rows", "rms_norm_backward"): lambda: (
+        (brain(9, 1000), brain(1000), brain(9, 1000), single(9), brain(9, 1000), brain(1000)),
+        {"BM": 8, "threads": 512, "workers": 3},
+    ),
+    ("rows", "layer_norm_backward"): lambda: (
+        (
+            brain(9, 1000),
+            brain(1000),
+            brain(9, 1000),
+            *(single(9),) * 2,
+            brain(9, 1000),
+            *(brain(1000),) * 2,
+        ),
+        {"BM": 8, "threads": 512, "workers": 3},
+    ),
 }
 ONLY = {("manual_matmul", "matmul"): ("sm_90a",)}  # what other chips have no instructions for
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from tilejit.ir.access import local_registers
 from tilejit.ir.analysis import difference, divisor, linear
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, int_value, substitute, variables
@@ -33,7 +34,24 @@ def loop_layout(node: Parallel, kernel: Kernel) -> FragmentLayout:
     if node.layout is not None:
         return node.layout
     found = layout_from_fragments(node, kernel.fragments)
-    return found or default_layout(node, kernel)
+    return found or _like_others(node, kernel)
+
+
+def _like_others(node: Parallel, kernel: Kernel) -> FragmentLayout:
+    """The layout of a loop that no fragment decides; where it uses parts of some, such as results
+    of reductions, and would not have them at hand, that of a fragment of its shape, whose threads
+    do."""
+    default = default_layout(node, kernel)
+    used = [(b, at) for _, b, at in accesses(node) if b.scope is Scope.FRAGMENT]
+
+    def has_all(layout: FragmentLayout) -> bool:
+        held = ((kernel.fragments[b], at) for b, at in used if b in kernel.fragments)
+        return all(local_registers(f, layout, node.vars, at) is not None for f, at in held)
+
+    if not used or has_all(default):
+        return default
+    alike = (f for f in kernel.fragments.values() if f.shape == node.extents and not f.flat)
+    return next((f for f in alike if f.threads == kernel.num_threads and has_all(f)), default)
 
 
 def layout_from_fragments(

@@ -28,7 +28,9 @@ def total(terms: dict[Expr, int], constant: int) -> Expr:
 
 
 def split(e: Expr, by: int) -> tuple[Expr, Expr]:
-    """`e // by` and `e % by` (floor), with what is provably a multiple of `by` divided out."""
+    """`e // by` and `e % by` (floor), with what is provably a multiple of `by` divided out. What
+    the terms have in common with `by` stays outside of the remainder, so that neighbours differ by
+    a constant there."""
     if by == 1:
         return e, index(0)
     terms, constant = linear(e)
@@ -40,9 +42,12 @@ def split(e: Expr, by: int) -> tuple[Expr, Expr]:
     if bounds.low is not None and bounds.low >= 0 and bounds.high is not None:
         if bounds.high < by:
             return quotient, remainder
+    common = math.gcd(by, *rest.values())
+    inner = total({t: f // common for t, f in rest.items()}, constant % by // common)
+    within = arith("mul", arith("floormod", inner, by // common), common)
     return (
-        arith("add", quotient, arith("floordiv", remainder, by)),
-        arith("floormod", remainder, by),
+        arith("add", quotient, arith("floordiv", inner, by // common)),
+        arith("add", within, constant % common),
     )
 
 

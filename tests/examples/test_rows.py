@@ -1,0 +1,139 @@
+"""Rows: right for all ways to divide them, on every executor, and compiled without spills."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import rows
+
+import tilejit.language as T
+from tilejit import options
+from tilejit.runtime.device import current_device, target_of
+from tilejit.target import Feature
+
+WIDTHS = (128, 1024, 4096, 8192, 16384, 65536, 262144)
+HOPPER = "sm_90a"
+
+
+@pytest.fixture
+def hopper_executor(executor):
+    """Each executor, of a chip that has clusters."""
+    if executor == "gpu" and not target_of(current_device()).has(Feature.CLUSTER):
+        pytest.skip("the GPU has no clusters")
+    with options(target=HOPPER if executor != "gpu" else None):
+        yield executor
+
+
+def plan(BM=1, threads=64, blocks=1, stages=2):
+    return rows.Plan(BM, threads, blocks, 1, stages)
+
+
+def test_rows_are_right_on_every_executor(executor, capsys):
+    rows.check()
+    assert capsys.readouterr().out.startswith(
+        "softmax, rms_norm and layer_norm and their gradients"
+    )
+
+
+@pytest.mark.parametrize("name", rows.NAMES)
+@pytest.mark.parametrize(
+    "M, N, how, workers",
+    [
+        (1, 2, plan(), 1),
+        (5, 127, plan(BM=4), 2),
+        (3, 1000, plan(threads=128), 5),
+        (2, 1001, plan(blocks=2), 1),
+        (7, 515, plan(blocks=4), 3),
+        (3, 300, plan(blocks=8, threads=32), 2),  # some blocks have nothing of a row
+        (4, 640, plan(BM=2, blocks=2), 2),
+        (3, 24, plan(blocks=4, threads=32), 1),
+        (6, 200, plan(stages=3), 2),
+    ],
+)
+def test_any_division_of_rows_is_right(hopper_executor, name, M, N, how, workers):
+    rng = np.random.default_rng(N)
+    rows.check_one(name, M, N, rng, plans=(how, how), workers=workers)
+    rows.check_one(name, M, N, rng, plans=(replace(how, stages=0), how), workers=workers)
+
+
+@pytest.mark.parametrize("name", rows.NAMES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_other_dtypes(hopper_executor, name, dtype):
+    rng = np.random.default_rng(3)
+    rows.check_one(name, 5, 200, rng, dtype, plans=(plan(BM=2), plan(BM=2)))
+    rows.check_one(name, 3, 200, rng, dtype, plans=(plan(blocks=2), plan(blocks=2)))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("name", rows.NAMES)
+def test_infinities_and_nans_stay_in_their_rows(hopper_executor, name, blocks):
+    x = np.random.default_rng(4).standard_normal((5, 130)).astype(ml_dtypes.bfloat16)
+    x[0, 3], x[1, 120], x[2, 7], x[3, :] = np.inf, np.nan, -np.inf, -np.inf
+    one = np.ones(130, ml_dtypes.bfloat16)
+    y, _, _ = rows.forward(name, x, one, one, plan(blocks=blocks))
+    with np.errstate(invalid="ignore", over="ignore"):
+        wanted = rows.exact_forward(name, x, one, one)
+    assert np.isnan(wanted[:2]).any(1).all() and np.isfinite(wanted[4]).all()
+    assert rows.agree(y, wanted)
+
+
+@pytest.mark.parametrize("name", rows.NAMES)
+def test_gradients_are_the_same_bits_in_every_run(hopper_executor, name):
+    rng = np.random.default_rng(5)
+    x, dy = (rng.standard_normal((11, 160)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    w = rng.standard_normal(160).astype(ml_dtypes.bfloat16)
+    how = plan(blocks=2)
+    y, mean, s = rows.forward(name, x, w, w, how)
+    of = y if name == "softmax" else x
+    runs = [rows.backward(name, of, w, dy, mean, s, how, workers=3) for _ in range(3)]
+    for a, b, c in zip(*runs, strict=True):
+        assert a is None or a.tobytes() == b.tobytes() == c.tobytes()
+
+
+def test_what_does_not_agree():
+    wanted = np.array([[1.0, np.nan, np.inf]])
+    assert rows.agree(wanted.astype(np.float32), wanted)
+    for wrong in ([[1.1, np.nan, np.inf]], [[1.0, 0.0, np.inf]], [[1.0, np.nan, 5.0]]):
+        assert not rows.agree(np.array(wrong), wanted)
+    assert rows.agree(None, None) and not rows.agree(wanted, None)
+
+
+@pytest.mark.parametrize("N", [1, 7, 127, 1000, 5000, 50257, 131073, *WIDTHS])
+@pytest.mark.parametrize("name", rows.NAMES)
+def test_plans_hold_their_rows(name, N):
+    for found in (rows.forward_plan(N), rows.backward_plan(N, name)):
+        assert found.BM == 1 or found.blocks == 1
+        assert found.blocks * 16384 >= N and max(N, 8192) >= found.BM * N
+        assert found.resident * found.threads <= 1024 and found.workers >= 1
+
+
+def test_rows_that_are_too_long():
+    with pytest.raises(AssertionError, match="rows of 262145 elements are too long"):
+        rows.forward_plan(262145)
+
+
+@pytest.mark.parametrize("N", WIDTHS)
+def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
+    M = (1 << 24) // N
+    x, w, s = T.Tensor((M, N), "bfloat16"), T.Tensor((N,), "bfloat16"), T.Tensor((M,), "float32")
+    arguments = {
+        "softmax": ((x, x), (x, x, x)),
+        "rms_norm": ((x, w, x, s), (x, w, x, s, x, w)),
+        "layer_norm": ((x, w, w, x, s, s), (x, w, x, s, s, x, w, w)),
+    }
+    for name, (ahead, back) in arguments.items():
+        forward, backward = rows.forward_plan(N), rows.backward_plan(N, name)
+        made = [
+            getattr(rows, name).compile(*ahead, target=HOPPER, **forward.options),
+            getattr(rows, f"{name}_backward").compile(*back, target=HOPPER, **backward.options),
+        ]
+        for frame in (frame for kernel in made for frame in kernel.kernels):
+            assert (frame.resources.spill_bytes, frame.resources.stack_bytes) == (0, 0), name
+            assert "goes through shared memory" not in frame.explain(), frame.explain()
+        for kernel in made:
+            assert "st.global.v4.b32" in kernel.kernels[0].ptx
+            clusters = kernel.kernels[0].ptx.count("st.async.shared::cluster")
+            assert bool(clusters) == ("reqnctapercluster" in kernel.kernels[0].ptx)
