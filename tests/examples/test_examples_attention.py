@@ -4,6 +4,8 @@ where that is promised; and torch's operators of it."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,7 +130,9 @@ def test_torch_operators_have_gradients(example, capsys):
 
 
 def test_torch_example_does_not_import_torch_by_itself(example, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)  # importing it fails
-    module = importlib.import_module("attention_torch")
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    spec = importlib.util.spec_from_file_location("unused", EXAMPLES / "attention_torch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     with pytest.raises(ImportError):
         module.attention(None, None, None)

@@ -72,7 +72,7 @@ CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
             *(single(1, 4, 150), brain(1, 4, 150, 64)),
             *(brain(1, 4, 150, 64), *(brain(1, 2, 170, 64),) * 2),
         ),
-        {"is_causal": True, "window": 40, "softcap": 30.0, "BM": 64, "BN": 64, "threads": 128},
+        {"is_causal": True, "window": 40, "softcap": 30.0, "BM": 64, "BN": 64},
     ),
     ("manual_matmul", "matmul"): lambda: ((brain(4096, 4096),) * 3, {"cluster": 2}),
     ("rows", "softmax"): lambda: ((brain(70, 128),) * 2, {"BM": 64}),
