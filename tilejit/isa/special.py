@@ -60,7 +60,8 @@ def _tf32(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
 # PTX ISA, "Data movement and conversion instructions: cvt". A pair's first input is the low half.
 BF16_FROM_F32 = Instruction(
     name="cvt.rn.bf16.f32",
-    ptx="cvt.rn.bf16.f32 $d0, $a0;",
+    ptx="{ .reg .b32 pair; .reg .b16 high; cvt.rn.bf16x2.f32 pair, 0f00000000, $a0; "
+    "mov.b32 {$d0, high}, pair; }",
     outputs=(dtypes.uint16,),
     inputs=(_F32,),
     meaning=_bf16,
