@@ -14,9 +14,10 @@ from products import FLOAT32_STEP, assert_near, operand
 import tilejit.language as T
 from tilejit import tilejit
 from tilejit.errors import ArgumentError
-from tilejit.ir.node import For, Parallel, walk
+from tilejit.ir.node import For, LoopKind, Parallel, walk
 from tilejit.ir.sync import SyncThreads
 from tilejit.ops.gemm import Gemm, GemmWait
+from tilejit.passes import late
 
 BF16 = ml_dtypes.bfloat16
 TURNS = "warpgroups take turns to multiply"
@@ -364,3 +365,89 @@ def chain_of(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor):
             T.copy(D[n * 64, 0], d)
             T.gemm(p, d, acc)
         T.copy(acc, C[by * 64, 0])
+
+
+# ---- what late multiplies wait for ----------------------------------------------------------
+
+
+@tilejit
+def fading(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, N2=64, works=1, BM=128, BN=64):
+    """As chain with sums that fade by the factor's greatest element before each round."""
+    M, K = A.shape
+    N = B.shape[0]
+    with T.Kernel(T.ceildiv(M, BM), threads=2 * BM) as by:
+        a = T.alloc_shared((BM, K), A.dtype)
+        b = T.alloc_shared((BN, K), B.dtype)
+        d = T.alloc_shared((BN, N2), D.dtype)
+        s = T.alloc_fragment((BM, BN), "float32")
+        p = T.alloc_fragment((BM, BN), A.dtype)
+        acc = T.alloc_fragment((BM, N2), "float32")
+        most = T.alloc_fragment((BM,), "float32")
+        T.clear(acc)
+        T.copy(A[by * BM, 0], a)
+        for n in T.Pipelined(T.ceildiv(N, BN)):
+            T.copy(B[n * BN, 0], b)
+            T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+            if works:
+                for _ in range(works):
+                    for i, j in T.Parallel(BM, BN):
+                        s[i, j] = T.sin(s[i, j] * 0.125)
+            T.reduce_absmax(s, most, dim=1)
+            T.copy(s, p)
+            for i, j in T.Parallel(BM, N2):
+                acc[i, j] *= 1 - most[i] * 0.25
+            T.copy(D[n * BN, 0], d)
+            T.gemm(p, d, acc)
+        T.copy(acc, C[by * BM, 0])
+
+
+def fading_rounds(**constants):
+    """The rounds of its loop."""
+    shapes = (512, 128), (512, 128), (512, constants["N2"])
+    out = T.Tensor((512, constants["N2"]), "float32")
+    kernel = fading.compile(
+        *(T.Tensor(s, "bfloat16") for s in shapes), out, target="sm_90a", **constants
+    )
+    loops = [n for n in walk(kernel.kernels[0].planned.body) if isinstance(n, For)]
+    loops = [n for n in loops if n.kind is LoopKind.SERIAL]
+    (body,) = (n.body for n in loops if any(isinstance(m, Gemm) for m in n.body))
+    return body
+
+
+@pytest.mark.parametrize("works, is_before", [(1, False), (6, True)])
+def test_work_of_late_multiplies_is_done_where_nothing_waits_for_it(works, is_before):
+    """Beside the next iteration's multiply where threads are the bottleneck; at the end of the
+    round before where the tensor cores are."""
+    body = fading_rounds(N2=128, works=works)
+    fades = [k for k, n in enumerate(body) if isinstance(n, Parallel) and n.extents == (128, 128)]
+    second = [k for k, n in enumerate(body) if isinstance(n, Gemm)][1]
+    assert [k < second for k in fades] == [is_before]
+
+
+@pytest.mark.parametrize("rows", [64, 128, 192, 512])
+def test_results_do_not_leave_late_where_rounds_overlap(hopper, rng, monkeypatch, rows):
+    """16-bit results of loops as short as the results have strips."""
+    monkeypatch.setattr(late, "FEWEST_TILES", 0)
+    a, b = operand(rng, (300, 64), BF16), operand(rng, (rows, 64), BF16)
+    d = operand(rng, (rows, 128), BF16)
+    c = hopper(fading, a, b, d, out=[((300, 128), BF16)], N2=128, works=0)
+    wide = hopper(fading, a, b, d, out=[((300, 128), "float32")], N2=128, works=0)
+    np.testing.assert_array_equal(c, wide.astype(BF16))
+
+
+@pytest.mark.parametrize("works", [1, 6])
+@pytest.mark.parametrize("N2", [64, 128])
+def test_sums_that_fade_are_right(hopper, rng, N2, works):
+    M, N, K = 150, 330, 128
+    a, b, d = operand(rng, (M, K), BF16), operand(rng, (N, K), BF16), operand(rng, (N, N2), BF16)
+    c = hopper(fading, a, b, d, out=[((M, N2), "float32")], N2=N2, works=works)
+    total, sizes = np.zeros((M, N2)), np.zeros((M, N2))
+    for n in range(0, N, 64):
+        s = a.astype(np.float64) @ b[n : n + 64].astype(np.float64).T
+        for _ in range(works):
+            s = np.sin(s * 0.125)
+        total *= 1 - np.abs(s).max(axis=1, keepdims=True) * 0.25
+        low, right = s.astype(BF16).astype(np.float64), d[n : n + 64].astype(np.float64)
+        total += low @ right
+        sizes += np.abs(low) @ np.abs(right)
+    assert_near(c, total, (2.0**-7 + N * FLOAT32_STEP) * sizes)

@@ -31,7 +31,9 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, If, Let, LoopKind, Node, all_reads, all_writes, walk
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
+from tilejit.passes.bring import is_inward
 from tilejit.passes.nominal import nominal
+from tilejit.passes.overlap import overlaps
 from tilejit.passes.registers import SPARE_REGISTERS, consumer_registers
 from tilejit.passes.tiles import Walk
 
@@ -84,6 +86,9 @@ def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
     loop = main_loop(kernel.body)
     if loop is None or _rounds(loop) < strips or _values(kernel, copy.dst) is None:
         return False
+    brought = [n for n in walk(kernel.body) if isinstance(n, Copy) and n.is_tma and is_inward(n)]
+    if loop in overlaps(kernel, brought):
+        return False  # its rounds have work of their own beside the multiplies
     size = sum(math.prod(b.extents) * b.dtype.bytes for b in kernel.scoped(Scope.FRAGMENT))
     size += math.prod(copy.src.extents) * copy.dst.buffer.dtype.bytes
     most = consumer_registers(kernel.num_threads) - SPARE_REGISTERS

@@ -163,7 +163,7 @@ class _Parting:
     def run(self) -> Overlap | None:
         late = self.late()
         ahead = [n for n in self.nodes if n not in late]
-        if not late or not any(isinstance(n, Parallel | Reduce) for n in ahead):
+        if not late or not any(map(work_clocks, ahead)):
             return None
         first = self.first(ahead, late)
         repeated = self.rounds.repeated(late)

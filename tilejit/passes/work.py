@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 
 from tilejit.ir.expr import MATH, Expr, Op, variables, walk
-from tilejit.ir.node import If, Load, Node, Parallel
+from tilejit.ir.node import For, If, Load, Node, Parallel
 from tilejit.ir.node import walk as walk_nodes
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.reduce import Reduce
+from tilejit.passes.nominal import nominal
 
 LANES = 128  # instructions of threads that a multiprocessor starts in a clock
 MATH_LANES = 16  # the same of its special function units
@@ -19,10 +20,13 @@ _FREE = frozenset(("cast", "bitcast"))  # mostly part of something else
 
 
 def work_clocks(node: Node) -> float:
-    """Of a node outside of memory: a loop over a tile, a reduction, a copy between fragments; of a
-    branch, its shorter way, where masks are left out."""
+    """Of a node outside of memory: a loop over a tile, a reduction, a copy between fragments, or
+    rounds of these; of a branch, its shorter way, where masks are left out."""
     if isinstance(node, If):
         return min(sum(map(work_clocks, body)) for body in node.bodies)
+    if isinstance(node, For):
+        rounds = max(0.0, (nominal(node.stop) - nominal(node.start)) / node.step)
+        return rounds * sum(map(work_clocks, node.body))
     if isinstance(node, Parallel):
         return math.prod(node.extents) * _clocks_of_iteration(node)
     if isinstance(node, Reduce):
