@@ -61,15 +61,13 @@ def attention_backward(
             seen = seen & (key > newest - window)
         return seen
 
-    def weight(score, stat, seen):
-        """The weight of a score of which `stat` is the logarithm, and what its gradient is
-        multiplied by."""
-        bend = None
+    def power(score, stat):
+        """The logarithm to base 2 of a score's weight, and what its gradient is multiplied by."""
+        bend = 1
         if softcap:
             bent = T.tanh(score * (scale / softcap))
             score, bend = bent * (softcap / scale), 1 - bent * bent
-        power = score * (scale * LOG2_E) - stat
-        return T.exp2(T.if_then_else(seen, power, none)), bend
+        return score * (scale * LOG2_E) - stat, bend
 
     with T.Kernel(rows // STRIP, heads, batch, threads=128) as (block, head, z):
         o = T.alloc_fragment((STRIP, D), "float32")
@@ -126,10 +124,14 @@ def attention_backward(
                 T.gemm(k, q, scores, transpose_B=True, clear_accum=True, policy=ROWWISE)
                 T.gemm(v, g, slopes, transpose_B=True, clear_accum=True, policy=ROWWISE)
                 for i, j in T.Parallel(BN, BM):
-                    seen = is_seen(step * BM + j, block * BN + i)
-                    scores[i, j], bend = weight(scores[i, j], stats[0, j], seen)
+                    scores[i, j], bend = power(scores[i, j], stats[0, j])
                     if softcap:
                         slopes[i, j] = (slopes[i, j] - stats[1, j]) * bend
+                for i, j in T.Parallel(BN, BM):  # by itself: most tiles have nothing to hide
+                    seen = is_seen(step * BM + j, block * BN + i)
+                    scores[i, j] = T.if_then_else(seen, scores[i, j], none)
+                for i, j in T.Parallel(BN, BM):
+                    scores[i, j] = T.exp2(scores[i, j])
                 for i, j in T.Parallel(BN, BM):
                     weights[i, j] = scores[i, j]
                     slope = slopes[i, j] if softcap else slopes[i, j] - stats[1, j]
@@ -180,10 +182,13 @@ def attention_backward(
             T.gemm(q, k, scores, transpose_B=True, clear_accum=True, policy=ROWWISE)
             T.gemm(g, v, slopes, transpose_B=True, clear_accum=True, policy=ROWWISE)
             for i, j in T.Parallel(BM, BN):
+                scores[i, j], bend = power(scores[i, j], top[i])
+                slopes[i, j] = (slopes[i, j] - total[i]) * bend
+            for i, j in T.Parallel(BM, BN):
                 seen = is_seen(block * BM + i, step * BN + j)
-                scores[i, j], bend = weight(scores[i, j], top[i], seen)
-                slope = slopes[i, j] - total[i]
-                grads[i, j] = scores[i, j] * (slope * bend if softcap else slope)
+                scores[i, j] = T.if_then_else(seen, scores[i, j], none)
+            for i, j in T.Parallel(BM, BN):
+                grads[i, j] = T.exp2(scores[i, j]) * slopes[i, j]
             T.gemm(grads, k, dq, policy=ROWWISE)
         for i, d in T.Parallel(BM, D):
             dq[i, d] *= scale

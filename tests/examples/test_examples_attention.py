@@ -95,10 +95,16 @@ def test_gradients_of_wide_heads_are_right(example):
             assert_right(example, results, arrays, {"is_causal": True})
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"is_causal": True, "window": 1000, "softcap": 30.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("is_deterministic", [False, True])
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
 def test_warpgroups_multiply_everything_on_hopper(example, D, is_deterministic, options):
+    if is_deterministic and options.get("softcap") and D == 96:
+        pytest.skip("18 words of a thread do not fit its registers")
     wide, flat = T.Tensor((1, 16, 4096, D), "bfloat16"), T.Tensor((1, 16, 4096), "float32")
     program = example.attention_backward.compile(
         *(wide,) * 4, flat, *(wide,) * 4, target="sm_90a", deterministic=is_deterministic, **options
@@ -109,8 +115,7 @@ def test_warpgroups_multiply_everything_on_hopper(example, D, is_deterministic, 
     assert is_deterministic or "dq -> Sum: added by TMA" in text
     for kernel in kernels:
         resources = kernel.resources
-        is_full = D == 64 and options == {"is_causal": True}  # ten words more than there is room
-        assert resources.spill_bytes <= (160 if is_full else 0), resources
+        assert (resources.spill_bytes, resources.stack_bytes) == (0, 0), resources
         assert "C75" not in kernel.compiled.log, kernel.compiled.log
     atomics = sum(k.ptx.count("cp.reduce.async") + k.ptx.count("red.global") for k in kernels)
     assert (atomics == 0) is is_deterministic
