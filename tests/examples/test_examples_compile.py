@@ -90,7 +90,7 @@ CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
     ),
     ("rows", "rms_norm_backward"): lambda: (
         (brain(9, 1000), brain(1000), brain(9, 1000), single(9), brain(9, 1000), brain(1000)),
-        {"BM": 8, "threads": 512, "workers": 3},
+        {"BM": 4, "threads": 256, "workers": 3},
     ),
     ("rows", "layer_norm_backward"): lambda: (
         (
@@ -101,7 +101,7 @@ CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
             brain(9, 1000),
             *(brain(1000),) * 2,
         ),
-        {"BM": 8, "threads": 512, "workers": 3},
+        {"BM": 4, "threads": 256, "workers": 3},
     ),
 }
 ONLY = {("manual_matmul", "matmul"): ("sm_90a",)}  # what other chips have no instructions for
