@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilejit.ir.buffer import Buffer, Region
-from tilejit.ir.expr import Expr, Var, substitute
+from tilejit.ir.expr import Expr, Var, substitute, variables
 from tilejit.ir.node import Body, Node, Role
 from tilejit.ir.sync import BarrierSlot
 
@@ -39,7 +39,8 @@ class _Substitution:
 
     def value(self, old: Any) -> Any:
         if isinstance(old, Expr):
-            return substitute(old, self.variables)
+            is_concerned = not self.variables.keys().isdisjoint(variables(old))
+            return substitute(old, self.variables) if is_concerned else old
         if isinstance(old, Buffer):
             return self.buffers.get(old, old)
         if isinstance(old, tuple):
