@@ -37,7 +37,7 @@ def attention(
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
     BM = BM or (192 if D <= 64 and not is_causal else 128)
-    BN = BN or (128 if D <= 128 else 80)
+    BN = BN or (80 if D > 128 else 176 if D == 128 and is_causal and SK >= 8192 else 128)
     threads = threads or 2 * BM
     none = -T.infinity("float32")
     scale = LOG2_E * (softcap or D**-0.5)  # of scores, for exp2
