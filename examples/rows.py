@@ -23,6 +23,7 @@ from tilejit import device_name, has_gpu, options, tilejit
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132  # of an H100 or H200: how many blocks go through the rows of a gradient
+MOST = 262_144  # elements of a row
 EPS = {"rms_norm": 1e-6, "layer_norm": 1e-5}
 
 
@@ -45,7 +46,7 @@ class Plan:
         """Clusters of blocks that run at once; of wide ones one fewer, for their blocks have to be
         neighbours."""
         at_once = max(1, MULTIPROCESSORS * self.resident // self.blocks)
-        return at_once - at_once // 16 if self.blocks > 2 else at_once
+        return at_once - at_once // 8 if self.blocks > 2 else at_once
 
     @property
     def options(self):
@@ -57,32 +58,39 @@ def rows_for(N):
     return 1 << (8192 // N).bit_length() - 1
 
 
-def forward_plan(N):
-    """32 elements a thread, and 1024 threads a multiprocessor: enough bytes on their way."""
+def forward_plan(N, name):
+    """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way. The
+    longest rows wait too long for other blocks not to bring the next one."""
     if N <= 8192:
         return Plan(rows_for(N), 256, 1, 4)
-    blocks = cluster_for(N, 16384)
-    return Plan(1, 512, blocks, 2, stages=2 if blocks > 1 else 0)
+    if N <= 16384:
+        return Plan(1, 512, 1, 2)
+    if N <= 65536:
+        return Plan(1, 256, cluster_for(N, 8192), 4, stages=2 if name == "layer_norm" else 0)
+    if name == "layer_norm":
+        return Plan(1, 512, cluster_for(N, 16384), 2, stages=2)
+    return Plan(1, 1024, cluster_for(N, 32768), 1, stages=2)
 
 
 def backward_plan(N, name):
-    """16 elements a thread: there are two tensors to read, and sums over rows to keep; of short
-    rows also those between threads."""
+    """16 elements a thread: there are two tensors to read, and sums over rows to keep."""
     if N > 65536:
-        return Plan(1, 1024, cluster_for(N, 16384), 1, stages=2)
+        return Plan(1, 512 if name == "layer_norm" else 1024, cluster_for(N, 16384), 1, stages=2)
     if N > 4096:
         return Plan(1, 512, cluster_for(N, 8192), 2, stages=2)
     if N > 2048:
         return Plan(1, 256, 1, 4, stages=2)
-    return Plan(rows_for(N), 512, 1, 2 if name == "softmax" else 1, stages=2)
+    if name == "softmax":
+        return Plan(rows_for(N), 512, 1, 2, stages=2)
+    return Plan(max(1, rows_for(N) // 4), 128, 1, 4, stages=2)
 
 
 def cluster_for(N, most):
     """Blocks of a cluster, a power of two, such that each has at most so many columns."""
+    assert N <= MOST, f"rows of {N} elements are too long"
     blocks = 1
     while blocks * most < N:
         blocks *= 2
-    assert blocks <= 16, f"rows of {N} elements are too long"
     return blocks
 
 
@@ -148,6 +156,7 @@ def rms_norm_rows(x, W, Y, S, row, column, eps):
     square = T.alloc_fragment((BM, part), "float32")
     w = T.alloc_fragment((part,), W.dtype)
     s = T.alloc_fragment((BM,), "float32")
+    T.copy(W[column], w)  # on its way while sums are made
     for i, j in T.Parallel(BM, part):
         square[i, j] = T.cast(x[i, j], "float32") * T.cast(x[i, j], "float32")
     T.reduce_sum(square, s, dim=1)
@@ -156,7 +165,6 @@ def rms_norm_rows(x, W, Y, S, row, column, eps):
         s[i] = T.rsqrt(s[i] / N + eps)
     if column == 0:
         T.copy(s, S[row])
-    T.copy(W[column], w)
     for i, j in T.Parallel(BM, part):
         Y[row + i, column + j] = x[i, j] * s[i] * w[j]
 
@@ -187,30 +195,47 @@ def rms_norm(
 
 
 @T.macro
-def layer_norm_rows(x, W, B, Y, MEAN, S, row, column, is_ragged, eps):
+def layer_norm_rows(x, W, B, Y, MEAN, S, row, column, blocks, eps):
+    """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
+    one exchange between the blocks of a cluster, and no difference of large numbers."""
     BM, part = x.shape
     N = Y.shape[1]
+    is_ragged = part * blocks != N
     square = T.alloc_fragment((BM, part), "float32")
     w, b = T.alloc_fragment((part,), W.dtype), T.alloc_fragment((part,), B.dtype)
     mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+    T.copy(W[column], w)  # on their way while sums are made
+    T.copy(B[column], b)
     T.reduce_sum(x, mean, dim=1)
-    T.cluster_reduce(mean)
     for i in T.Parallel(BM):
-        mean[i] = mean[i] / N
+        mean[i] = mean[i] / T.max(T.min(N - column, part), 1)
     for i, j in T.Parallel(BM, part):
         off = x[i, j] - mean[i]
         if is_ragged:
             off = T.if_then_else(column + j < N, off, 0.0)
         square[i, j] = off * off
     T.reduce_sum(square, s, dim=1)
-    T.cluster_reduce(s)
+    if blocks > 1:
+        means = T.alloc_fragment((BM, blocks), "float32")
+        share = T.alloc_fragment((BM, blocks), "float32")
+        for i, c in T.Parallel(BM, blocks):
+            means[i, c] = T.if_then_else(c * part == column, mean[i], 0.0)
+        T.cluster_reduce(means)
+        T.cluster_reduce(s)
+        for i, c in T.Parallel(BM, blocks):
+            share[i, c] = means[i, c] * T.max(T.min(N - c * part, part), 0)
+        T.reduce_sum(share, mean, dim=1)
+        for i in T.Parallel(BM):
+            mean[i] = mean[i] / N
+        for i, c in T.Parallel(BM, blocks):
+            off = means[i, c] - mean[i]
+            share[i, c] = off * off * T.max(T.min(N - c * part, part), 0)
+        T.reduce_sum(share, s, dim=1, clear=False)
     for i in T.Parallel(BM):
         s[i] = T.rsqrt(s[i] / N + eps)
     if column == 0:
         T.copy(mean, MEAN[row])
         T.copy(s, S[row])
-    T.copy(W[column], w)
-    T.copy(B[column], b)
     for i, j in T.Parallel(BM, part):
         Y[row + i, column + j] = (x[i, j] - mean[i]) * s[i] * w[j] + b[j]
 
@@ -224,7 +249,6 @@ def layer_norm(
     (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `softmax`."""
     M, N = X.shape
     part, groups = part_of(N, blocks), T.ceildiv(M, BM)
-    is_ragged = part * blocks != N
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
@@ -235,10 +259,10 @@ def layer_norm(
                 row = (first + step * workers) * BM
                 T.copy(X[row, column], tile)
                 T.copy(tile, x)
-                layer_norm_rows(x, W, B, Y, MEAN, S, row, column, is_ragged, eps)
+                layer_norm_rows(x, W, B, Y, MEAN, S, row, column, blocks, eps)
         else:
             T.copy(X[first * BM, column], x)
-            layer_norm_rows(x, W, B, Y, MEAN, S, first * BM, column, is_ragged, eps)
+            layer_norm_rows(x, W, B, Y, MEAN, S, first * BM, column, blocks, eps)
 
 
 @tilejit(fast_math=True)
@@ -306,7 +330,7 @@ def rms_norm_backward(
         w = T.alloc_shared((part,), W.dtype)
         product = T.alloc_fragment((BM, part), "float32")
         dw = T.alloc_fragment((BM, part), "float32")
-        s, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        s, dot = T.alloc_shared((BM,), "float32"), T.alloc_fragment((BM,), "float32")
         sums = T.alloc_fragment((part,), "float32")
         T.copy(W[column], w)
         T.clear(dw)
@@ -349,7 +373,7 @@ def layer_norm_backward(
         w = T.alloc_shared((part,), W.dtype)
         product = T.alloc_fragment((BM, part), "float32")
         dw, db = T.alloc_fragment((BM, part), "float32"), T.alloc_fragment((BM, part), "float32")
-        mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        mean, s = T.alloc_shared((BM,), "float32"), T.alloc_shared((BM,), "float32")
         total, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
         sums = T.alloc_fragment((part,), "float32")
         T.copy(W[column], w)
@@ -389,7 +413,7 @@ def layer_norm_backward(
 def forward(name, x, w, b, plan=None, **more):
     """The result of softmax, rms_norm or layer_norm of a NumPy array, and its statistics."""
     M, N = x.shape
-    knobs = (plan or forward_plan(N)).options | more
+    knobs = (plan or forward_plan(N, name)).options | more
     y, mean, s = (
         np.full_like(x, np.nan),
         np.full(M, np.nan, np.float32),

@@ -90,7 +90,7 @@ def _exact(name: str, t: Tensors) -> tuple[Any, Any, Any, Any]:
 def wrong(name: str, M: int, N: int) -> str:
     """What is not right about a function and its gradient; empty when all is."""
     t = Tensors(M, N)
-    t.forward(name, rows.forward_plan(N))()
+    t.forward(name, rows.forward_plan(N, name))()
     y, dx, dw, db = _exact(name, t)
     if not _near(t.y, y):
         return "the result differs from float64"
@@ -128,7 +128,7 @@ def bench(width: int, rounds: int, limit: Limit) -> None:
     target = torch.empty_like(t.x)
     calls: dict[Any, Callable[[], Any]] = {"copy": lambda: target.copy_(t.x)}
     for name in rows.NAMES:
-        calls[name] = t.forward(name, rows.forward_plan(width))
+        calls[name] = t.forward(name, rows.forward_plan(width, name))
         calls[f"{name} gradient"] = t.backward(name, rows.backward_plan(width, name))
     for call in calls.values():
         call()
