@@ -112,11 +112,18 @@ def marks(rounds: Rounds) -> dict[Node, tuple[int, int]]:
 
 
 def by_hand(rounds: Rounds) -> tuple[list[Node], set[Node]]:
-    """A schedule by hand: the order of a round, and the nodes that are late in it."""
+    """A schedule by hand: the order of a round, and the nodes that are late in it. Values that may
+    be made twice come first, and are no late ones where others need them."""
     found = marks(rounds)
     stages = {stage for _, stage in found.values()}
-    order = sorted(rounds.nodes, key=lambda n: found[n][0])
-    return order, {n for n, (_, stage) in found.items() if stage == max(stages)}
+    order = sorted(rounds.nodes, key=lambda n: -1 if rounds.is_repeatable(n) else found[n][0])
+    late = {n for n, (_, stage) in found.items() if stage == max(stages)}
+    wanted = {v for n in rounds.nodes if n not in late for v in rounds.uses[n]}
+    for node in reversed(rounds.nodes):
+        if node in late and rounds.is_repeatable(node) and set(node.defines) & wanted:
+            late.remove(node)
+            wanted |= rounds.uses[node]
+    return order, late
 
 
 def _uses(node: Node) -> set[Var]:

@@ -108,7 +108,7 @@ def overlaps(kernel: Kernel, brought: Collection[Node], slots: int) -> dict[For,
     found: dict[For, Overlap] = {}
     for loop in (n for n in walk(kernel.body) if isinstance(n, For)):
         stages = slots if loop.num_stages is None else loop.num_stages
-        if loop.kind is not LoopKind.PIPELINED or stages == 1 or _brings_inside(loop, brought):
+        if loop.kind is not LoopKind.PIPELINED or stages <= 1 or _brings_inside(loop, brought):
             continue
         overlap = find_overlap(loop, brought, kernel) if fits else None
         overlap = overlap or in_order(loop, brought)

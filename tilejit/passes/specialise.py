@@ -257,7 +257,7 @@ class _Specialiser:
                 each += bytes_
                 taken += bytes_ * FEWEST_SLOTS
             else:
-                taken += bytes_ * loop.num_stages
+                taken += bytes_ * max(1, loop.num_stages)
         return self.target.shared_bytes - taken - once, each, once
 
     def _free_slots(self) -> tuple[int, int]:
@@ -284,7 +284,7 @@ class _Specialiser:
         for feed in feeds(body, self.brought):
             slots = free[1] if loop is None else 1
             if loop is not None and loop.kind is LoopKind.PIPELINED:
-                slots = free[0] if loop.num_stages is None else loop.num_stages
+                slots = free[0] if loop.num_stages is None else max(1, loop.num_stages)
             self._open(feed, slots, body)
         if loop is not None and loop not in self.overlaps:
             self._defer(body)
