@@ -434,3 +434,74 @@ def test_strips_that_were_sent_together_are_not_written_before_they_are_read(rng
         sums(a, b, d, s, u, first=first)
     exactly(s, 1 + wide(a) @ wide(b))
     exactly(u, 1 + wide(a) @ wide(d))
+
+
+# ---- beside a ring ----------------------------------------------------------------------------
+
+
+@tilejit
+def two_loops(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, stages):
+    """A loop without stages stands beside one with a ring of slots."""
+    with T.Kernel(T.ceildiv(A.shape[0], 64), threads=128) as by:
+        a = T.alloc_shared((64, 64), A.dtype)
+        b = T.alloc_shared((64, 64), B.dtype)
+        d = T.alloc_shared((64, 64), D.dtype)
+        e = T.alloc_shared((64, 64), D.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        T.clear(acc)
+        T.copy(A[by * 64, 0], a)
+        for n in T.Pipelined(T.ceildiv(B.shape[0], 64), num_stages=stages):
+            T.copy(B[n * 64, 0], b)
+            T.copy(D[n * 64, 0], d)
+            T.gemm(a, b, acc)
+            T.gemm(a, d, acc)
+        for n in T.Pipelined(T.ceildiv(D.shape[0], 64), num_stages=2):
+            T.copy(B[n * 64, 0], e)
+            T.gemm(a, e, acc)
+        T.copy(acc, C[by * 64, 0])
+
+
+@pytest.mark.parametrize("is_aligned", [True, False])
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_loop_without_stages_is_right_beside_a_ring(hopper, rng, stages, is_aligned):
+    """Also where its threads make one of the copies."""
+    a, b, d = small(rng, 100, 64), small(rng, 320, 64), small(rng, 320, 68)[:, :64]
+    d = np.ascontiguousarray(d) if is_aligned else d
+    c = hopper(two_loops, a, b, d, out=[((100, 64), "float32")], stages=stages)
+    exactly(
+        c, sum(wide(a) @ (2 * x + y) for x, y in zip(tiles(wide(b)), tiles(wide(d)), strict=True))
+    )
+
+
+@tilejit
+def named(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, number):
+    """The user's hardware barriers are others than those by which warpgroups take turns."""
+    with T.Kernel(T.ceildiv(A.shape[0], 128), threads=256) as by:
+        a = T.alloc_shared((128, 64), A.dtype)
+        b = T.alloc_shared((64, 64), B.dtype)
+        d = T.alloc_shared((64, 64), D.dtype)
+        s = T.alloc_fragment((128, 64), "float32")
+        p = T.alloc_fragment((128, 64), A.dtype)
+        acc = T.alloc_fragment((128, 64), "float32")
+        T.clear(acc)
+        T.copy(A[by * 128, 0], a)
+        T.sync_threads(number)
+        for n in T.Pipelined(T.ceildiv(B.shape[0], 64)):
+            T.copy(B[n * 64, 0], b)
+            T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+            for i, j in T.Parallel(128, 64):
+                p[i, j] = T.clamp(s[i, j], -2, 2)
+            T.copy(D[n * 64, 0], d)
+            T.gemm(p, d, acc)
+        T.sync_threads(number)
+        T.copy(acc, C[by * 128, 0])
+
+
+@pytest.mark.parametrize("number", [1, 2, 9, 10, 14])
+def test_hardware_barriers_of_the_user_are_no_others_turns(hopper, rng, number):
+    a, b, d = small(rng, 200, 64), small(rng, 320, 64), small(rng, 320, 64)
+    c = hopper(named, a, b, d, out=[((200, 64), "float32")], number=number)
+    want = np.zeros((200, 64))
+    for right, factor in zip(tiles(wide(b)), tiles(wide(d)), strict=True):
+        want += np.clip(wide(a) @ right.T, -2, 2) @ factor
+    exactly(c, want)
