@@ -4,6 +4,7 @@ and for accesses out of bounds."""
 
 from functools import partial
 
+import chains
 import pipelines
 import programs
 import pytest
@@ -70,6 +71,11 @@ def test_random_matmul_for_warpgroups_is_as_near_to_the_exact_product(seed):
 @pytest.mark.fuzz(40)
 def test_random_main_loop_for_warpgroups_means_the_same_everywhere(seed):
     check_some(pipelines.pipeline, seed, "sm_90a")
+
+
+@pytest.mark.fuzz(40)
+def test_random_loop_of_dependent_multiplies_means_the_same_everywhere(seed):
+    check_some(chains.chain, seed, "sm_90a")
 
 
 @pytest.mark.fuzz(60)

@@ -27,15 +27,26 @@ class Rounds:
         self.uses = {n: _uses(n) for n in nodes}
         self.changed: set[Buffer] = set().union(*self.writes.values())
         self.place = {n: k for k, n in enumerate(nodes)}
+        self._repeatable = self._values()
 
     def stands_for(self, buffers: Iterable[Buffer]) -> set[Buffer]:
         return {self._aliases.of(b) for b in buffers}
 
+    def _values(self) -> set[Node]:
+        """Nodes that only make a value, out of nothing that changes."""
+        found: set[Node] = set()
+        unsure: set[Var] = set()
+        for node in self.nodes:
+            moves = self.uses[node] & unsure or self.reads[node] & (self.changed | self._brought)
+            if isinstance(node, Let | Load) and not moves:
+                found.add(node)
+            else:
+                unsure |= set(node.defines)
+        return found
+
     def is_repeatable(self, node: Node) -> bool:
         """Whether a node may be done twice: it only makes a value, which is the same then."""
-        if isinstance(node, Let):
-            return True
-        return isinstance(node, Load) and not self.reads[node] & (self.changed | self._brought)
+        return node in self._repeatable
 
     def depends(self, node: Node, earlier: Node) -> bool:
         """Whether a node uses or changes what an earlier one makes, or makes what that one uses."""
@@ -72,7 +83,8 @@ class Rounds:
                 if (first in late) == (second in late):
                     good = is_before
                 elif second in late:  # the first one's next turn must not come before it
-                    good = not is_before or not self.disturbs(first, second)
+                    is_told = bool(set(first.defines) & self.uses[second])
+                    good = not is_told and (not is_before or not self.disturbs(first, second))
                 else:
                     good = False
                 if not good:
@@ -82,12 +94,13 @@ class Rounds:
 
 def marks(rounds: Rounds) -> dict[Node, tuple[int, int]]:
     """Of a loop with a schedule by hand: each node's place and stage. What passes have put before
-    or after a statement goes with it, and values with the first that uses them."""
-    known = [n for n in rounds.nodes if n.schedule is not None]
+    or after a statement goes with it; values, and copies ahead of all that nobody else makes, with
+    the first that uses them."""
+    known = [n for n in rounds.nodes if n.schedule is not None and n.schedule[0] >= 0]
     found: dict[Node, tuple[int, int]] = {}
     for node in reversed(rounds.nodes):
         mark = node.schedule
-        if mark is None:
+        if mark is None or mark[0] < 0:
             rest = rounds.nodes[rounds.place[node] + 1 :]
             later = [n for n in rest if rounds.depends(n, node)]
             earlier = [n for n in known if rounds.place[n] < rounds.place[node]]
@@ -99,11 +112,18 @@ def marks(rounds: Rounds) -> dict[Node, tuple[int, int]]:
 
 
 def by_hand(rounds: Rounds) -> tuple[list[Node], set[Node]]:
-    """A schedule by hand: the order of a round, and the nodes that are late in it."""
+    """A schedule by hand: the order of a round, and the nodes that are late in it. Values that may
+    be made twice come first, and are no late ones where others need them."""
     found = marks(rounds)
     stages = {stage for _, stage in found.values()}
-    order = sorted(rounds.nodes, key=lambda n: found[n][0])
-    return order, {n for n, (_, stage) in found.items() if stage == max(stages)}
+    order = sorted(rounds.nodes, key=lambda n: -1 if rounds.is_repeatable(n) else found[n][0])
+    late = {n for n, (_, stage) in found.items() if stage == max(stages)}
+    wanted = {v for n in rounds.nodes if n not in late for v in rounds.uses[n]}
+    for node in reversed(rounds.nodes):
+        if node in late and rounds.is_repeatable(node) and set(node.defines) & wanted:
+            late.remove(node)
+            wanted |= rounds.uses[node]
+    return order, late
 
 
 def _uses(node: Node) -> set[Var]:

@@ -106,8 +106,10 @@ class _Dropper:
         self.notes.append(f"loop over {name}: no masks where {show(masks.holds)}")
         if not bare.body:
             condition = unary("not", masks.holds)
-            return [If(condition=condition, then=(node,), span=node.span)]
-        return [If(condition=masks.holds, then=(bare,), orelse=(node,), span=node.span)]
+            branch = If(condition=condition, then=(node,), span=node.span)
+        else:
+            branch = If(condition=masks.holds, then=(bare,), orelse=(node,), span=node.span)
+        return [replace(branch, schedule=node.schedule)]
 
 
 class _Masks:

@@ -89,11 +89,14 @@ class _Stager:
         }
         # Copies that share strips follow each other in any order: the slot that one begins with
         # may be the one that another ended with.
-        self.is_uneven = any(
-            len(_strips(n, atom)[1]) % MOST_STRIPS
+        counts = {
+            n: len(_strips(n, atom)[1])
             for n, atom in held.items()
             if isinstance(n, Copy) and atom is not None
-        )
+        }
+        self.is_uneven = any(count % MOST_STRIPS for count in counts.values())
+        # After copies that send all strips together, none of their slots has been read.
+        self.is_together = any(c <= MOST_STRIPS and n in self.repeated for n, c in counts.items())
 
     def _held(self, node: Node) -> WgmmaAtom | None:
         """The multiply by which warpgroups hold what the node copies to a tensor; None for other
@@ -279,7 +282,8 @@ class _Stager:
         fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
         # where they meet for this strip, all learn that the other slot has been read
         filled = [written, fence, read_before, meeting, *sent]
-        follows_itself = slots == 1 or (number == 0 and self.is_uneven)
+        is_unread = self.is_uneven or (self.is_together and node in self.repeated)
+        follows_itself = slots == 1 or (number == 0 and is_unread)
         return [read, meeting, *filled] if follows_itself else filled
 
     def _barrier(self, atom: WgmmaAtom) -> Expr:

@@ -13,7 +13,7 @@ from tilejit.dtypes import tfloat32
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, LoopKind, Node, Roles, While, walk
-from tilejit.ir.sync import Control, ControlOp
+from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
@@ -148,6 +148,8 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
         return "the kernel has a loop whose end only the block knows"
     if any(isinstance(n, Control) and n.op is not ControlOp.FENCE_DEVICE for n in nodes):
         return "the kernel orders asynchronous work itself"
+    if any(isinstance(n, SyncThreads) and n.number is not None for n in nodes):
+        return "the kernel names hardware barriers itself"
     if any(isinstance(n, ClusterReduce) for n in nodes):
         return "all threads of a cluster's blocks reduce tiles together"
     if kernel.threads[1:] != (1, 1):

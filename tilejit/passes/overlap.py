@@ -20,6 +20,7 @@ from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Scope, whole
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import (
+    Atomic,
     Body,
     For,
     If,
@@ -64,12 +65,6 @@ class Overlap:
         return [n for n, ahead in self.order if ahead is is_ahead]
 
     @property
-    def made(self) -> set[Buffer]:
-        """What the nodes write in shared memory."""
-        written = {b for n, _ in self.order for b in all_writes(n)}
-        return {b for b in written if b.scope is Scope.SHARED}
-
-    @property
     def turn(self) -> list[Gemm]:
         """The multiplies that begin one after the other in a round, before other work; without any
         of the next iteration, none."""
@@ -83,13 +78,17 @@ class Overlap:
     def has_turns(self) -> bool:
         """Whether warpgroups may take turns: between the first and the last of these multiplies
         they need not meet."""
+        used = self.used_in_turn
+        made = {b.root for n, _ in self.order for b in all_writes(n) if b.scope is Scope.SHARED}
+        return bool(used) and not used & made and all(b.scope in _QUIET for b in used)
+
+    @property
+    def used_in_turn(self) -> set[Buffer]:
+        """What nodes from the first to the last of these multiplies read or write."""
         gemms = self.turn
         nodes = [n for n, _ in self.order]
-        if not gemms:
-            return False
-        between = nodes[nodes.index(gemms[0]) : nodes.index(gemms[-1]) + 1]
-        used = {b for n in between for b in all_reads(n) | all_writes(n)}
-        return not used & self.made and all(b.scope in _QUIET for b in used)
+        between = nodes[nodes.index(gemms[0]) : nodes.index(gemms[-1]) + 1] if gemms else []
+        return {b.root for n in between for b in all_reads(n) | all_writes(n)}
 
     @property
     def repeated(self) -> list[Node]:
@@ -98,15 +97,19 @@ class Overlap:
         return [n for n in self.part(True) if n in both]
 
 
-def overlaps(kernel: Kernel, brought: Collection[Node]) -> dict[For, Overlap]:
+def overlaps(kernel: Kernel, brought: Collection[Node], slots: int) -> dict[For, Overlap]:
     """The pipelined loops whose rounds overlap, or whose multiplies run beside other work of their
     round, with how they do.
 
-    Needs: atoms, layouts. brought: copies that others make.
+    Needs: atoms, layouts. brought: copies that others make. slots: of what they bring in loops
+    whose stages are left open.
     """
     fits = _fits(kernel)
     found: dict[For, Overlap] = {}
     for loop in (n for n in walk(kernel.body) if isinstance(n, For)):
+        stages = slots if loop.num_stages is None else loop.num_stages
+        if loop.kind is not LoopKind.PIPELINED or stages <= 1 or _brings_inside(loop, brought):
+            continue
         overlap = find_overlap(loop, brought, kernel) if fits else None
         overlap = overlap or in_order(loop, brought)
         if overlap is not None:
@@ -114,10 +117,16 @@ def overlaps(kernel: Kernel, brought: Collection[Node]) -> dict[For, Overlap]:
     return found
 
 
+def _brings_inside(loop: For, brought: Collection[Node]) -> bool:
+    """Whether branches or loops in the loop have copies that others make."""
+    inner = (child for node in loop.body for child in node.bodies)
+    return any(n in brought for child in inner for n in walk(child))
+
+
 def in_order(loop: For, brought: Collection[Node]) -> Overlap | None:
     """A round of one iteration, in its own order, whose multiplies run beside what does not need
     them; None where each is needed at once, or nothing else is done meanwhile."""
-    if loop.kind is not LoopKind.PIPELINED or loop.num_stages == 1:
+    if not all(isinstance(n, (*_KNOWN, Atomic)) for n in walk(loop.body)):
         return None
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) < 2 or len(own) != sum(isinstance(n, Gemm) for n in walk(loop.body)):
@@ -138,8 +147,6 @@ def _fits(kernel: Kernel) -> bool:
 
 def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | None:
     """How rounds of a loop overlap; None where they cannot or nothing is won."""
-    if loop.kind is not LoopKind.PIPELINED or loop.num_stages == 1:
-        return None
     inside = list(walk(loop.body))
     if not all(isinstance(n, _KNOWN) for n in inside):
         return None
@@ -200,6 +207,8 @@ class _Parting:
         """The order that the user gave: the trace has seen that it keeps the loop's meaning."""
         order, late = by_hand(self.rounds)
         if order == self.nodes and len(late) == len(order):
+            return None
+        if self.rounds.overtaken(order, late):  # copies that were to be ahead of all are not
             return None
         repeated = self.rounds.repeated(late)
         start = max(k for k, n in enumerate(order) if n in late) + 1
@@ -286,7 +295,8 @@ class _Parting:
             users = [n for n in rest if old.root in self.reads[n] | self.writes[n]]
             is_made = any(isinstance(n, Parallel | Reduce | If) for n in users)
             is_read = any(old.root in self.reads[n] for n in users)
-            if old.scope is Scope.FRAGMENT and not old.is_view and is_made and not is_read:
+            is_whole = any(_fills(n, old) for n in users)  # nothing of the last one's is left
+            if old.scope is Scope.FRAGMENT and is_made and is_whole and not is_read:
                 moved[old] = replace(old, name=f"{old.name}_next")
         atom = CopyAtom(CopyMethod.REGISTERS, 1)
         copies = [
@@ -296,10 +306,24 @@ class _Parting:
         return [*rebuffered(rest, moved), *copies], moved
 
 
+def _fills(node: Node, buffer: Buffer) -> bool:
+    """Whether the node surely writes every element of the buffer, and by no other name."""
+    if any(b.root is buffer and b is not buffer for b in all_writes(node)):
+        return False
+    if isinstance(node, If):
+        return all(any(_fills(n, buffer) for n in body) for body in node.bodies)
+    if isinstance(node, Copy | Fill | Reduce):
+        return node.dst.buffer is buffer and node.dst.is_whole
+    if not isinstance(node, Parallel) or node.extents != buffer.extents:
+        return False
+    stores = [n for n in node.body if isinstance(n, Store) and n.buffer is buffer]
+    return any(n.index == node.vars for n in stores)
+
+
 class Flight:
     """Nodes in order, with a wait where one touches what a multiply in flight reads or writes.
 
-    made: what threads write in shared memory.
+    made: what threads of the kernel write in shared memory.
     """
 
     def __init__(self, made: Collection[Buffer]) -> None:
@@ -338,7 +362,7 @@ class Flight:
             GemmWait(
                 pending=len(self._flying),
                 registers=held_registers(landed),
-                operands=tuple(dict.fromkeys(b for b in operands if b in self._made)),
+                operands=tuple(dict.fromkeys(b for b in operands if b.root in self._made)),
                 span=landed[-1].span,
             )
         )

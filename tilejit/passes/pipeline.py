@@ -98,10 +98,12 @@ class _Pipeliner:
         for node in body:
             again = is_repeated or isinstance(node, For | While)
             fresh = node.with_bodies(*(self.visit(inner, again) for inner in node.bodies))
-            if isinstance(fresh, For) and fresh.kind is LoopKind.PIPELINED and not is_fed(fresh):
-                result += self.loop(fresh, is_repeated)
-            else:
+            if not isinstance(fresh, For) or fresh.kind is not LoopKind.PIPELINED:
                 result.append(fresh)
+            elif is_fed(fresh):  # nobody waits there for what the block's threads copy
+                result.append(replace(fresh, body=tuple(map(_waited_for, fresh.body))))
+            else:
+                result += self.loop(fresh, is_repeated)
         return tuple(result)
 
     def loop(self, node: For, is_repeated: bool) -> list[Node]:
@@ -400,10 +402,12 @@ def into_slot(node: Node, slotted: dict[Buffer, Buffer], slot: Expr) -> Node:
 def _synchronous(node: Node) -> Node:
     """The node with the asynchronous copies in it done through registers."""
 
-    def visit(n: Node) -> Node:
-        if isinstance(n, Copy) and n.atom and n.atom.method is CopyMethod.CP_ASYNC:
-            return replace(n, atom=CopyAtom(CopyMethod.REGISTERS, 1))
-        return n
-
-    (result,) = rewrite((node,), visit)
+    (result,) = rewrite((node,), _waited_for)
     return result
+
+
+def _waited_for(node: Node) -> Node:
+    """An asynchronous copy as one through registers; other nodes as they are."""
+    if isinstance(node, Copy) and node.atom and node.atom.method is CopyMethod.CP_ASYNC:
+        return replace(node, atom=CopyAtom(CopyMethod.REGISTERS, 1))
+    return node

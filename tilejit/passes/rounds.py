@@ -7,14 +7,15 @@ which nodes run ahead, nor why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from tilejit.errors import Span
+from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, arith, cast, index, int_value
 from tilejit.ir.node import Body, For, If, LoopKind, Node
 from tilejit.ir.substitution import substituted
-from tilejit.ir.sync import BarrierWait, SyncThreads
+from tilejit.ir.sync import BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.channels import Channel, counted
 from tilejit.passes.overlap import Flight, Overlap
@@ -25,15 +26,20 @@ TURN_BARRIER = 9  # the hardware barrier of the first warpgroup that takes turns
 
 
 def overlapped(
-    loop: For, overlap: Overlap, channels: Sequence[Channel], thread: Var, turns: int
+    loop: For,
+    overlap: Overlap,
+    channels: Sequence[Channel],
+    thread: Var,
+    turns: int,
+    made: Collection[Buffer],
 ) -> list[Node]:
     """The loop's rounds. channels: of what the loop brings. turns: warpgroups that take turns to
-    multiply, or 0."""
+    multiply, or 0. made: what threads of the kernel write in shared memory."""
     dtype, span = loop.var.dtype, loop.span
     serial = replace(loop, kind=LoopKind.SERIAL, num_stages=0)
 
     def part(mapping: dict[bool, dict[Var, Expr]], ahead: int = 0, turns: int = 0) -> Body:
-        return _Round(overlap, channels, thread, mapping, ahead, turns).body()
+        return _Round(overlap, channels, thread, mapping, ahead, turns, made).body()
 
     if not overlap.part(True):
         return [replace(serial, body=part({False: {}}))]
@@ -46,10 +52,17 @@ def overlapped(
     closing = part({False: {loop.var: last, **mine}})
     stop = cast(arith("sub", loop.stop, loop.step), dtype)
     return [
+        *(_met(span) if turns and overlap.used_in_turn & set(made) else ()),
         *_where(runs, opening, span),
         replace(serial, stop=stop, body=steady),
         *_where(runs, closing, span),
     ]
+
+
+def _met(span: Span | None) -> Body:
+    """Threads have seen what all have written: in a turn nobody can wait for the others."""
+    fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
+    return fence, SyncThreads(inserted=True, span=span)
 
 
 def first_turn(thread: Var, turns: int) -> Node:
@@ -73,6 +86,7 @@ class _Round:
         mapping: dict[bool, dict[Var, Expr]],
         ahead: int,
         turns: int,
+        made: Collection[Buffer],
     ) -> None:
         self.overlap = overlap
         self.channels = channels
@@ -80,7 +94,7 @@ class _Round:
         self.mapping = mapping
         self.ahead = ahead
         self.turns = turns
-        self.flight = Flight(overlap.made)
+        self.flight = Flight(made)
         self.slots: dict[tuple[Channel, bool], Var] = {}
         self.readers: dict[tuple[Channel, bool], list[Gemm]] = {}
 
@@ -109,6 +123,9 @@ class _Round:
                 following = arith("floormod", arith("add", self._group(), 1), self.turns)
                 self.flight.add(_turn_barrier(following, True))
         self.flight.land()
+        # which slot is the next one's has been asked for by what runs ahead: it counts no sooner
+        kept = [c for c, ahead in last if not ahead and self._crosses(c)]
+        self.flight.add(*(n for c in kept for n in counted(c.used)))
         return tuple(self.flight.nodes)
 
     def _group(self) -> Expr:
@@ -118,12 +135,15 @@ class _Round:
         """Whether nodes that run ahead use the channel's tiles, and whether others do."""
         return {ahead for n, ahead in self.overlap.order if channel.is_read_by(n)}
 
+    def _crosses(self, channel: Channel) -> bool:
+        return self._stages(channel) == {True, False}
+
     def _ends_ahead(self, channel: Channel) -> bool:
         return self._stages(channel) == {True}
 
     def _open(self, channel: Channel, is_ahead: bool) -> None:
         """Find the slot, and wait for its tile where that has not been done an iteration ago."""
-        crosses = self._stages(channel) == {True, False}
+        crosses = self._crosses(channel)
         skipped = self.ahead if crosses and is_ahead else 0
         opened, slot, parity = channel.turn(channel.used, skipped)
         self.slots[channel, is_ahead] = slot
@@ -134,7 +154,9 @@ class _Round:
 
     def _leave(self, channel: Channel, is_ahead: bool) -> None:
         slot = self.slots[channel, is_ahead]
-        left = [*channel.leave(slot), *counted(channel.used)]
+        left = channel.leave(slot)
+        if not self._crosses(channel):
+            left += counted(channel.used)
         self.flight.after(self.readers.get((channel, is_ahead), ()), left)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tilejit.dtypes import int32
+from tilejit.ir.buffer import Scope
 from tilejit.ir.expr import (
     Expr,
     Var,
@@ -96,7 +97,10 @@ class _Specialiser:
         self.notes: list[str] = []
         self.thread = self.kernel.thread_vars[0]
         self.cluster, self.axis = cluster_of(self.kernel, brought)
-        self.overlaps = overlaps(self.kernel, brought) if self.teams == 1 else {}
+        self.free_slots = self._free_slots()
+        self.overlaps = (
+            overlaps(self.kernel, brought, self.free_slots[0]) if self.teams == 1 else {}
+        )
         fragments = dict(self.kernel.fragments)
         for overlap in self.overlaps.values():
             fragments.update((b, fragments[old]) for old, b in overlap.moved.items())
@@ -106,7 +110,7 @@ class _Specialiser:
 
     def run(self) -> Kernel:
         kernel = self.kernel
-        self._open_channels(kernel.body, None, self._free_slots())
+        self._open_channels(kernel.body, None, self.free_slots)
         produced = _prune(self.produce(kernel.body))
         consumed = self.consume(kernel.body, None)
         walked = self._walk()
@@ -253,7 +257,7 @@ class _Specialiser:
                 each += bytes_
                 taken += bytes_ * FEWEST_SLOTS
             else:
-                taken += bytes_ * loop.num_stages
+                taken += bytes_ * max(1, loop.num_stages)
         return self.target.shared_bytes - taken - once, each, once
 
     def _free_slots(self) -> tuple[int, int]:
@@ -280,7 +284,7 @@ class _Specialiser:
         for feed in feeds(body, self.brought):
             slots = free[1] if loop is None else 1
             if loop is not None and loop.kind is LoopKind.PIPELINED:
-                slots = free[0] if loop.num_stages is None else loop.num_stages
+                slots = free[0] if loop.num_stages is None else max(1, loop.num_stages)
             self._open(feed, slots, body)
         if loop is not None and loop not in self.overlaps:
             self._defer(body)
@@ -450,7 +454,9 @@ class _Specialiser:
                 f"{turns} warpgroups take turns to multiply in the loop at {loop.span}"
             )
         channels = self._channels_in(loop.body)
-        return overlapped(loop, overlap, channels, self.thread, turns)
+        others = (n for n in walk(self.kernel.body) if n not in self.channels)
+        made = {b.root for n in others for b in n.writes if b.scope is Scope.SHARED}
+        return overlapped(loop, overlap, channels, self.thread, turns, made)
 
     def _leave_late(
         self,
