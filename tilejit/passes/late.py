@@ -87,7 +87,7 @@ def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
     if loop is None or _rounds(loop) < strips or _values(kernel, copy.dst) is None:
         return False
     brought = [n for n in walk(kernel.body) if isinstance(n, Copy) and n.is_tma and is_inward(n)]
-    if loop in overlaps(kernel, brought):
+    if loop in overlaps(kernel, brought, slots=2):  # as there are where two fit
         return False  # its rounds have work of their own beside the multiplies
     size = sum(math.prod(b.extents) * b.dtype.bytes for b in kernel.scoped(Scope.FRAGMENT))
     size += math.prod(copy.src.extents) * copy.dst.buffer.dtype.bytes
