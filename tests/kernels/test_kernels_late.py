@@ -635,7 +635,7 @@ def looped(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, kind, threads=256):
         ("short loop first", False),
         ("two multiplies", True),
         ("both together", True),
-        ("registers", True),
+        ("registers", False),
         ("copies after", False),
         ("nested", False),
         ("branch in the loop", False),
