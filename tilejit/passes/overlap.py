@@ -97,12 +97,12 @@ class Overlap:
         return [n for n in self.part(True) if n in both]
 
 
-def overlaps(kernel: Kernel, brought: Collection[Node], slots: int) -> dict[For, Overlap]:
+def overlaps(kernel: Kernel, brought: Collection[Node], slots: int = 2) -> dict[For, Overlap]:
     """The pipelined loops whose rounds overlap, or whose multiplies run beside other work of their
     round, with how they do.
 
     Needs: atoms, layouts. brought: copies that others make. slots: of what they bring in loops
-    whose stages are left open.
+    whose stages are left open, where that is known.
     """
     fits = _fits(kernel)
     found: dict[For, Overlap] = {}
