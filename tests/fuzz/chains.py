@@ -72,11 +72,9 @@ def drawn(seed: int) -> Plan:
     w = random.Random(f"chain {seed}")
     threads = w.choice([128, 128, 256, 256, 384])
     BM = threads // 2 if w.random() < 0.93 or threads == 384 else 64
-    BN, blocks, rounds = (
-        w.choice([32, 64, 64, 64, 128]),
-        w.choice([1, 2, 3]),
-        w.choice([1, 2, 3, 5]),
-    )
+    widest = {128: 128, 256: 64, 384: 32}[threads]  # all tiles fit, wherever they lie
+    BN = min(widest, w.choice([32, 64, 64, 64, 128]))
+    blocks, rounds = w.choice([1, 2, 3]), w.choice([1, 2, 3, 5])
     plan = Plan(
         blocks=blocks,
         BM=BM,

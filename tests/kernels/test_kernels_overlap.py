@@ -13,7 +13,7 @@ from products import FLOAT32_STEP, assert_near, operand
 
 import tilejit.language as T
 from tilejit import tilejit
-from tilejit.errors import ArgumentError
+from tilejit.errors import ArgumentError, ArgumentTypeError
 from tilejit.ir.node import For, LoopKind, Parallel, walk
 from tilejit.ir.sync import SyncThreads
 from tilejit.ops.gemm import Gemm, GemmWait
@@ -98,9 +98,7 @@ def check(hopper, rng, monkeypatch, *, M=130, N=300, count=99, dtype=BF16, **con
     # a factor beside a rounding boundary may fall to either side
     assert_near(c, exact, (2.0 ** (-8 if dtype is BF16 else -11) + N * FLOAT32_STEP) * sizes)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            sys.modules["tilejit.passes.specialise"], "overlaps", lambda *_: {}
-        )
+        patch.setattr(sys.modules["tilejit.passes.specialise"], "overlaps", lambda *_: {})
         assert hopper(apart, a, b, d, w, count, out=out, **constants).tobytes() == c.tobytes()
 
 
@@ -334,12 +332,17 @@ def test_schedule_by_hand_says_where_it_has_no_effect(rng):
         ({"order": (-1, 1, 1, -1, 2), "stage": (0,) * 5}, "two entries of order are equal"),
         ({"order": (-1, 0, 2, -1, 1), "stage": (-1, 0, 1, -1, 2)}, "3 stages besides that"),
         ({"order": (), "stage": (), "group": ((0,),)}, "group is given without order"),
+        ({"order": (-2, 0, 2, -1, 1), "stage": (0,) * 5}, "order has -2; places count from 0 on"),
+        ({"order": 5, "stage": 5}, "order must be a sequence, got 5"),
+        ({"order": (0.5,), "stage": (0,)}, "order must hold ints, got 0.5"),
+        ({"order": (0,), "stage": ("1",)}, "stage must hold ints, got '1'"),
+        ({"order": (0,), "stage": (0,), "group": (0,)}, "group must be a sequence, got 0"),
     ],
 )
 def test_schedules_that_name_nothing_are_refused(constants, message):
     specs = T.Tensor((512, 64), "bfloat16"), T.Tensor((512, 64), "bfloat16")
     specs += T.Tensor((512, 64), "bfloat16"), T.Tensor((512, 64), "float32")
-    with pytest.raises(ArgumentError, match=message) as caught:
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=message) as caught:
         by_hand.compile(*specs, target="sm_90a", **constants)
     assert caught.value.span.filename == __file__
 

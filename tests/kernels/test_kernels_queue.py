@@ -139,3 +139,55 @@ def test_consumers_hear_of_tiles_from_their_producer():
     for role in roles:
         assert sum(isinstance(n, While) and n.is_tiles for n in walk(role.body)) == 1
     assert sum("atom" in line and ".add" in line for line in kernel.ptx.splitlines()) == 1
+
+
+@tilejit
+def shared_work(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, is_uneven, split=3):
+    """C = A @ B, where it is uneven of A's lower triangle: blocks share each tile's iterations."""
+    M, K = A.shape
+    N = B.shape[1]
+    with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 64), threads=128) as (bx, by):
+        a = T.alloc_shared((64, 32), A.dtype)
+        b = T.alloc_shared((32, 64), B.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        T.clear(acc)
+        last = T.min(K, (by + 1) * 64) if is_uneven else K
+        for k in T.Pipelined(T.ceildiv(last, 32), split=split):
+            T.copy(A[by * 64, k * 32], a)
+            T.copy(B[k * 32, bx * 64], b)
+            T.gemm(a, b, acc)
+        T.copy(acc, C[by * 64, bx * 64])
+
+
+@pytest.mark.parametrize("is_uneven", [False, True])
+def test_tiles_that_blocks_share_are_right(hopper, rng, is_uneven):
+    a, b = operand(rng, (200, 264), BF16), operand(rng, (264, 136), BF16)
+    c = hopper(shared_work, a, b, out=[((200, 136), "float32")], is_uneven=is_uneven)
+    part = masked(a, "rows", N=64)[0] if is_uneven else a
+    assert_product(c, part, b)
+
+
+@pytest.mark.parametrize("is_uneven", [False, True])
+def test_parts_of_a_tile_are_no_uneven_tiles(is_uneven):
+    specs = T.Tensor((2048, 2048), BF16), T.Tensor((2048, 2048), BF16)
+    out = T.Tensor((2048, 2048), "float32")
+    kernel = shared_work.compile(*specs, out, target="sm_90a", is_uneven=is_uneven)
+    assert (f"tiles differ along y: {QUEUE}" in kernel.explain()) == is_uneven
+    assert "tiles differ along z" not in kernel.explain()
+
+
+def test_counters_of_a_kernel_are_apart(monkeypatch):
+    """What counts a tile's parts is not what counts the tiles that are taken."""
+    given = {}
+
+    def workspace(name, size, ordinal, stream, *, is_zeroed):
+        return given.setdefault(name, 4096 * (1 + len(given)))
+
+    monkeypatch.setattr(frame, "workspace", workspace)
+    specs = T.Tensor((2048, 2048), BF16), T.Tensor((2048, 2048), BF16)
+    out = T.Tensor((2048, 2048), "float32")
+    kernel = shared_work.compile(*specs, out, target="sm_90a", is_uneven=True).kernels[0]
+    values = kernel.with_spaces([0] * len(kernel.planned.params), 0, 0)
+    addresses = [values[n] for n, _, _ in kernel.spaces]
+    assert sum(p.is_zeroed for _, p, _ in kernel.spaces) == 2
+    assert len(set(addresses)) == len(addresses)

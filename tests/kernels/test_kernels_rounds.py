@@ -505,3 +505,42 @@ def test_hardware_barriers_of_the_user_are_no_others_turns(hopper, rng, number):
     for right, factor in zip(tiles(wide(b)), tiles(wide(d)), strict=True):
         want += np.clip(wide(a) @ right.T, -2, 2) @ factor
     exactly(c, want)
+
+
+# ---- multiplies into one accumulator ------------------------------------------------------------
+
+
+@tilejit
+def one_sum(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, R: T.Tensor):
+    """Work stands between two multiplies that add to the same sums."""
+    with T.Kernel(T.ceildiv(A.shape[0], 64), threads=128) as by:
+        a = T.alloc_shared((64, 64), A.dtype)
+        b = T.alloc_shared((64, 64), B.dtype)
+        d = T.alloc_shared((64, 64), D.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        row = T.alloc_fragment((64,), "float32")
+        T.clear(acc)
+        T.clear(row)
+        T.copy(A[by * 64, 0], a)
+        for n in T.Pipelined(T.ceildiv(B.shape[0], 64)):
+            T.copy(B[n * 64, 0], b)
+            T.copy(D[n * 64, 0], d)
+            T.gemm(a, b, acc)
+            for i in T.Parallel(64):
+                row[i] += n * i
+            T.gemm(a, d, acc)
+        T.copy(acc, C[by * 64, 0])
+        for i in T.Parallel(64):
+            R[by * 64 + i, 0] = row[i]
+
+
+def test_multiplies_into_one_accumulator_follow_each_other_unwaited(hopper, rng):
+    a, b, d = small(rng, 100, 64), small(rng, 320, 64), small(rng, 320, 64)
+    out = [((100, 64), "float32"), ((100, 1), "float32")]
+    c, row = hopper(one_sum, a, b, d, out=out)
+    exactly(c, sum(wide(a) @ (x + y) for x, y in zip(tiles(wide(b)), tiles(wide(d)), strict=True)))
+    exactly(row, 10 * (np.arange(100)[:, None] % 64))
+    specs = [T.Tensor((512, 64), BF16)] * 3 + [T.Tensor((512, n), "float32") for n in (64, 1)]
+    kernel = one_sum.compile(*specs, target="sm_90a")
+    assert kernel.ptx.count("wgmma.wait_group") == 1
+    assert not re.search(r"\bC7\d\d\d\b", kernel.kernels[0].compiled.log)

@@ -247,13 +247,19 @@ def Pipelined(
         raise ArgumentError(
             f"T.Pipelined: split must be positive, got {split}.", hint="1 means one block a tile."
         )
-    steps, stages = tuple(order or ()), tuple(stage or ())
+    steps, stages = _numbers("order", order), _numbers("stage", stage)
+    groups = tuple(_numbers("group", g) for g in _entries("group", group))
     if len(steps) != len(stages):
         raise ArgumentError(
             f"T.Pipelined: order has {len(steps)} entries and stage has {len(stages)}.",
             hint="Give one entry of each for every statement of the body.",
         )
-    if group and not steps:
+    if min(steps, default=0) < -1:
+        raise ArgumentError(
+            f"T.Pipelined: order has {min(steps)}; places count from 0 on.",
+            hint="-1 is for copies that are made ahead of everything.",
+        )
+    if groups and not steps:
         raise ArgumentError(
             "T.Pipelined: group is given without order and stage.",
             hint="Give one entry of order and stage for every group.",
@@ -268,8 +274,26 @@ def Pipelined(
         parts=None if split is None else int(split),
         order=steps,
         stage=stages,
-        group=tuple(tuple(g) for g in group or ()),
+        group=groups,
     )
+
+
+def _entries(name: str, values: object) -> Sequence[object]:
+    """What a schedule by hand gives for its statements."""
+    if values is None:
+        return ()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ArgumentTypeError(f"T.Pipelined: {name} must be a sequence, got {values!r}.")
+    return values
+
+
+def _numbers(name: str, values: object) -> tuple[int, ...]:
+    numbers: list[int] = []
+    for entry in _entries(name, values):
+        if isinstance(entry, bool) or not isinstance(entry, int | np.integer):
+            raise ArgumentTypeError(f"T.Pipelined: {name} must hold ints, got {entry!r}.")
+        numbers.append(int(entry))
+    return tuple(numbers)
 
 
 class ParallelLoop(DeviceLoop):

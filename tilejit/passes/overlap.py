@@ -97,12 +97,12 @@ class Overlap:
         return [n for n in self.part(True) if n in both]
 
 
-def overlaps(kernel: Kernel, brought: Collection[Node], slots: int) -> dict[For, Overlap]:
+def overlaps(kernel: Kernel, brought: Collection[Node], slots: int = 2) -> dict[For, Overlap]:
     """The pipelined loops whose rounds overlap, or whose multiplies run beside other work of their
     round, with how they do.
 
     Needs: atoms, layouts. brought: copies that others make. slots: of what they bring in loops
-    whose stages are left open.
+    whose stages are left open, where that is known.
     """
     fits = _fits(kernel)
     found: dict[For, Overlap] = {}
@@ -385,7 +385,8 @@ def _conflict(node: Node, gemm: Gemm) -> bool:
     if isinstance(node, Gemm) and node.is_async:
         inputs = {node.a.buffer.root, node.b.buffer.root}
         if node.acc.buffer.root is acc:  # in order of themselves where shapes agree
-            return node.atom != gemm.atom or node.acc != gemm.acc
+            is_same = node.acc.buffer is gemm.acc.buffer and node.acc.is_whole and gemm.acc.is_whole
+            return node.atom != gemm.atom or not is_same
         return acc in inputs or node.acc.buffer.root in operands
     held = {b for b in operands if b.scope is Scope.FRAGMENT}
     return bool((reads | writes) & ({acc} | held) or writes & operands)

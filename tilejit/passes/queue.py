@@ -50,7 +50,8 @@ def unevenness(kernel: Kernel) -> Unevenness | None:
     loops = _multiplying(kernel)
     axes: list[int] = []
     rising: list[int] = []
-    for axis in range(len(kernel.grid)):
+    tiled = len(kernel.grid) - (kernel.parts > 1)  # blocks that share a tile have equal parts
+    for axis in range(tiled):
         differing = moving_along(kernel, axis)
         mine = [n for n in loops if any(variables(e) & differing for e in (n.start, n.stop))]
         if mine:

@@ -112,6 +112,7 @@ class _Selector:
     def visit(self, body: Body, *, is_divergent: bool, is_pipelined: bool) -> Body:
         result: list[Node] = []
         for node in body:
+            done = len(result)
             if is_divergent and needs_all_threads(node):
                 raise TraceError(
                     f"{_spelling(node)} needs {self.executing.words}, but it stands in a branch "
@@ -150,6 +151,8 @@ class _Selector:
                             )
                         )
                 result += self.executing.after_branch(node.with_bodies(*inner))
+            if node.schedule is not None:
+                result[done:] = [replace(n, schedule=node.schedule) for n in result[done:]]
         return tuple(result)
 
     def roles(self, node: Roles) -> Node:

@@ -165,7 +165,8 @@ class TileFrame:
             return values
         values = list(values)
         for n, param, size in self.spaces:
-            name = "zeroed" if param.is_zeroed else f"space {n}"
+            # zero before and after, so that kernels may share it, but not one's two parameters
+            name = f"zeroed {n}" if param.is_zeroed else f"space {n}"
             values[n] = workspace(name, size, ordinal, stream, is_zeroed=param.is_zeroed)
         return values
 
