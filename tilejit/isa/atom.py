@@ -21,6 +21,7 @@ class CopyMethod(StrEnum):
     """How a copy moves its bytes."""
 
     REGISTERS = "registers"  # load to registers, cast, store
+    QUADS = "quads"  # between fragments, by the lanes of each quad trading 8-bit elements
     CP_ASYNC = "cp.async"  # global to shared memory, past the registers
     TMA = "tma"  # whole boxes between global and shared memory, by the tensor memory accelerator
 

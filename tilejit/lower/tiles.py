@@ -21,13 +21,25 @@ from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
+from tilejit.isa.mma import WARP
 from tilejit.isa.stmatrix import stmatrix
 from tilejit.layout.boxes import boxes_of
 from tilejit.layout.fragment import FragmentLayout, blocked
 from tilejit.layout.shared import SharedLayout
+from tilejit.layout.trade import quad_trade
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part, total
-from tilejit.lower.quads import LANES, MATRIX, PAIR, ROW, TILES, matrix_strides, tile_stride, trade
+from tilejit.lower.quads import (
+    LANES,
+    MATRIX,
+    PAIR,
+    ROW,
+    TILES,
+    matrix_strides,
+    tile_stride,
+    trade,
+    trade_fours,
+)
 from tilejit.lower.statements import (
     ROUND,
     StatementEmitter,
@@ -46,6 +58,9 @@ class TileEmitter(StatementEmitter):
     def emit_tile(self, node: Node, points: Points) -> None:
         if isinstance(node, Copy) and node.atom and node.atom.method is CopyMethod.CP_ASYNC:
             self.emit_async_copy(node, points)
+            return
+        if isinstance(node, Copy) and node.is_trade:
+            self.emit_trade(node)
             return
         parallel = as_parallel(node)
         if parallel is None:
@@ -253,6 +268,23 @@ class TileEmitter(StatementEmitter):
             if together % ROW:
                 return False
         return self.address(buffer, at).align >= ROW * buffer.dtype.bytes
+
+    # ---- copies between fragments -----------------------------------------------------------
+
+    def emit_trade(self, node: Copy) -> None:
+        """Lanes of quads trade 8-bit elements until each holds what the other layout says."""
+        source, target = node.src.buffer, node.dst.buffer
+        fragments, dtype = self.kernel.fragments, source.dtype
+        pairs = quad_trade(fragments[source], fragments[target])
+        assert pairs, f"{node.src} is not a trade away from {node.dst}"
+        held, result = self.state[source], list(self.state[target])
+        words = [self.m.pack([held[r] for r in before], dtype) for before, _ in pairs]
+        lane = self.value(thread_digit(self.thread, 1, WARP, self.threads))
+        traded = trade_fours(self.m, words, lane)
+        for word, (_, after) in zip(traded, pairs, strict=True):
+            for register, value in zip(after, self.m.unpack(word, dtype), strict=True):
+                result[register] = value
+        self.state[target][:] = result
 
     # ---- asynchronous copies ----------------------------------------------------------------
 

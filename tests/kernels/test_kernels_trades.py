@@ -1,0 +1,132 @@
+"""Products of 8-bit elements that are multiplied again: they stay in registers."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tilejit.language as T
+from tilejit import options, tilejit
+from tilejit.layout.fragment import blocked, register, thread
+from tilejit.layout.trade import before_trade, quad_trade
+
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+KINDS = pytest.mark.parametrize(
+    "dtype, sums", [(E4M3, "float32"), (E5M2, "float32"), (np.int8, "int32"), (np.uint8, "int32")],
+    ids=["e4m3", "e5m2", "s8", "u8"],
+)  # fmt: skip
+TILES = pytest.mark.parametrize("BM, BN, threads", [(64, 32, 128), (128, 96, 256), (128, 160, 128)])
+
+
+@tilejit
+def chain(
+    A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, BM=64, BN=32, threads=128, cap=3
+):  # fmt: skip
+    """C = p @ D.T with p = A @ B.T held between 0 and `cap` and rounded to A's dtype."""
+    M, K = A.shape
+    N, L = B.shape[0], D.shape[0]
+    sums = C.dtype
+    with T.Kernel(T.ceildiv(M, BM), threads=threads) as block:
+        a = T.alloc_shared((BM, K), A.dtype)
+        b = T.alloc_shared((BN, K), A.dtype)
+        d = T.alloc_shared((L, BN), A.dtype)
+        s = T.alloc_fragment((BM, BN), sums)
+        p = T.alloc_fragment((BM, BN), A.dtype)
+        acc = T.alloc_fragment((BM, L), sums)
+        T.copy(A[block * BM, 0], a)
+        T.clear(acc)
+        for step in T.Pipelined(T.ceildiv(N, BN)):
+            T.copy(B[step * BN, 0], b)
+            T.clear(s)
+            T.gemm(a, b, s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+            for i, j in T.Parallel(BM, BN):
+                s[i, j] = T.min(T.max(s[i, j], 0), cap)
+            T.copy(s, p)
+            T.copy(D[0, step * BN], d)
+            T.gemm(p, d, acc, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+        T.copy(acc, C[block * BM, 0])
+
+
+def small(rng, shape, dtype):
+    """Elements whose products and sums every dtype here holds exactly."""
+    low = 0 if np.dtype(dtype).kind == "u" else -1
+    return rng.integers(low, 2, shape).astype(dtype)
+
+
+def compiled(target, dtype, sums, N, **constants):
+    """The kernel for K = 64 and L = 32."""
+    kind = np.dtype(dtype).name
+    shapes = [(70, 64), (N, 64), (32, N)]
+    specs = [T.Tensor(shape, kind) for shape in shapes]
+    return chain.compile(*specs, T.Tensor((70, 32), sums), target=target, **constants)
+
+
+@KINDS
+@TILES
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a"])
+def test_products_of_products_are_right(run, rng, dtype, sums, BM, BN, threads, target, executor):
+    if executor == "gpu" and target != "sm_90a":
+        pytest.skip("needs that chip")
+    M, N = 70, 2 * BN + 16
+    a, b, d = (small(rng, shape, dtype) for shape in ((M, 64), (N, 64), (32, N)))
+    with options(target=target):
+        c = run(chain, a, b, d, out=[((M, 32), sums)], BM=BM, BN=BN, threads=threads)
+    wide = [x.astype(np.int64) for x in (a, b, d)]
+    p = np.clip(wide[0] @ wide[1].T, 0, 3)
+    assert (c.astype(np.int64) == p @ wide[2].T).all()
+
+
+@KINDS
+@TILES
+def test_products_stay_in_registers(dtype, sums, BM, BN, threads):
+    for target in ("sm_89", "sm_90a"):
+        kernel = compiled(target, dtype, sums, 2 * BN + 16, BM=BM, BN=BN, threads=threads)
+        text = kernel.explain()
+        assert "fragment p goes through shared memory" not in text
+        assert kernel.resources.spill_bytes == kernel.resources.stack_bytes == 0
+        assert "C75" not in kernel.kernels[0].compiled.log
+
+
+def test_what_lies_in_other_lanes_is_traded_by_two_shuffles_for_two_words():
+    kernel = compiled("sm_89", E4M3, "float32", 64, BM=64, BN=64, threads=128)
+    assert "fragment p: lanes of quads trade elements to be the left operand" in kernel.explain()
+    words = 64 * 64 // 128 // 4
+    assert kernel.ptx.count("shfl.sync.idx") in (words, words + 1)
+    assert kernel.ptx.count("prmt.b32") == 2 * words
+    assert kernel.ptx.count("cvt.rn.satfinite.e4m3x2.f32") == 2 * words
+
+
+def layouts(extent):
+    """Rows of `extent` columns, over a warp: pairs of 8 columns a quad, and fours of 16."""
+    rows = (register(2, 4), thread(8, 4))
+    fours = (register(extent // 16, 8), thread(4, 1), register(4, 1))
+    pairs = (register(extent // 8, 4), thread(4, 1), register(2, 1))
+    twos = (register(2, 2), thread(8, 4))
+    make = type(blocked((8,), 8))
+    return make((16, extent), (twos, pairs), 32), make((16, extent), (rows, fours), 32)
+
+
+@pytest.mark.parametrize("extent", [16, 48, 64])
+def test_a_trade_brings_every_element_of_a_row(extent):
+    held, wanted = layouts(extent)
+    assert not held.same_places(wanted)
+    words = quad_trade(held, wanted)
+    assert sorted(r for before, _ in words for r in before) == list(range(held.registers))
+    assert sorted(r for _, after in words for r in after) == list(range(wanted.registers))
+    for lane in range(32):
+        quad = [lane - lane % 4 + n for n in range(4)]
+        for before, after in words:
+            there = {held.coordinates(t, r) for t in quad for r in before}
+            assert {wanted.coordinates(lane, r) for r in after} <= there
+    numbered = before_trade(wanted)
+    assert numbered is not None and numbered.same_places(held)
+    assert all(before == after for before, after in quad_trade(numbered, wanted))
+
+
+def test_other_layouts_are_no_trade_apart():
+    held, wanted = layouts(32)
+    assert not quad_trade(held, held) and not quad_trade(wanted, held)
+    assert not quad_trade(held, blocked((16, 32), 32, 4))
+    assert before_trade(blocked((16, 32), 32, 4)) is None
+    assert before_trade(held) is None
