@@ -54,10 +54,10 @@ def small(rng, shape, dtype):
     return rng.integers(low, 2, shape).astype(dtype)
 
 
-def compiled(target, dtype, sums, N, **constants):
-    """The kernel for K = 64 and L = 32."""
+def compiled(target, dtype, sums, N, pad=0, **constants):
+    """The kernel for K = 64 and L = 32. pad: columns more in D, which nothing uses."""
     kind = np.dtype(dtype).name
-    shapes = [(70, 64), (N, 64), (32, N)]
+    shapes = [(70, 64), (N, 64), (32, N + pad)]
     specs = [T.Tensor(shape, kind) for shape in shapes]
     return chain.compile(*specs, T.Tensor((70, 32), sums), target=target, **constants)
 
@@ -65,16 +65,21 @@ def compiled(target, dtype, sums, N, **constants):
 @KINDS
 @TILES
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a"])
-def test_products_of_products_are_right(run, rng, dtype, sums, BM, BN, threads, target, executor):
+@pytest.mark.parametrize("spare", [0, 5])
+def test_products_of_products_are_right(
+    run, rng, dtype, sums, BM, BN, threads, target, spare, executor
+):
     if executor == "gpu" and target != "sm_90a":
         pytest.skip("needs that chip")
+    """Also where rows of the first right operand are no whole fours."""
     M, N = 70, 2 * BN + 16
-    a, b, d = (small(rng, shape, dtype) for shape in ((M, 64), (N, 64), (32, N)))
+    a, b, d = (small(rng, shape, dtype) for shape in ((M, 64), (N - spare, 64), (32, N)))
+    d[:, N - spare :] = 0
     with options(target=target):
         c = run(chain, a, b, d, out=[((M, 32), sums)], BM=BM, BN=BN, threads=threads)
     wide = [x.astype(np.int64) for x in (a, b, d)]
     p = np.clip(wide[0] @ wide[1].T, 0, 3)
-    assert (c.astype(np.int64) == p @ wide[2].T).all()
+    assert (c.astype(np.int64) == p @ wide[2][:, : N - spare].T).all()
 
 
 @KINDS
@@ -130,3 +135,115 @@ def test_other_layouts_are_no_trade_apart():
     assert not quad_trade(held, blocked((16, 32), 32, 4))
     assert before_trade(blocked((16, 32), 32, 4)) is None
     assert before_trade(held) is None
+
+
+# ---- products made in the order that the next multiply takes ------------------------------------
+
+HALVED = "b: two of every four rows in each half, so that s lies as the next multiply takes it"
+
+
+@pytest.mark.parametrize("N, is_halved", [(144, True), (140, True), (142, False)])
+def test_boxes_bring_rows_in_order_where_they_can(N, is_halved):
+    kernel = compiled("sm_90a", E4M3, "float32", N, BN=64, pad=-N % 16)
+    assert (HALVED in kernel.explain()) == is_halved
+    assert ("lanes of quads trade" in kernel.explain()) != is_halved
+    assert ("prmt.b32" in kernel.ptx) != is_halved
+    assert ("tensor.3d" in kernel.ptx) == is_halved  # fours and pairs of rows are dimensions
+
+
+def test_a_dynamic_number_of_rows_counts_by_what_is_promised():
+    keys = T.dynamic("keys")
+    shapes = [(70, 64), (4 * keys, 64), (32, 16 * keys)]
+    specs = [T.Tensor(shape, "float8_e4m3fn") for shape in shapes]
+    kernel = chain.compile(*specs, T.Tensor((70, 32), "float32"), target="sm_90a")
+    assert HALVED in kernel.explain()
+
+
+@tilejit
+def twice(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, S: T.Tensor, *, extra="", BN=64):
+    """C = p @ D.T with p = A @ B.T, which is stored as well; `extra` uses B otherwise too."""
+    M, K, L = A.shape[0], A.shape[1], D.shape[0]
+    with T.Kernel(1, threads=128):
+        a = T.alloc_shared((M, K), A.dtype)
+        b = T.alloc_shared((BN, K), A.dtype)
+        d = T.alloc_shared((L, BN), A.dtype)
+        s = T.alloc_fragment((M, BN), "float32")
+        p = T.alloc_fragment((M, BN), A.dtype)
+        acc = T.alloc_fragment((M, L), "float32")
+        T.copy(A, a)
+        T.clear(acc)
+        for step in T.Pipelined(B.shape[0] // BN):
+            T.copy(B[step * BN, 0], b)
+            T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+            if extra == "read":
+                for i, j in T.Parallel(M, BN):
+                    s[i, j] += T.cast(b[j, 0], "float32")
+            if extra == "added":
+                T.gemm(a, b, s, transpose_B=True)
+            T.copy(s, S[0, step * BN])
+            T.copy(s, p)
+            T.copy(D[0, step * BN], d)
+            T.gemm(p, d, acc, transpose_B=True)
+        T.copy(acc, C)
+
+
+@pytest.mark.parametrize("extra, is_halved", [("", True), ("added", True), ("read", False)])
+def test_a_product_that_is_used_otherwise_is_right(hopper, rng, extra, is_halved):
+    a, b, d = (small(rng, shape, E4M3) for shape in ((64, 32), (128, 32), (32, 128)))
+    a[:, 6:] = 0  # sums that have four bits
+    out = [((64, 32), "float32"), ((64, 128), "float32")]
+    c, s = hopper(twice, a, b, d, out=out, extra=extra)
+    p = a.astype(np.float64) @ b.astype(np.float64).T
+    p = {"": p, "added": 2 * p, "read": p + b[:, 0].astype(np.float64)}[extra]
+    assert (s == p).all() and (c == p @ d.astype(np.float64).T).all()
+    specs = [T.Tensor(x.shape, "float8_e4m3fn") for x in (a, b, d)]
+    specs += [T.Tensor(shape, dtype) for shape, dtype in out]
+    assert (HALVED in twice.compile(*specs, target="sm_90a", extra=extra).explain()) == is_halved
+
+
+@tilejit
+def together(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, blocks=2, mask=3, BN=64):
+    """C = (A @ B.T) @ D.T, the blocks of a cluster bringing B for each other."""
+    BM, K, L = 64, A.shape[1], D.shape[0]
+    with T.Kernel(A.shape[0] // BM, threads=128, cluster=blocks) as block:
+        a = T.alloc_shared((BM, K), A.dtype)
+        b = T.alloc_shared((BN, K), A.dtype)
+        d = T.alloc_shared((L, BN), A.dtype)
+        s = T.alloc_fragment((BM, BN), "float32")
+        p = T.alloc_fragment((BM, BN), A.dtype)
+        acc = T.alloc_fragment((BM, L), "float32")
+        there = T.alloc_cluster_barrier(1)
+        free = T.alloc_cluster_barrier(blocks)
+        T.copy(A[block * BM, 0], a)
+        T.clear(acc)
+        for k in range(B.shape[0] // BN):
+            if T.shuffle_elect(0):
+                T.mbarrier_wait_parity(free, (k & 1) ^ 1)
+                T.tma_copy(B[k * BN, 0], b, barrier=there, cluster_mask=mask)
+                T.mbarrier_arrive(there)
+            T.mbarrier_wait_parity(there, k & 1)
+            T.copy(D[0, k * BN], d)
+            T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+            T.copy(s, p)
+            T.gemm(p, d, acc, transpose_B=True)
+            T.sync_threads()
+            if T.get_thread_binding() < blocks:
+                T.mbarrier_arrive(free, cta_id=T.get_thread_binding())
+        T.cluster_sync()
+        T.copy(acc, C[block * BM, 0])
+
+
+@pytest.mark.parametrize("K", [64, 256])  # parts of rows, parts of columns
+@pytest.mark.parametrize("blocks, mask", [(2, 0b11), (4, 0b1111), (4, 0b0101)])
+def test_blocks_of_a_cluster_bring_rows_in_order(hopper, rng, blocks, mask, K):
+    rows = 64 * blocks
+    a, b, d = (small(rng, shape, E4M3) for shape in ((rows, K), (128, K), (32, 128)))
+    a[:, 8:] = 0
+    c = hopper(together, a, b, d, out=[((rows, 32), "float32")], blocks=blocks, mask=mask)
+    wide = [x.astype(np.float64) for x in (a, b, d)]
+    assert (c == wide[0] @ wide[1].T @ wide[2].T).all()
+    specs = [T.Tensor(x.shape, "float8_e4m3fn") for x in (a, b, d)]
+    kernel = together.compile(
+        *specs, T.Tensor((rows, 32), "float32"), target="sm_90a", blocks=blocks, mask=mask
+    )
+    assert HALVED in kernel.explain()

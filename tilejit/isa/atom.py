@@ -83,6 +83,8 @@ class WgmmaAtom:
     """How a tile multiply is done by `groups_m` x `groups_n` warpgroups.
 
     rows, columns: instructions along m and n that each of them issues.
+    halved: the tile of B is stored in halves (`layout.shared`), and the product has its columns in
+        the order that this makes of them.
     """
 
     wgmma: WgmmaInstruction
@@ -90,6 +92,7 @@ class WgmmaAtom:
     groups_n: int
     rows: int
     columns: int
+    halved: bool = False
 
     @property
     def is_async(self) -> bool:

@@ -28,7 +28,7 @@ from tilejit.layout.fragment import FragmentLayout, blocked
 from tilejit.layout.shared import SharedLayout
 from tilejit.layout.trade import quad_trade
 from tilejit.lower.emit import Point, Points
-from tilejit.lower.index import coordinates, thread_digit, thread_part, total
+from tilejit.lower.index import coordinates, split, thread_digit, thread_part, total
 from tilejit.lower.quads import (
     LANES,
     MATRIX,
@@ -369,7 +369,8 @@ class TileEmitter(StatementEmitter):
 def box_places(
     layout: SharedLayout, outer: Region, inner: Region, blocks: int, rank: Expr
 ) -> Iterator[tuple[list[Expr], list[Expr]]]:
-    """Where the boxes of a region begin: the index in the tensor, and in the shared tile.
+    """Where the boxes of a region begin: the index in the tensor, whose rows are fours and pairs of
+    one where the tile is stored in halves, and in the shared tile.
 
     blocks, rank: of the blocks of a cluster that share the work, each taking its part.
     """
@@ -393,10 +394,19 @@ def box_places(
                 if len(kept) > 1:
                     offsets.append(arith("add", row_share, row))
                 offsets.append(arith("add", column_share, column))
+                half: Expr = index(0)
+                if layout.halved:  # the offset counts rows as they are stored
+                    half, pair = split(offsets[-2], layout.rows // 2)
+                    offsets[-2] = arith("mul", pair, 2)
                 outside, inside = list(outer.starts), list(inner.starts)
                 for (out, chip), offset in zip(kept, offsets, strict=True):
                     outside[out] = arith("add", outside[out], offset)
                     inside[chip] = arith("add", inside[chip], offset)
+                if layout.halved:
+                    row, stored = kept[-2]
+                    second = arith("mul", half, 2)
+                    inside[stored] = arith("add", inside[stored], second)
+                    outside[row : row + 1] = [arith("floordiv", outside[row], 4), second]
                 yield outside, inside
 
 

@@ -525,11 +525,13 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
     operands: set[Buffer] = set()
     panels: set[Buffer] = set()
     boxed: set[Buffer] = set()
+    halved: set[Buffer] = set()
     for node in walk(kernel.body):
         if isinstance(node, Gemm):
             operands |= {node.a.buffer, node.b.buffer}
             if isinstance(node.atom, WgmmaAtom):
                 panels |= {node.a.buffer, node.b.buffer}
+                halved |= {node.b.buffer} if node.atom.halved else set()
         elif isinstance(node, Copy) and node.is_tma:
             boxed |= {node.src.buffer, node.dst.buffer}
     viewed = {b.root for b in kernel.buffers if b.is_view}
@@ -546,7 +548,8 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
             tile_align = BOX_ALIGN if buffer in panels | boxed else 1
             result[buffer] = replace(kernel.given.layouts[buffer].layout, tile_align=tile_align)
         elif buffer in panels:
-            result[buffer] = warpgroup_layout(shape, buffer.dtype)
+            layout = warpgroup_layout(shape, buffer.dtype)
+            result[buffer] = replace(layout, halved=buffer in halved)
         elif buffer in boxed:
             result[buffer] = boxed_layout(shape, itemsize)
         elif buffer in operands and buffer not in viewed and len(shape) >= 2:
