@@ -233,7 +233,7 @@ def together(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, blocks=2, ma
         T.copy(acc, C[block * BM, 0])
 
 
-@pytest.mark.parametrize("K", [64, 256])  # parts of rows, parts of columns
+@pytest.mark.parametrize("K", [64, 128, 256, 512])  # parts of rows, parts of columns
 @pytest.mark.parametrize("blocks, mask", [(2, 0b11), (4, 0b1111), (4, 0b0101)])
 def test_blocks_of_a_cluster_bring_rows_in_order(hopper, rng, blocks, mask, K):
     rows = 64 * blocks

@@ -403,10 +403,10 @@ def box_places(
                     outside[out] = arith("add", outside[out], offset)
                     inside[chip] = arith("add", inside[chip], offset)
                 if layout.halved:
-                    row, stored = kept[-2]
+                    out, chip = kept[-2]
                     second = arith("mul", half, 2)
-                    inside[stored] = arith("add", inside[stored], second)
-                    outside[row : row + 1] = [arith("floordiv", outside[row], 4), second]
+                    inside[chip] = arith("add", inside[chip], second)
+                    outside[out : out + 1] = [arith("floordiv", outside[out], 4), second]
                 yield outside, inside
 
 
