@@ -97,8 +97,11 @@ def attention(
         T.copy(total, LSE[z, head, block * BM])
 
 
-def exact(q, k, v, is_causal=False, window=None, softcap=None, weight_dtype=np.float64):
-    """The same in float64: O and LSE. weight_dtype: what the weights are rounded to."""
+def exact(
+    q, k, v, is_causal=False, window=None, softcap=None, weight_dtype=np.float64, weight_scale=1.0
+):  # fmt: skip
+    """The same in float64: O and LSE. weight_dtype: what the weights times weight_scale are
+    rounded to."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
@@ -118,7 +121,7 @@ def exact(q, k, v, is_causal=False, window=None, softcap=None, weight_dtype=np.f
         weights = np.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         lse = np.log(total) + top
-    weights = weights.astype(weight_dtype).astype(np.float64)
+    weights = (weights * weight_scale).astype(weight_dtype).astype(np.float64) / weight_scale
     return weights @ v / np.maximum(total, 1e-300), np.where(total > 0, lse, -np.inf)[..., 0]
 
 

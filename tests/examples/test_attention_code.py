@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import re
-import shutil
 
 import attention
 import pytest
+from machine_code import has_disassembler, main_loop
 
 import tilejit.language as T
 from tilejit.ir.node import If, Parallel, walk
@@ -22,39 +21,12 @@ def compiled(target="sm_90a", S=4096, **options):
     return attention.attention.compile(tile, tile, tile, tile, rows, target=target, **options)
 
 
-def main_loop(sass: str) -> dict[str, int]:
-    """How often each instruction is in the shortest loop with the multiplies of both products."""
-    lines = re.findall(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
-    labels, found = dict[str, int](), list[str]()
-    for label, text in lines:
-        if label:
-            labels[label] = len(found)
-        else:
-            found.append(re.sub(r"^@!?U?P\d+ ", "", text).strip())
-    bodies = []
-    for end, text in enumerate(found):
-        jump = re.match(r"BRA.*`\((\.L_x_\d+)\)", text)
-        if jump and labels[jump[1]] <= end:
-            bodies.append(found[labels[jump[1]] : end + 1])
-    both = [b for b in bodies if sum(text.startswith("HGMMA") for text in b) >= 2 * D // 16]
-    names = [text.split()[0].split(".") for text in min(both, key=len)]
-    return collections.Counter(".".join(parts[: 2 if parts[0] == "MUFU" else 1]) for parts in names)
-
-
-def has_disassembler() -> bool:
-    if shutil.which("nvdisasm"):
-        return True
-    from cuda import pathfinder
-
-    return pathfinder.find_nvidia_binary_utility("nvdisasm") is not None
-
-
 @pytest.mark.skipif(not has_disassembler(), reason="needs nvdisasm")
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_score_costs_as_much_as_by_hand(is_causal):
     """One multiply-add, exponential, maximum and addition, half a conversion, and the rescaling of
     an element of the result; for rows a few more. A mask that depends on the tile is there once."""
-    counts = main_loop(compiled(is_causal=is_causal).sass)
+    counts = main_loop(compiled(is_causal=is_causal).sass, "HGMMA", 2 * D // 16)
     rows = 8
     for name in ("FFMA", "MUFU.EX2", "FMNMX", "FADD", "FMUL"):
         assert SCORES <= counts[name] <= SCORES + rows, (name, counts[name])

@@ -298,6 +298,14 @@ def test_a_shuffle_on_the_gpu_is_what_it_means(mode, execute, make_lanes):
     assert np.array_equal(execute(instruction, [value, operand])[0], meant)
 
 
+def test_a_permutation_on_the_gpu_is_what_it_means(execute):
+    rng = np.random.default_rng(0)
+    words = [rng.integers(0, 1 << 32, LANES, dtype=np.uint32) for _ in range(2)]
+    selector = rng.integers(0, 1 << 16, LANES, dtype=np.uint32) & np.uint32(0x7777)
+    (meant,) = special.PERMUTE.meaning(None, [*words, selector])
+    assert np.array_equal(execute(special.PERMUTE, [*words, selector])[0], meant)
+
+
 # --- bulk copies ----------------------------------------------------------------------------------
 
 KINDS = {

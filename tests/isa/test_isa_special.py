@@ -144,3 +144,12 @@ def test_shuffles_stay_within_their_warp(make_lanes):
     assert np.array_equal(other, value.reshape(-1, 2, 16)[:, ::-1].ravel())
     with pytest.raises(AssertionError, match="shuffle up"):
         special.shuffle("up")
+
+
+def test_a_permutation_takes_bytes_by_number():
+    low, high = np.array([0x33221100], np.uint32), np.array([0x77665544], np.uint32)
+    for selector in (0x3210, 0x7654, 0x5410, 0x7632, 0x0123, 0x7070):
+        (word,) = special.PERMUTE.meaning(None, [low, high, np.uint32(selector)])
+        digits = [selector >> 4 * n & 7 for n in range(4)]
+        assert word.tolist() == [sum(0x11 * digit << 8 * n for n, digit in enumerate(digits))]
+        assert word.dtype == np.uint32

@@ -16,6 +16,7 @@ from tilejit.isa.mma import fragment_acc as mma_fragment_acc
 from tilejit.isa.wgmma import find_wgmma, fragment_a, fragment_acc, tile_a, tile_acc, wait_group
 from tilejit.isa.wgmma_fragments import WGMMA
 from tilejit.isa.wgmma_operands import operand_chunks
+from tilejit.layout.shared import SharedLayout
 from tilejit.target import TARGETS
 
 HOPPER = TARGETS["sm_90a"]
@@ -125,6 +126,22 @@ def test_a_tile_gives_each_warpgroup_a_contiguous_part_and_instructions_n_before
 
 
 # --- descriptors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("n", [32, 96, 256])
+def test_a_product_of_halves_is_held_as_an_8_bit_left_operand(n, groups):
+    """Column c of the instruction's result is what stored row c of the operand makes."""
+    one = find((E4M3, E4M3, F32), n)
+    plain = tile_acc(one, 64 * groups, n, groups, 1)
+    halved = tile_acc(one, 64 * groups, n, groups, 1, halved=True)
+    assert halved.same_places(tile_a(one, 64 * groups, n, groups, 1))
+    stored = SharedLayout((n, 32), 1, halved=True).stored_row(np.arange(n))
+    threads = np.arange(128 * groups)
+    for r in range(plain.registers):
+        row, column = halved.coordinates(threads, r)
+        assert np.array_equal(plain.coordinates(threads, r)[0], row)
+        assert np.array_equal(plain.coordinates(threads, r)[1], stored[column])
 
 
 def test_a_descriptor_has_its_fields_where_the_ptx_isa_says():

@@ -24,8 +24,10 @@ def layouts(draw):
     columns = panel * draw(st.integers(1, 3))
     pitch = 0 if swizzle > 1 else panel + draw(st.integers(0, 9))
     lead = draw(st.lists(st.integers(1, 3), max_size=2))
-    shape = (*lead, draw(st.integers(1, 20)), columns)
-    return SharedLayout(shape, itemsize, panel=panel, pitch=pitch, swizzle=swizzle)
+    halved = draw(st.booleans())
+    rows = draw(st.integers(1, 20)) * (4 if halved else 1)
+    shape = (*lead, rows, columns)
+    return SharedLayout(shape, itemsize, panel=panel, pitch=pitch, swizzle=swizzle, halved=halved)
 
 
 @quick
@@ -186,3 +188,12 @@ def test_conflict_ways_counts_words_of_the_busiest_bank(addresses, width, ways):
 def test_conflict_ways_of_an_impossible_width_is_our_error():
     with pytest.raises(AssertionError, match="no access is 12 bytes wide"):
         conflict_ways(np.arange(4), 12)
+
+
+def test_halves_hold_two_of_every_four_rows():
+    layout = SharedLayout((2, 12, 16), 1, halved=True)
+    rows = layout.offset((1, np.arange(12), 0)) // 16
+    assert (rows - 12).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    assert str(layout) == "rows, two of four in each half"
+    with pytest.raises(AssertionError):
+        SharedLayout((6, 16), 1, halved=True)

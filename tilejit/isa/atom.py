@@ -21,6 +21,7 @@ class CopyMethod(StrEnum):
     """How a copy moves its bytes."""
 
     REGISTERS = "registers"  # load to registers, cast, store
+    QUADS = "quads"  # between fragments, by the lanes of each quad trading 8-bit elements
     CP_ASYNC = "cp.async"  # global to shared memory, past the registers
     TMA = "tma"  # whole boxes between global and shared memory, by the tensor memory accelerator
 
@@ -82,6 +83,8 @@ class WgmmaAtom:
     """How a tile multiply is done by `groups_m` x `groups_n` warpgroups.
 
     rows, columns: instructions along m and n that each of them issues.
+    halved: the tile of B is stored in halves (`layout.shared`), and the product has its columns in
+        the order that this makes of them.
     """
 
     wgmma: WgmmaInstruction
@@ -89,6 +92,7 @@ class WgmmaAtom:
     groups_n: int
     rows: int
     columns: int
+    halved: bool = False
 
     @property
     def is_async(self) -> bool:

@@ -254,3 +254,25 @@ def shuffle(mode: str) -> Instruction:
         inputs=(dtypes.uint32, dtypes.uint32),
         meaning=meaning,
     )
+
+
+def _permuted(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+    low, high, selector = (np.asarray(x, np.uint64) for x in inputs)
+    both = low | high << np.uint64(32)
+    result = np.zeros(np.broadcast_shapes(both.shape, selector.shape), np.uint64)
+    for byte in range(4):
+        chosen = selector >> np.uint64(4 * byte) & np.uint64(7)
+        result = result | (both >> chosen * np.uint64(8) & np.uint64(255)) << np.uint64(8 * byte)
+    return (result.astype(np.uint32),)
+
+
+# Any four of the eight bytes of two words: each digit of the third input, lowest first, is the
+# number of one; without the digits' top bits, which would repeat signs (PTX ISA, "prmt").
+PERMUTE = Instruction(
+    name="prmt.b32",
+    ptx="prmt.b32 $d0, $a0, $a1, $a2;",
+    outputs=(dtypes.uint32,),
+    inputs=(dtypes.uint32, dtypes.uint32, dtypes.uint32),
+    meaning=_permuted,
+    has_effect=False,
+)

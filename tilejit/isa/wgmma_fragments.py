@@ -95,11 +95,18 @@ def fragment_a(one: WgmmaInstruction) -> FragmentLayout:
     return FragmentLayout((one.m, one.k), (rows, _used(columns)), WARPGROUP)
 
 
-def tile_acc(one: WgmmaInstruction, m: int, n: int, groups_m: int, groups_n: int) -> FragmentLayout:
+def tile_acc(
+    one: WgmmaInstruction, m: int, n: int, groups_m: int, groups_n: int, *, halved: bool = False
+) -> FragmentLayout:
     """The (m, n) accumulator of groups_m x groups_n warpgroups, each holding a contiguous tile.
 
     Warpgroup `gm * groups_n + gn` holds tile (gm, gn). Registers: those of one instruction, then
     the instructions along n, then those along m.
+
+    halved: of one instruction along n whose operand B is stored with the first two of every four
+    rows in its first half and the others in its second. Its pairs of columns 2q and 2q + 1 of 8 are
+    then the columns 4q and 4q + 1 of 16, or 4q + 2 and 4q + 3, and a lane has fours of neighbours,
+    as `fragment_a` of 8-bit elements.
     """
     part = fragment_acc(one)
     repeat_m, repeat_n = _repeats(m, one.m * groups_m), _repeats(n, one.n * groups_n)
@@ -109,6 +116,10 @@ def tile_acc(one: WgmmaInstruction, m: int, n: int, groups_m: int, groups_n: int
         *part.dims[0],
     )
     columns = (thread(groups_n, WARPGROUP), register(repeat_n, part.registers), *part.dims[1])
+    if halved:
+        assert groups_n * repeat_n == 1 and n % 16 == 0, f"{one} for {n} columns in halves"
+        half = part.registers // 2
+        columns = (register(n // 16, 4), thread(4, 1), register(2, half), register(2, 1))
     threads = WARPGROUP * groups_m * groups_n
     return FragmentLayout((m, n), (_used(rows), _used(columns)), threads)
 

@@ -5,6 +5,7 @@ Pure index maths of panels, rows and swizzles. Does not know tensors or instruct
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from tilejit.layout.shared import SharedLayout
@@ -66,6 +67,9 @@ def boxes_of(layout: SharedLayout, extents: tuple[int, ...], blocks: int = 1) ->
     """The boxes for a region of a tile laid out so, by each of `blocks` blocks of a cluster; None
     when it cannot be cut into boxes, or not among them."""
     rows = extents[-2] if len(extents) > 1 else 1
+    if layout.halved and rows != layout.rows:
+        return None
+    longest = rows // 2 if layout.halved else rows  # what a box must divide
     panels = layout.columns // layout.panel
     box_rows: int | None
     box_columns: int | None = layout.panel
@@ -73,15 +77,14 @@ def boxes_of(layout: SharedLayout, extents: tuple[int, ...], blocks: int = 1) ->
         wide = _divisor(layout.panel, BOX_ALIGN // layout.itemsize)
         box_columns = wide if rows == 1 else None
     share = ""
-    if blocks == 1:
-        box_rows = rows if rows <= MAX_EXTENT else _divisor(rows, SWIZZLE_ROWS)
-    elif panels % blocks == 0:
-        share = "columns"
-        box_rows = rows if rows <= MAX_EXTENT else _divisor(rows, SWIZZLE_ROWS)
+    if blocks == 1 or panels % blocks == 0:
+        share = "columns" if blocks > 1 else ""
+        box_rows = longest if longest <= MAX_EXTENT else _divisor(longest, SWIZZLE_ROWS)
     else:
         share = "rows"
         whole = rows % (blocks * SWIZZLE_ROWS) == 0
-        box_rows = _divisor(rows // blocks, SWIZZLE_ROWS) if whole else None
+        part = math.gcd(rows // blocks, longest)
+        box_rows = _divisor(part, SWIZZLE_ROWS) if whole else None
     if box_rows is None or box_columns is None:
         return None
     return Boxes(rows, layout.columns, box_rows, box_columns, share, blocks)

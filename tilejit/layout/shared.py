@@ -22,6 +22,8 @@ class SharedLayout:
     the row number modulo `swizzle` (1, 2, 4 or 8), as the hardware's 32-, 64- and 128-byte
     swizzles do for rows of 32, 64 and 128 bytes (PTX ISA, "Swizzling modes").
 
+    halved: of every four rows the first two are stored in the first half of the tile, the others in
+        the second: a product with such columns is held by fours of a lane (`isa.wgmma.tile_acc`).
     tile_align: bytes that a whole tile's size is rounded up to a multiple of.
     strides: explicit strides in elements instead of all this (views given by the user).
     """
@@ -33,6 +35,7 @@ class SharedLayout:
     swizzle: int = 1
     strides: tuple[int, ...] | None = None
     tile_align: int = 1
+    halved: bool = False
 
     def __post_init__(self) -> None:
         if not self.panel:
@@ -43,6 +46,7 @@ class SharedLayout:
         assert self.columns % self.panel == 0, f"panel {self.panel} of {self.columns}"
         assert self.pitch >= self.panel, f"pitch {self.pitch} is below panel {self.panel}"
         assert self.swizzle in (1, 2, 4, 8), f"swizzle {self.swizzle}"
+        assert not self.halved or (self.strides is None and self.rows % 4 == 0)
         assert self.swizzle == 1 or (
             self.panel * self.itemsize % (16 * self.swizzle) == 0 and self.pitch == self.panel
         ), f"a row of {self.panel} elements is no multiple of swizzle {self.swizzle}"
@@ -81,7 +85,8 @@ class SharedLayout:
     @property
     def is_linear(self) -> bool:
         """True when the offset is a plain sum of index times stride."""
-        return self.strides is not None or (self.swizzle == 1 and self.panel == self.columns)
+        is_plain = self.swizzle == 1 and self.panel == self.columns and not self.halved
+        return self.strides is not None or is_plain
 
     @property
     def has_wide_rows(self) -> bool:
@@ -104,12 +109,18 @@ class SharedLayout:
             step *= extent
         return tuple(reversed(strides))
 
+    def stored_row(self, row: Any) -> Any:
+        """Where in its tile a row is stored, counted in rows; an int or an array of them."""
+        if not self.halved:
+            return row
+        return row // 4 * 2 + row % 2 + row % 4 // 2 * (self.rows // 2)
+
     def offset(self, index: tuple[Any, ...]) -> Any:
         """Byte offset of an element; `index` holds ints or integer arrays."""
         if self.is_linear:
             strides = self.linear_strides
             return sum(i * s for i, s in zip(index, strides, strict=True)) * self.itemsize
-        row = index[-2] if len(index) > 1 else 0
+        row = self.stored_row(index[-2]) if len(index) > 1 else 0
         column = index[-1]
         lead: Any = 0
         for i, extent in zip(index[:-2], self.shape[:-2], strict=True):
@@ -131,6 +142,8 @@ class SharedLayout:
             parts.append(f"panels of {self.panel}")
         if self.pitch != self.panel:
             parts.append(f"pitch {self.pitch}")
+        if self.halved:
+            parts.append("two of four in each half")
         if self.swizzle > 1:
             parts.append(f"{16 * self.swizzle}-byte swizzle")
         return ", ".join(parts)

@@ -104,7 +104,7 @@ def shared_offset(layout: SharedLayout, at: Sequence[Expr]) -> Expr:
         for i, stride in zip(at, layout.linear_strides, strict=True):
             elements = arith("add", elements, arith("mul", i, stride))
         return arith("mul", elements, layout.itemsize)
-    row = at[-2] if len(at) > 1 else index(0)
+    row = _stored_row(layout, at[-2]) if len(at) > 1 else index(0)
     panel, column = split(at[-1], layout.panel)
     lead: Expr = index(0)
     for i, extent in zip(at[:-2], layout.shape[:-2], strict=True):
@@ -119,6 +119,16 @@ def shared_offset(layout: SharedLayout, at: Sequence[Expr]) -> Expr:
     result = arith("add", result, arith("mul", panel, layout.rows * layout.pitch * layout.itemsize))
     result = arith("add", result, arith("mul", row, layout.pitch * layout.itemsize))
     return arith("add", result, within)
+
+
+def _stored_row(layout: SharedLayout, row: Expr) -> Expr:
+    """Where in its tile a row is stored, counted in rows."""
+    if not layout.halved:
+        return row
+    four, within = split(row, 4)
+    half, second = split(within, 2)
+    first = arith("add", arith("mul", half, layout.rows // 2), arith("mul", four, 2))
+    return arith("add", first, second)
 
 
 def global_offset(buffer: Buffer, at: Sequence[Expr]) -> Expr:

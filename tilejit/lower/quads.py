@@ -1,4 +1,5 @@
-"""Wide stores of accumulators: lanes of a quad trade words until each holds 16 neighbouring bytes.
+"""Lanes of a quad trade the words of accumulators: for wide stores until each holds 16 neighbouring
+bytes, for 8-bit operands until each holds four neighbours.
 
 Matrix instructions leave two neighbouring elements of a row in each of four lanes (PTX ISA, "Matrix
 fragments for mma"). Stored as they are, 16-bit elements fill half of a 32-byte sector an access.
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from tilejit.dtypes import DType, int32, uint32
 from tilejit.isa.machine import Machine, Value
-from tilejit.isa.special import shuffle
+from tilejit.isa.special import PERMUTE, shuffle
 from tilejit.layout.fragment import REGISTER, THREAD, FragmentLayout
 
 LANES = 4  # of a quad
@@ -77,3 +78,47 @@ def trade_pair(
     lower = [m.select(is_upper, r, k) for r, k in zip(received, kept, strict=True)]
     upper = [m.select(is_upper, k, r) for r, k in zip(received, kept, strict=True)]
     return lower + upper
+
+
+# Selectors of prmt: the low halves of two words, the high ones, and both with the second word first
+LOW, HIGH, LOW_TURNED, HIGH_TURNED = 0x5410, 0x7632, 0x1054, 0x3276
+
+
+def trade_fours(m: Machine, words: Sequence[Value], lane: Value) -> list[Value]:
+    """Each word's four 8-bit elements of 16 that are neighbours, four times the lane's number in
+    its quad from the first.
+
+    words: the elements 2q, 2q + 1, 2q + 8, 2q + 9 of 16, q being the number; lane: in the warp,
+    int32.
+
+    Lane q takes the low halves (q < 2) or the high ones of lanes 2q % 4 and 2q % 4 + 1. Of two
+    words at once a lane sends the low halves together and the high ones together, even and odd
+    lanes in turn, so that every shuffle brings every lane a word.
+    """
+
+    def number(op: str, a: Value, constant: int) -> Value:
+        return m.binary(op, a, m.const(constant, int32), int32)
+
+    def chosen(is_first: Value, first: int, second: int) -> Value:
+        return m.select(is_first, m.const(first, uint32), m.const(second, uint32))
+
+    is_even = m.binary("eq", number("and", lane, 1), m.const(0, int32), int32)
+    is_low = m.binary("eq", number("and", lane, 2), m.const(0, int32), int32)
+    quad, second = number("and", lane, -LANES), number("shl", number("and", lane, 1), 1)
+    even = m.binary("or", quad, second, int32)
+    odd = number("or", even, 1)
+    sources = [
+        m.bitcast(m.select(is_low, a, b), int32, uint32) for a, b in ((even, odd), (odd, even))
+    ]
+    sent = [chosen(is_even, LOW, HIGH), chosen(is_even, HIGH, LOW)]
+    taken = [chosen(is_low, LOW, LOW_TURNED), chosen(is_low, HIGH, HIGH_TURNED)]
+    result: list[Value] = []
+    for first in range(0, len(words), 2):
+        two = [words[first], words[min(first + 1, len(words) - 1)]]
+        halves = [m.issue(PERMUTE, [*two, by])[0] for by in sent]
+        came = [
+            m.issue(shuffle("idx"), [half, source])[0]
+            for half, source in zip(halves, sources, strict=True)
+        ]
+        result += [m.issue(PERMUTE, [*came, by])[0] for by in taken]
+    return result[: len(words)]

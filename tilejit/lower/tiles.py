@@ -21,13 +21,25 @@ from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa.atom import CopyMethod
 from tilejit.isa.machine import Value
+from tilejit.isa.mma import WARP
 from tilejit.isa.stmatrix import stmatrix
 from tilejit.layout.boxes import boxes_of
 from tilejit.layout.fragment import FragmentLayout, blocked
 from tilejit.layout.shared import SharedLayout
+from tilejit.layout.trade import quad_trade
 from tilejit.lower.emit import Point, Points
-from tilejit.lower.index import coordinates, thread_digit, thread_part, total
-from tilejit.lower.quads import LANES, MATRIX, PAIR, ROW, TILES, matrix_strides, tile_stride, trade
+from tilejit.lower.index import coordinates, split, thread_digit, thread_part, total
+from tilejit.lower.quads import (
+    LANES,
+    MATRIX,
+    PAIR,
+    ROW,
+    TILES,
+    matrix_strides,
+    tile_stride,
+    trade,
+    trade_fours,
+)
 from tilejit.lower.statements import (
     ROUND,
     StatementEmitter,
@@ -46,6 +58,9 @@ class TileEmitter(StatementEmitter):
     def emit_tile(self, node: Node, points: Points) -> None:
         if isinstance(node, Copy) and node.atom and node.atom.method is CopyMethod.CP_ASYNC:
             self.emit_async_copy(node, points)
+            return
+        if isinstance(node, Copy) and node.is_trade:
+            self.emit_trade(node)
             return
         parallel = as_parallel(node)
         if parallel is None:
@@ -254,6 +269,23 @@ class TileEmitter(StatementEmitter):
                 return False
         return self.address(buffer, at).align >= ROW * buffer.dtype.bytes
 
+    # ---- copies between fragments -----------------------------------------------------------
+
+    def emit_trade(self, node: Copy) -> None:
+        """Lanes of quads trade 8-bit elements until each holds what the other layout says."""
+        source, target = node.src.buffer, node.dst.buffer
+        fragments, dtype = self.kernel.fragments, source.dtype
+        pairs = quad_trade(fragments[source], fragments[target])
+        assert pairs, f"{node.src} is not a trade away from {node.dst}"
+        held, result = self.state[source], list(self.state[target])
+        words = [self.m.pack([held[r] for r in before], dtype) for before, _ in pairs]
+        lane = self.value(thread_digit(self.thread, 1, WARP, self.threads))
+        traded = trade_fours(self.m, words, lane)
+        for word, (_, after) in zip(traded, pairs, strict=True):
+            for register, value in zip(after, self.m.unpack(word, dtype), strict=True):
+                result[register] = value
+        self.state[target][:] = result
+
     # ---- asynchronous copies ----------------------------------------------------------------
 
     def emit_async_copy(self, node: Copy, outer: Points) -> None:
@@ -337,7 +369,8 @@ class TileEmitter(StatementEmitter):
 def box_places(
     layout: SharedLayout, outer: Region, inner: Region, blocks: int, rank: Expr
 ) -> Iterator[tuple[list[Expr], list[Expr]]]:
-    """Where the boxes of a region begin: the index in the tensor, and in the shared tile.
+    """Where the boxes of a region begin: the index in the tensor, whose rows are fours and pairs of
+    one where the tile is stored in halves, and in the shared tile.
 
     blocks, rank: of the blocks of a cluster that share the work, each taking its part.
     """
@@ -361,10 +394,19 @@ def box_places(
                 if len(kept) > 1:
                     offsets.append(arith("add", row_share, row))
                 offsets.append(arith("add", column_share, column))
+                half: Expr = index(0)
+                if layout.halved:  # the offset counts rows as they are stored
+                    half, pair = split(offsets[-2], layout.rows // 2)
+                    offsets[-2] = arith("mul", pair, 2)
                 outside, inside = list(outer.starts), list(inner.starts)
                 for (out, chip), offset in zip(kept, offsets, strict=True):
                     outside[out] = arith("add", outside[out], offset)
                     inside[chip] = arith("add", inside[chip], offset)
+                if layout.halved:
+                    out, chip = kept[-2]
+                    second = arith("mul", half, 2)
+                    inside[chip] = arith("add", inside[chip], second)
+                    outside[out : out + 1] = [arith("floordiv", outside[out], 4), second]
                 yield outside, inside
 
 

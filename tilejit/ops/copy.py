@@ -81,6 +81,11 @@ class Copy(Node):
         """True for copies by the tensor memory accelerator."""
         return self.atom is not None and self.atom.method is CopyMethod.TMA
 
+    @property
+    def is_trade(self) -> bool:
+        """True for copies between fragments by which lanes of quads trade their elements."""
+        return self.atom is not None and self.atom.method is CopyMethod.QUADS
+
     def sharers(self, blocks: int) -> int:
         """The mask of the blocks that share what is brought, in a cluster of `blocks`; 0 where
         each brings all."""

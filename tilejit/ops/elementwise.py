@@ -26,7 +26,8 @@ from tilejit.ops.copy import Copy, Fill
 
 
 def as_parallel(node: Node) -> Parallel | None:
-    """The T.Parallel loop that does what a Copy, Fill or Parallel node does; None for others."""
+    """The T.Parallel loop that does what a Copy, Fill or Parallel node does; None for others, and
+    for copies by which lanes trade what they hold."""
     if isinstance(node, Parallel):
         return node
     if isinstance(node, Fill):
@@ -38,7 +39,7 @@ def as_parallel(node: Node) -> Parallel | None:
             span=node.span,
         )
         return Parallel(vars=variables, extents=node.dst.shape, body=(store,), span=node.span)
-    if isinstance(node, Copy):
+    if isinstance(node, Copy) and not node.is_trade:
         return _copy_loop(node)
     return None
 

@@ -206,7 +206,8 @@ def operand_words(node: Gemm) -> int:
 def acc_layout(node: Gemm, atom: GemmAtom | WgmmaAtom, threads: int) -> FragmentLayout:
     """Where the accumulator lives; warps beyond those of the atom hold copies."""
     if isinstance(atom, WgmmaAtom):
-        layout = wgmma.tile_acc(atom.wgmma, node.m, node.n, atom.groups_m, atom.groups_n)
+        groups = atom.groups_m, atom.groups_n
+        layout = wgmma.tile_acc(atom.wgmma, node.m, node.n, *groups, halved=atom.halved)
         return _in_buffer(layout, node.acc, False, threads)
     if atom.mma is None:
         return _in_buffer(fma_layout(node.m, node.n, threads), node.acc, False, threads)

@@ -13,6 +13,7 @@ from tilejit.passes.clears import fold_clears
 from tilejit.passes.describe import describe_tensors
 from tilejit.passes.exchange import plan_exchanges
 from tilejit.passes.given import order_tiles
+from tilejit.passes.halves import halve_operands
 from tilejit.passes.layouts import infer_layouts
 from tilejit.passes.pipeline import pipeline_loops
 from tilejit.passes.proxies import order_reads
@@ -29,6 +30,7 @@ PASSES: tuple[Pass, ...] = (
     drop_masks,  # early: what follows sees what is left to compute
     fold_clears,  # what accumulators hold when loops begin has been looked at
     plan_exchanges,  # what is sent is in fragments
+    halve_operands,  # the order of columns is part of a product's layout
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
     specialise,  # the same of what producers bring

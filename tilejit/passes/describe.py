@@ -41,6 +41,7 @@ class _Describer:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.params: dict[TensorBox, Param] = {}
+        self.split: dict[tuple[Buffer, int], Buffer] = {}
         read_otherwise: set[Buffer] = set()
         for node in walk(kernel.body):
             if not isinstance(node, Gemm):
@@ -91,10 +92,28 @@ class _Describer:
         extents[kept[-1]] = boxes.box_columns
         if len(kept) > 1:
             extents[kept[-2]] = boxes.box_rows
+        tensor = outer.buffer
+        if layout.halved:
+            row = kept[-2]
+            tensor = self.in_fours(tensor, row)
+            extents[row : row + 1] = [boxes.box_rows // 2, 2]
         is_rounded = is_load and inner.buffer.dtype is tfloat32
         return TensorBox(
-            tensor=outer.buffer,
+            tensor=tensor,
             extents=tuple(extents),
             swizzle=swizzle_of(layout),
             rounds=is_rounded and inner.buffer.root not in self.read_otherwise,
         )
+
+    def in_fours(self, tensor: Buffer, axis: int) -> Buffer:
+        """The tensor with a dimension as two, the second of extent 4."""
+        if (tensor, axis) not in self.split:
+            shape, strides = list(tensor.shape), list(tensor.element_strides)
+            shape[axis : axis + 1] = [
+                arith("floordiv", shape[axis], 4),
+                const(4, shape[axis].dtype),
+            ]
+            strides[axis : axis + 1] = [arith("mul", strides[axis], 4), strides[axis]]
+            fresh = replace(tensor, shape=tuple(shape), strides=tuple(strides))
+            self.split[tensor, axis] = fresh
+        return self.split[tensor, axis]

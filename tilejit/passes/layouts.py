@@ -35,6 +35,7 @@ from tilejit.layout.boxes import BOX_ALIGN, boxed_layout, operand_layout
 from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.reduction import spread
 from tilejit.layout.shared import SharedLayout
+from tilejit.layout.trade import before_trade, quad_trade
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
@@ -105,6 +106,20 @@ class _Inference:
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
                 self.spread()
+        self.renumber()
+
+    def renumber(self) -> None:
+        """Number the registers of 8-bit operands as their words are made: a word of neighbours in
+        another order would be put together of others' bytes."""
+        results = {node.acc.buffer for node in self.gemms}
+        for node in self.gemms:
+            for _, region, wanted in held_operands(node, self.threads):
+                buffer = region.buffer
+                if buffer.dtype.bits != 8 or buffer in results:
+                    continue
+                for layout in (wanted, before_trade(wanted)):
+                    if layout is not None and self.layouts[buffer].same_places(layout):
+                        self.layouts[buffer] = layout
 
     def spread(self) -> None:
         """Give fragments the layout of the loops that index them, and results of reductions that of
@@ -361,7 +376,20 @@ class _Converter:
         moved: dict[Buffer, Node] = {}
         for side, region, wanted in held_operands(node, self.threads):
             buffer = region.buffer
-            if not self.layouts[buffer].same_places(wanted):
+            held = self.layouts[buffer]
+            if held.same_places(wanted):
+                continue
+            if buffer.dtype.bits == 8 and region.is_whole and quad_trade(held, wanted):
+                own = self.own(buffer, wanted, "operand")
+                atom = CopyAtom(CopyMethod.QUADS, 1)
+                trade = Copy(src=region, dst=whole(own), atom=atom, span=node.span)
+                moved.setdefault(own, trade)
+                node = node.with_operand(side, replace(region, buffer=own))
+                self.notes.append(
+                    f"fragment {buffer.name}: lanes of quads trade elements to be the "
+                    f"{'left' if side == 'a' else 'right'} operand at {node.span}"
+                )
+            else:
                 self.notes.append(
                     f"fragment {buffer.name} goes through shared memory to be the "
                     f"{'left' if side == 'a' else 'right'} operand at {node.span}"
@@ -497,11 +525,13 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
     operands: set[Buffer] = set()
     panels: set[Buffer] = set()
     boxed: set[Buffer] = set()
+    halved: set[Buffer] = set()
     for node in walk(kernel.body):
         if isinstance(node, Gemm):
             operands |= {node.a.buffer, node.b.buffer}
             if isinstance(node.atom, WgmmaAtom):
                 panels |= {node.a.buffer, node.b.buffer}
+                halved |= {node.b.buffer} if node.atom.halved else set()
         elif isinstance(node, Copy) and node.is_tma:
             boxed |= {node.src.buffer, node.dst.buffer}
     viewed = {b.root for b in kernel.buffers if b.is_view}
@@ -518,7 +548,8 @@ def _shared_layouts(kernel: Kernel) -> dict[Buffer, SharedLayout]:
             tile_align = BOX_ALIGN if buffer in panels | boxed else 1
             result[buffer] = replace(kernel.given.layouts[buffer].layout, tile_align=tile_align)
         elif buffer in panels:
-            result[buffer] = warpgroup_layout(shape, buffer.dtype)
+            layout = warpgroup_layout(shape, buffer.dtype)
+            result[buffer] = replace(layout, halved=buffer in halved)
         elif buffer in boxed:
             result[buffer] = boxed_layout(shape, itemsize)
         elif buffer in operands and buffer not in viewed and len(shape) >= 2:

@@ -293,7 +293,10 @@ class _Parting:
         for gemm in (n for n in last if isinstance(n, Gemm)):
             old = gemm.a.buffer
             users = [n for n in rest if old.root in self.reads[n] | self.writes[n]]
-            is_made = any(isinstance(n, Parallel | Reduce | If) for n in users)
+            is_made = any(
+                isinstance(n, Parallel | Reduce | If) or (isinstance(n, Copy) and n.is_trade)
+                for n in users
+            )
             is_read = any(old.root in self.reads[n] for n in users)
             is_whole = any(_fills(n, old) for n in users)  # nothing of the last one's is left
             if old.scope is Scope.FRAGMENT and is_made and is_whole and not is_read:

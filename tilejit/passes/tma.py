@@ -75,7 +75,7 @@ def _global_misfit(region: Region, kernel: Kernel) -> str:
         return f"{name} does not provably begin at a multiple of {UNIT} bytes"
     if region.extents[-1] * size % UNIT:
         return f"a row of {region.extents[-1]} {buffer.dtype} is no multiple of {UNIT} bytes"
-    if divisor(region.starts[-1], _multiples(kernel)) * size % UNIT:
+    if divisor(region.starts[-1], multiples_of(kernel)) * size % UNIT:
         # the tile's first column: the hardware traps, although no manual says so
         return f"the part of {name} does not provably begin at a multiple of {UNIT} bytes in a row"
     return ""
@@ -99,7 +99,7 @@ def _written_misfit(region: Region, kernel: Kernel, is_asked: bool) -> str:
     return ""
 
 
-def _multiples(kernel: Kernel) -> dict[Var, int]:
+def multiples_of(kernel: Kernel) -> dict[Var, int]:
     """What divides the variables: what the call promises of extents and strides, and of a loop's
     variable what divides its start and its step."""
     known = dict(kernel.multiples)

@@ -31,6 +31,8 @@ def work_clocks(node: Node) -> float:
         return math.prod(node.extents) * _clocks_of_iteration(node)
     if isinstance(node, Reduce):
         return math.prod(node.src.extents) / LANES
+    if isinstance(node, Copy) and node.is_trade:
+        return 0.75 * math.prod(node.dst.extents) / LANES  # four permutations, two shuffles for 8
     if isinstance(node, Copy):
         return math.prod(node.dst.extents) / (2 * LANES)  # two of 16 bits at once
     if isinstance(node, Fill):
