@@ -419,7 +419,7 @@ class EmitterBase:
         """True when nothing can write the buffer's memory while the kernel runs."""
         if self.facts.is_dependent:
             return False
-        return any(p.buffer is buffer and p.noalias for p in self.kernel.params)
+        return any(p.var is buffer.data and p.noalias for p in self.kernel.params)
 
     # ---- private arrays ---------------------------------------------------------------------
 

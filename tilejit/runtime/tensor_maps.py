@@ -15,6 +15,7 @@ from tilejit.errors import DeviceError
 from tilejit.ir.expr import Expr, Var, arith, variables
 from tilejit.ir.kernel import Param
 from tilejit.isa.tma import TensorMap
+from tilejit.layout.sections import map_shape, map_strides
 from tilejit.runtime.device import check, driver
 from tilejit.runtime.host import host_function
 
@@ -67,11 +68,18 @@ class MapSource:
             s if extent > 1 else _stride_of_one(strides, shape, n, size)
             for n, (s, extent) in enumerate(zip(strides, shape, strict=True))
         ]
+        strides = [*strides[:-1], size]
+        if box.section is not None and 0 not in shape:
+            shape, strides = (
+                map_shape(shape, box.section), map_strides(strides, box.section)
+            )  # fmt: skip
+        elif box.section is not None:  # no section of it has elements
+            shape, strides = (0, 0, *shape), (UNIT, UNIT, *strides)
         return TensorMap(
             address=values[0] + dims[-1],
             itemsize=size,
             shape=tuple(shape),
-            strides=(*strides[:-1], size),
+            strides=tuple(strides),
             box=box.extents,
             swizzle=box.swizzle,
             rounds=box.rounds,
