@@ -76,9 +76,8 @@ def attention_ragged(
             T.gemm(q, k, scores, transpose_B=True)
             for i, j in T.Parallel(BM, BN):
                 key, newest = step * BN + j, SK - S + row + i
-                seen = key < SK
-                if is_causal:
-                    seen = seen & (key <= newest)
+                # rows beyond the last query, which may see keys beyond the last, are not stored
+                seen = key <= newest if is_causal else key < SK
                 if window:
                     seen = seen & (key > newest - window)
                 scores[i, j] = T.if_then_else(seen, scores[i, j], none)
