@@ -43,8 +43,9 @@ def attention(
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
     tensors = [t for t in (one, two) if t is not None]
-    BN = BN or (128 if D <= 128 else 80)
+    BN = BN or (80 if D > 128 else 96 if tensors else 128)  # what functions load takes registers
     none = -T.infinity("float32")
+    scale = D**-0.5 if score is None else 1.0  # of scores when they have been seen to
     with T.Kernel(T.ceildiv(S, BM), heads, batch, threads=threads) as (block, head, z):
         q = T.alloc_shared((BM, D), Q.dtype)
         k = T.alloc_shared((BN, D), K.dtype)
@@ -65,16 +66,16 @@ def attention(
         T.copy(Q[z, head, row, 0], q)
         T.clear(out)
         T.fill(total, 0.0 if sinks is None else 1.0)
-        T.fill(top, none if sinks is None else sinks[head])
+        T.fill(top, none if sinks is None else sinks[head] / scale)
         for step in T.Pipelined(first, T.ceildiv(stop, BN)):
             T.copy(K[z, source, step * BN, 0], k)
             T.clear(scores)
             T.gemm(q, k, scores, transpose_B=True)
             for i, j in T.Parallel(BM, BN):
                 query, key = row + i, step * BN + j
-                value = scores[i, j] * D**-0.5
+                value = scores[i, j]
                 if score is not None:
-                    value = score(value, z, head, query, key, *tensors)
+                    value = score(value * D**-0.5, z, head, query, key, *tensors)
                 is_seen = key < SK
                 if seen is not None:
                     is_seen = is_seen & seen(z, head, query, key, *tensors)
@@ -82,11 +83,11 @@ def attention(
             T.copy(top, fade)
             T.reduce_max(scores, top, dim=1, clear=False)
             for i in T.Parallel(BM):
-                base[i] = T.if_then_else(top[i] == none, 0.0, top[i] * LOG2_E)
-                fade[i] = T.exp2(fade[i] * LOG2_E - base[i])
+                base[i] = T.if_then_else(top[i] == none, 0.0, top[i] * (scale * LOG2_E))
+                fade[i] = T.exp2(fade[i] * (scale * LOG2_E) - base[i])
                 total[i] *= fade[i]
             for i, j in T.Parallel(BM, BN):
-                scores[i, j] = T.exp2(scores[i, j] * LOG2_E - base[i])
+                scores[i, j] = T.exp2(scores[i, j] * (scale * LOG2_E) - base[i])
             T.reduce_sum(scores, total, dim=1, clear=False)
             T.copy(scores, weights)
             for i, d in T.Parallel(BM, D):
@@ -95,7 +96,7 @@ def attention(
             T.gemm(weights, v, out)
         for i in T.Parallel(BM):
             fade[i] = T.if_then_else(total[i] > 0, 1 / total[i], 0.0)
-            total[i] = top[i] + T.log2(total[i]) * LN_2
+            total[i] = top[i] * scale + T.log2(total[i]) * LN_2
             if gates is not None:
                 fade[i] *= T.sigmoid(T.cast(gates[z, head, row + i], "float32"))
         for i, d in T.Parallel(BM, D):
