@@ -1,6 +1,6 @@
 """The gradients of attention over ragged batches.
 
-python examples/attention_ragged_backward.py     check it on NumPy arrays, wherever there is a device
+python examples/attention_ragged_backward.py    check it on NumPy arrays, where there is a device
 
 The tile code of `attention_backward.py`, on sections of the packed tensors as in
 `attention_ragged.py`. In the workspaces each sequence has whole tiles of its own.
@@ -59,9 +59,9 @@ def attention_ragged_backward(
         return (T.max(starts_q[z], 0) // ROWS + z) * ROWS
 
     def is_seen(query, key, S, SK):
-        newest, seen = SK - S + query, key < SK
-        if is_causal:
-            seen = seen & (key <= newest)
+        newest = SK - S + query
+        # queries beyond the last, which may see keys beyond the last, are zero, and so are these
+        seen = key <= newest if is_causal else key < SK
         if window:
             seen = seen & (key > newest - window)
         return seen

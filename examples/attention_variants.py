@@ -137,7 +137,7 @@ def causal_span(batch, head, first, last, *tensors):
 
 
 def prefix(batch, head, query, key, lengths):
-    """All queries see the first `lengths[batch]` keys, and those up to their own. lengths: int32."""
+    """All queries see the first `lengths[batch]` keys, and those to their own. lengths: int32."""
     return (key < lengths[batch]) | (key <= query)
 
 

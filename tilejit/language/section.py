@@ -103,4 +103,3 @@ def _named(trace: Trace, name: str, value: Expr, extent: Expr) -> Expr:
     var: Var = trace.new_var(name, int32, VarKind.VALUE, (0, extent), span)
     trace.add(Let(var=var, value=cast(value, int32), span=span))
     return var
-

@@ -216,7 +216,7 @@ class EmitterBase:
         if e.op == "cast":
             parts = _exact_parts(e)
             if parts is not None:  # neighbours share the conversion, which is slow
-                return m.binary("add", *(self.value(part) for part in parts), float32)
+                return m.binary("add", self.value(parts[0]), self.value(parts[1]), float32)
             return m.cast(args, source, e.dtype)[0]
         if e.op == "bitcast":
             return m.bitcast(args[0], source, e.dtype)
