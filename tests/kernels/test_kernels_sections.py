@@ -11,6 +11,8 @@ from products import operand
 import tilejit.language as T
 from tilejit import options, passes, tilejit
 from tilejit.errors import DeviceError
+from tilejit.passes import late
+from tilejit.runtime import frame
 from tilejit.runtime.device import use_executor
 from tilejit.runtime.tensor_maps import MapSource
 from tilejit.target import as_target
@@ -107,6 +109,24 @@ def assert_products(kind, starts, K=160, heads=2, **chosen):
 def test_tiles_of_ragged_sections_are_multiplied_alone(target, kind, first):
     with use_executor("simulator"), options(target=target):
         assert_products(kind, STARTS + np.int32(first))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_results_in_a_section_do_not_wait_for_the_next_tile_whose_section_is_another(
+    monkeypatch, blocks
+):
+    monkeypatch.setattr(late, "FEWEST_TILES", 0)
+    monkeypatch.setattr(frame, "SIMULATED_BLOCKS", blocks)
+    rng = np.random.default_rng(5)
+    a = operand(rng, (STARTS[-1], 2, 512), "bfloat16")
+    c = np.full((STARTS[-1], 2, 64), np.nan, "bfloat16")
+    with use_executor("simulator"), options(target="sm_90a"):
+        products(a, a, c, STARTS, 70)
+    for z in range(len(LENGTHS)):
+        x = a[STARTS[z] : STARTS[z + 1]].astype(np.float64)
+        wanted = np.einsum("mhk,nhk->mhn", x, x[:64])
+        mine = c[STARTS[z] : STARTS[z + 1], :, : wanted.shape[2]].astype(np.float64)
+        np.testing.assert_allclose(mine, wanted, rtol=1e-2, atol=0.5)
 
 
 def test_sections_move_by_tma_where_rows_are_whole():

@@ -119,3 +119,9 @@ def test_section_stands_in_a_kernel_outside_of_parallel_loops():
         "All threads of the block do it together: move it out of the loop.",
     ):
         inside.compile(T.Tensor((4,), "float32"), target="sm_80")
+
+
+def test_section_is_printed_as_what_it_is():
+    a, starts = T.Tensor((100,), "float32"), T.Tensor((3,), "int32")
+    text = str(both.compile(a, a, starts, target="sm_80").kernels[0].graph)
+    assert "source = T.section(A, source_start, source_start + source_extent)" in text
