@@ -75,3 +75,26 @@ def test_sigmoid_of_float16_does_not_overflow_on_the_way(run):
     c = run(kernel, x, out=[((65,), np.float16)])
     want = (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float16)
     assert np.abs(c.view(np.int16).astype(int) - want.view(np.int16).astype(int)).max() <= 1
+
+
+@tilejit
+def floats(X: T.Tensor, Y: T.Tensor, *, first):
+    """Y = X + the float of each column's number, counted from `first`."""
+    with T.Kernel(X.shape[0], threads=32) as row:
+        for j in T.Parallel(X.shape[1]):
+            Y[row, j] = X[row, j] + T.cast(first - row + j, "float32")
+
+
+@pytest.mark.parametrize("first", [0, -100, 2**24 - 20, 2**24 + 1, -(2**24) - 1, 2**31 - 400])
+def test_floats_of_neighbouring_indexes_are_rounded_as_each_alone(run, first):
+    x = np.zeros((3, 256), np.float32)
+    numbers = first - np.arange(3)[:, None] + np.arange(256)
+    y = run(floats, x, out=[(x.shape, np.float32)], first=first)
+    assert (y == numbers.astype(np.float32)).all()
+
+
+def test_floats_of_neighbouring_indexes_share_a_conversion():
+    shape = T.Tensor((3, 256), "float32")
+    assert floats.compile(shape, shape, target="sm_90a", first=5).ptx.count("cvt.rn.f32.s32") == 1
+    beyond = floats.compile(shape, shape, target="sm_90a", first=2**24)
+    assert beyond.ptx.count("cvt.rn.f32.s32") > 1

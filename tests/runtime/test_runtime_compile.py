@@ -360,3 +360,20 @@ def test_ptx_is_made_only_for_who_asks(monkeypatch):
     compiled = kernel.compile(T.Tensor((32,), "float32"), target="sm_90a")
     assert compiled.cubin and runs == [("-gen-lto",)]
     assert ".entry" in compiled.ptx and compiled.ptx and runs == [("-gen-lto",), ()]
+
+
+@tilejit
+def scaled(X: T.Tensor, Y: T.Tensor, by: T.Tensor = None, *, change=None):
+    with T.Kernel(1, threads=32):
+        for i in T.Parallel(32):
+            x = X[i] if by is None else X[i] * by[0]
+            Y[i] = x if change is None else change(x)
+
+
+def test_compile_leaves_out_tensors_as_calls_do():
+    shape = T.Tensor((32,), "float32")
+    for given in ((), (None,)):
+        kernel = scaled.compile(shape, shape, *given, target="sm_80", change=lambda x: x + 1)
+        assert [p.name for p in kernel.kernels[0].graph.params] == ["X", "Y"]
+    kernel = scaled.compile(shape, shape, T.Tensor((1,), "float32"), target="sm_80")
+    assert [p.name for p in kernel.kernels[0].graph.params] == ["X", "Y", "by"]

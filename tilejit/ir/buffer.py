@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from tilejit.dtypes import DType
 from tilejit.errors import Span
-from tilejit.ir.expr import Const, Expr, arith, const, index, int_value, show
+from tilejit.ir.expr import Const, Expr, VarKind, arith, const, index, int_value, show, variables
 
 
 class Scope(StrEnum):
@@ -47,6 +47,19 @@ _WORDS = {
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Section:
+    """Which elements of a dimension of a global tensor a view of it has.
+
+    tensor: what it is a view of, in the same strides. first: the first element that it has; it has
+        as many as its shape says, all of them inside the tensor.
+    """
+
+    tensor: Buffer
+    dim: int
+    first: Expr
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Buffer:
     """Memory that tile ops read and write.
 
@@ -58,6 +71,9 @@ class Buffer:
     align: promised alignment of `data` in bytes (global) or required one (shared).
     arrive_counts: for BARRIER, threads that complete a phase of each barrier.
     broadcasts: extents of 1 repeat along their dimension (`buffer_type="auto_broadcast"`).
+    section: for a view of consecutive elements of one dimension of another tensor, which those are.
+    place: what of its shape, strides, offset and address only the kernel knows: what a node that
+        touches it evaluates besides its own expressions.
     """
 
     name: str
@@ -70,7 +86,16 @@ class Buffer:
     align: int = 0
     arrive_counts: tuple[int, ...] = ()
     broadcasts: bool = False
+    section: Section | None = None
     span: Span | None = None
+    place: tuple[Expr, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        exprs: tuple[Expr, ...] = ()
+        if self.scope is Scope.GLOBAL:
+            found = (*self.shape, *(self.strides or ()), self.offset, self.data)
+            exprs = tuple(e for e in found if isinstance(e, Expr) and _is_of_kernel(e))
+        object.__setattr__(self, "place", exprs)
 
     @property
     def rank(self) -> int:
@@ -114,6 +139,14 @@ class Buffer:
     def __repr__(self) -> str:
         dims = ", ".join(show(e) for e in self.shape)
         return f"{self.name}: {self.scope.value}[({dims}), {self.dtype}]"
+
+
+_AT_CALL = (VarKind.SYMBOL, VarKind.SCALAR, VarKind.POINTER)
+
+
+def _is_of_kernel(e: Expr) -> bool:
+    """Whether an expression has values that the call does not know."""
+    return any(v.kind not in _AT_CALL for v in variables(e))
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -59,12 +59,15 @@ class TensorBox:
     tensor: the buffer of a TENSOR parameter. extents: of a box, in elements, one a dimension.
     swizzle: bytes over which the 16-byte chunks of a row are permuted (0, 32, 64 or 128; PTX ISA,
         "Swizzling modes"). rounds: float32 elements are rounded to tfloat32 on their way.
+    section: the dimension of the tensor of which copies see sections: the map has two dimensions
+        more, before the tensor's, that say where one ends (`layout.sections`).
     """
 
     tensor: Buffer
     extents: tuple[int, ...]
     swizzle: int = 0
     rounds: bool = False
+    section: int | None = None
 
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})

@@ -26,7 +26,7 @@ class Node:
 
     Passes ask a node through these properties instead of knowing its class:
     reads, writes: buffers it touches itself (nested bodies not included).
-    exprs: scalar expressions it evaluates itself.
+    exprs: scalar expressions it evaluates itself, those that say where buffers are included.
     defines: variables that nodes after it (or, for loops, in its body) may use.
     bodies: nested node lists.
 
@@ -326,7 +326,8 @@ class Load(Node):
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return self.index if self.when is None else (*self.index, self.when)
+        when = () if self.when is None else (self.when,)
+        return (*self.index, *when, *self.buffer.place)
 
     @property
     def defines(self) -> tuple[Var, ...]:
@@ -352,7 +353,7 @@ class Store(Node):
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return (*self.index, self.value)
+        return (*self.index, self.value, *self.buffer.place)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -378,7 +379,7 @@ class Atomic(Node):
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return (*self.index, self.value)
+        return (*self.index, self.value, *self.buffer.place)
 
     @property
     def defines(self) -> tuple[Var, ...]:

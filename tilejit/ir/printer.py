@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Const, Expr, int_value
+from tilejit.ir.buffer import Buffer, Scope, Section
+from tilejit.ir.expr import Const, Expr, arith, int_value
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.names import Names
 from tilejit.ir.node import (
@@ -129,6 +129,12 @@ class _Printer:
         extras += ["overlaps=True"] if param.overlaps else []
         return f"{names.of(buffer)}: T.{kind}({names.shape(buffer.shape)}, {', '.join(extras)})"
 
+    def section(self, buffer: Buffer, section: Section) -> str:
+        names, stop = self.names, arith("add", section.first, buffer.shape[section.dim])
+        ends = f"{names.expr(section.first)}, {names.expr(stop)}"
+        which = f", dim={section.dim}" if section.dim else ""
+        return f"T.section({names.of(section.tensor)}, {ends}{which})"
+
     def offset(self, buffer: Buffer) -> list[str]:
         if int_value(buffer.offset) == 0:
             return []
@@ -164,6 +170,8 @@ class _Printer:
         if buffer.scope is Scope.BARRIER and not buffer.is_view:
             counts = buffer.arrive_counts
             return f"T.alloc_barrier({counts[0] if len(counts) == 1 else list(counts)})"
+        if buffer.section is not None:
+            return self.section(buffer, buffer.section)
         fields = [names.shape(buffer.shape), f'"{buffer.dtype}"']
         if buffer.strides is not None:
             fields.append(f"strides={names.shape(buffer.strides)}")

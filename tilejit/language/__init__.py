@@ -192,6 +192,7 @@ from tilejit.language.reduce import (
     reduce_min,
     reduce_sum,
 )
+from tilejit.language.section import section
 from tilejit.language.symbol import const, dynamic, symbolic
 from tilejit.language.tma import (
     fence_proxy_async,
@@ -381,6 +382,7 @@ __all__ = [
     "reinterpret",
     "round",
     "rsqrt",
+    "section",
     "serial",
     "set_max_nreg",
     "shift_left",

@@ -101,6 +101,8 @@ def _params(
     """The parameters the kernel uses: arguments in call order, outputs, symbols."""
     used = used_variables(body).union(*(variables(e) for e in trace.grid))
     tensors = [a for a in (*host.arguments, *host.outputs) if isinstance(a, Buffer)]
+    # a parameter says what its tensor's shape is, where only views of it are used too
+    used = used.union(*(shape_variables(b) for b in tensors if b.data in used))
     given = [a for a in host.arguments if isinstance(a, Buffer)]
     symbols = list(dict.fromkeys(v for b in given for v in shape_variables(b)))
     symbols = [v for v in symbols if v.kind is VarKind.SYMBOL]

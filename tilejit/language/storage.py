@@ -6,6 +6,7 @@ checked while tracing. Does not know how memory is laid out on the chip.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +145,7 @@ def _buffer(request: Request, shape: tuple[Expr, ...], default_name: str) -> Buf
 
 
 def _with(buffer: Buffer, **changes: Any) -> Buffer:
-    fields = {name: getattr(buffer, name) for name in Buffer.__slots__}
-    return Buffer(**{**fields, **changes})
+    return dataclasses.replace(buffer, **changes)
 
 
 def _strides(

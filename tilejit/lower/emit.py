@@ -13,7 +13,7 @@ from typing import Any
 
 from tilejit.dtypes import DType, bool_, float32, int32, int64, uint32, uint64
 from tilejit.errors import InternalError
-from tilejit.ir.analysis import divisor, interval, is_whole, keeps_value, linear
+from tilejit.ir.analysis import Interval, divisor, interval, is_whole, keeps_value, linear
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     BINARY,
@@ -24,6 +24,8 @@ from tilejit.ir.expr import (
     Var,
     VarKind,
     arith,
+    cast,
+    const,
     index,
     int_value,
     substitute,
@@ -37,6 +39,7 @@ from tilejit.lower.facts import Facts
 from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
 
 _SMALL_FLOAT_BITS = 16
+EXACT = 1 << 24  # float32 has all whole numbers up to it
 
 
 @dataclass
@@ -211,6 +214,9 @@ class EmitterBase:
         if e.op == "select":
             return m.select(*args)
         if e.op == "cast":
+            parts = _exact_parts(e)
+            if parts is not None:  # neighbours share the conversion, which is slow
+                return m.binary("add", self.value(parts[0]), self.value(parts[1]), float32)
             return m.cast(args, source, e.dtype)[0]
         if e.op == "bitcast":
             return m.bitcast(args[0], source, e.dtype)
@@ -231,6 +237,7 @@ class EmitterBase:
         pending = [
             e for e in dict.fromkeys(exprs)
             if isinstance(e, Op) and e.op == "cast" and self._lookup(e) is None
+            and _exact_parts(e) is None
         ]  # fmt: skip
         kinds = {(e.children[0].dtype, e.dtype) for e in pending}
         for source, target in sorted(kinds, key=str):
@@ -419,7 +426,7 @@ class EmitterBase:
         """True when nothing can write the buffer's memory while the kernel runs."""
         if self.facts.is_dependent:
             return False
-        return any(p.buffer is buffer and p.noalias for p in self.kernel.params)
+        return any(p.var is buffer.data and p.noalias for p in self.kernel.params)
 
     # ---- private arrays ---------------------------------------------------------------------
 
@@ -431,6 +438,22 @@ class EmitterBase:
         element = self.view_element(buffer, at)
         number = int_value(element)
         return element if number is None else number
+
+
+def _exact_parts(e: Op) -> tuple[Expr, Expr] | None:
+    """For a conversion of an index plus a constant to float32: that of the index, and the constant,
+    whose sum is the same; None where it may be rounded, or there is none."""
+    (source,) = e.children
+    if e.dtype is not float32 or not source.dtype.is_integer:
+        return None
+    terms, constant = linear(source)
+    if not constant or not terms:
+        return None
+    rest = total(terms, 0)
+    exact = Interval(-EXACT, EXACT)
+    if abs(constant) > EXACT or not all(interval(x).within(exact) for x in (source, rest)):
+        return None
+    return cast(rest, float32), const(float(constant), float32)
 
 
 def is_surely_inside(e: Expr, extent: Expr) -> bool:

@@ -74,7 +74,8 @@ class Copy(Node):
         slot = () if self.barrier is None else (self.barrier.slot,)
         described = () if self.tensor_map is None else (self.tensor_map,)
         share = () if self.share is None else (self.share,)
-        return (*self.src.starts, *self.dst.starts, *pad, *slot, *described, *share)
+        place = (*self.src.buffer.place, *self.dst.buffer.place)
+        return (*self.src.starts, *self.dst.starts, *pad, *slot, *described, *share, *place)
 
     @property
     def is_tma(self) -> bool:
@@ -149,7 +150,7 @@ class Fill(Node):
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return (*self.dst.starts, self.value)
+        return (*self.dst.starts, self.value, *self.dst.buffer.place)
 
     @property
     def regions(self) -> tuple[Region, ...]:

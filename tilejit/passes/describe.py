@@ -9,15 +9,17 @@ from dataclasses import replace
 
 from tilejit.dtypes import int32, tfloat32, uint64
 from tilejit.errors import UnsupportedError
-from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const
+from tilejit.ir.buffer import Buffer, Region, Scope
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, cast, const, index
 from tilejit.ir.kernel import Kernel, Param, ParamKind, TensorBox
 from tilejit.ir.node import Node, rewrite, walk
 from tilejit.layout.boxes import boxes_of, swizzle_of
+from tilejit.layout.sections import EDGE, WIDEST
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.uses import used_variables
 from tilejit.passes.bulk import check_preferences
+from tilejit.passes.tma import SECTION_RANK
 
 
 def describe_tensors(kernel: Kernel) -> Kernel:
@@ -52,6 +54,7 @@ class _Describer:
         if not isinstance(node, Copy) or not node.is_tma or node.tensor_map is not None:
             return node
         box = self.box(node)
+        node = _in_map(node, box)
         param = self.params.get(box)
         if param is None:
             name = f"{box.tensor.name}_map"
@@ -98,11 +101,15 @@ class _Describer:
             tensor = self.in_fours(tensor, row)
             extents[row : row + 1] = [boxes.box_rows // 2, 2]
         is_rounded = is_load and inner.buffer.dtype is tfloat32
+        section = outer.buffer.section
+        if section is not None:
+            extents = [1] * SECTION_RANK + extents
         return TensorBox(
-            tensor=tensor,
+            tensor=tensor if section is None else section.tensor,
             extents=tuple(extents),
             swizzle=swizzle_of(layout),
             rounds=is_rounded and inner.buffer.root not in self.read_otherwise,
+            section=None if section is None else section.dim,
         )
 
     def in_fours(self, tensor: Buffer, axis: int) -> Buffer:
@@ -117,3 +124,33 @@ class _Describer:
             fresh = replace(tensor, shape=tuple(shape), strides=tuple(strides))
             self.split[tensor, axis] = fresh
         return self.split[tensor, axis]
+
+
+def _in_map(node: Copy, box: TensorBox) -> Copy:
+    """The copy, its part of a section of a tensor in the coordinates of the section's map."""
+    is_load = node.src.buffer.scope is Scope.GLOBAL
+    outer = node.src if is_load else node.dst
+    section = outer.buffer.section
+    if section is None:
+        return node
+    dim, tensor = section.dim, section.tensor
+    extent = outer.buffer.shape[dim]
+    starts = list(outer.starts)
+    starts[dim] = arith("add", arith("sub", EDGE, extent), starts[dim])
+    seen = Buffer(
+        name=outer.buffer.name,
+        shape=tuple(index(n) for n in (WIDEST, WIDEST)) + tensor.shape,
+        strides=(index(0), index(0), *tensor.element_strides),
+        dtype=tensor.dtype,
+        scope=Scope.GLOBAL,
+        data=tensor.data,
+        align=tensor.align,
+        span=outer.buffer.span,
+    )
+    region = Region(
+        seen,
+        (index(EDGE), arith("add", section.first, extent), *starts),
+        (1,) * SECTION_RANK + outer.extents,
+        frozenset({0, 1, *(d + SECTION_RANK for d in outer.dropped)}),
+    )
+    return replace(node, src=region) if is_load else replace(node, dst=region)

@@ -135,4 +135,5 @@ class _Fits:
         row = kept[-2]
         number = divisor(node.src.starts[row], self.multiples)
         extent = divisor(tensor.shape[row], self.kernel.multiples)
-        return tensor.rank < MAX_RANK and number % FOUR == 0 and extent % FOUR == 0
+        is_plain = tensor.rank < MAX_RANK and tensor.section is None
+        return is_plain and number % FOUR == 0 and extent % FOUR == 0

@@ -129,6 +129,8 @@ def _rounds(loop: For) -> int:
 def _values(kernel: Kernel, region: Region) -> list[Let] | None:
     """The values that tell where a region lies, in the order in which they are computed; None where
     more than values of the block's place tell it."""
+    if region.buffer.place:  # the tensor itself lies where only the tile that is left knows
+        return None
     lets = {n.var: n for n in kernel.body if isinstance(n, Let)}
     known = {VarKind.SYMBOL, VarKind.SCALAR, VarKind.THREAD, VarKind.BLOCK}
     wanted: set[Var] = set()

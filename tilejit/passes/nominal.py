@@ -32,10 +32,12 @@ def nominal(e: Expr) -> int:
     values = {}
     for var in variables(e):
         bounds = interval(var)
-        if var.kind in (VarKind.SYMBOL, VarKind.SCALAR) or None in (bounds.low, bounds.high):
+        low, high = bounds.low, bounds.high
+        if var.kind in (VarKind.SYMBOL, VarKind.SCALAR) or low is None or high is None:
             values[var] = const(NOMINAL, var.dtype)
+        elif var.kind is VarKind.VALUE and high - low > 2 * NOMINAL:  # it says next to nothing
+            values[var] = const(min(max(low, NOMINAL), high), var.dtype)
         else:
-            middle = ((bounds.low or 0) + (bounds.high or 0)) // 2
-            values[var] = const(middle, var.dtype)
+            values[var] = const((low + high) // 2, var.dtype)
     found = int_value(substitute(e, values))  # type: ignore[arg-type]
     return NOMINAL if found is None else found

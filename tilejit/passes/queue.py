@@ -75,7 +75,8 @@ def _rounds(loop: For, kernel: Kernel, axis: int, end: int) -> float:
         kernel.block_vars[axis]: const(place, kernel.block_vars[axis].dtype)
     }
     for node in walk(kernel.body):
-        if isinstance(node, Let):
+        # what no place decides has a typical value of its own
+        if isinstance(node, Let) and variables(node.value) & mapping.keys():
             mapping[node.var] = substitute(node.value, mapping)
     start, stop = (nominal(substitute(e, mapping)) for e in (loop.start, loop.stop))
     return max(0.0, (stop - start) / loop.step)

@@ -135,10 +135,13 @@ class _Synchroniser:
         self.divergence: Divergence = divergence(kernel)
         written = kernel.written
         self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel)
-        self.constant = frozenset(
-            b.root for b in kernel.buffers if b.scope is Scope.GLOBAL and b.root not in written
-        )
         self.aliases = Aliases(kernel)
+        changed = {self.aliases.of(b) for b in written}
+        self.constant = frozenset(
+            b.root
+            for b in kernel.buffers
+            if b.scope is Scope.GLOBAL and self.aliases.of(b) not in changed
+        )
         # Variables that have one value for a block's whole life
         self.fixed = {*kernel.block_vars, *(p.var for p in kernel.params)}
 

@@ -19,6 +19,7 @@ from tilejit.ops.copy import Copy
 
 UNIT = 16  # bytes: of addresses, strides and rows of a box
 MAX_RANK = 5
+SECTION_RANK = 2  # dimensions more of a map whose tensor's sections are copied
 # Of elements that it adds (PTX ISA, "cp.reduce.async.bulk")
 _ADDED = (int32, uint32, uint64, float16, bfloat16, float32)
 
@@ -53,11 +54,20 @@ def misfit(copy: Copy, kernel: Kernel) -> str:
 
 def _global_misfit(region: Region, kernel: Kernel) -> str:
     buffer, known, size = region.buffer, kernel.multiples, region.buffer.dtype.bytes
-    name = buffer.name
-    if not any(p.kind is ParamKind.TENSOR and p.buffer is buffer for p in kernel.params):
-        return f"{name} is no argument"
-    if buffer.broadcasts or not 1 <= buffer.rank <= MAX_RANK:
-        return f"{name} is no tensor of 1 to {MAX_RANK} dimensions"
+    name, section = buffer.name, buffer.section
+    whole = buffer if section is None else section.tensor
+    if not any(p.kind is ParamKind.TENSOR and p.buffer is whole for p in kernel.params):
+        return f"{whole.name} is no argument"
+    most = MAX_RANK if section is None else MAX_RANK - SECTION_RANK
+    if buffer.broadcasts or not 1 <= buffer.rank <= most:
+        what = "tensor" if section is None else "section of a tensor"
+        return f"{name} is no {what} of 1 to {most} dimensions"
+    if section is not None:
+        if section.dim == buffer.rank - 1:
+            return f"{name} is a section of rows"
+        low = interval(region.starts[section.dim]).low
+        if low is None or low < 0:
+            return f"the part of {name} may begin before the section does"
     if not region.shape or buffer.rank - 1 in region.dropped:
         return f"a row of {name} is one element"
     if any(int_value(e) == 0 for e in buffer.shape):
@@ -70,7 +80,7 @@ def _global_misfit(region: Region, kernel: Kernel) -> str:
             return f"rows of {name} do not follow each other in memory"
         if divisor(stride, known) * size % UNIT:
             return f"rows of {name} do not provably begin at multiples of {UNIT} bytes"
-    offset = divisor(buffer.offset, known) * size
+    offset = divisor(whole.offset, known) * size
     if max(buffer.align, size) % UNIT or offset % UNIT:
         return f"{name} does not provably begin at a multiple of {UNIT} bytes"
     if region.extents[-1] * size % UNIT:

@@ -182,8 +182,7 @@ class Signature:
             self.binder._missing([self.binder.names.index(n) for n in left_out])
         for (name, rule), value in zip(self._slots, filled, strict=True):
             kind = rule.kind
-            is_tensor = is_spec(value) or reader_of(type(value)) is not None
-            if kind == "constant" or (kind == "auto" and not is_tensor):
+            if kind == "constant" or (not is_spec(value) and _is_constant(rule, value)):
                 constants[name] = value
                 parts.append(freeze(value, what, name))
                 continue

@@ -15,6 +15,7 @@ from tilejit.errors import DeviceError
 from tilejit.ir.expr import Expr, Var, arith, variables
 from tilejit.ir.kernel import Param
 from tilejit.isa.tma import TensorMap
+from tilejit.layout.sections import EDGE, map_shape, map_strides
 from tilejit.runtime.device import check, driver
 from tilejit.runtime.host import host_function
 
@@ -67,11 +68,14 @@ class MapSource:
             s if extent > 1 else _stride_of_one(strides, shape, n, size)
             for n, (s, extent) in enumerate(zip(strides, shape, strict=True))
         ]
+        strides = [*strides[:-1], size]
+        if box.section is not None:
+            shape, strides = _with_sections(shape, strides, box.section)
         return TensorMap(
             address=values[0] + dims[-1],
             itemsize=size,
             shape=tuple(shape),
-            strides=(*strides[:-1], size),
+            strides=tuple(strides),
             box=box.extents,
             swizzle=box.swizzle,
             rounds=box.rounds,
@@ -98,6 +102,25 @@ class MapSource:
             self._kept.append(block)
             self._encoded[key] = address
         return address
+
+
+def _with_sections(
+    shape: Sequence[int], strides: Sequence[int], dim: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Shape and strides of the map of a tensor of which sections along `dim` are copied.
+
+    Raises:
+        DeviceError: the dimension is too long.
+    """
+    if shape[dim] > EDGE:
+        raise DeviceError(
+            f"Sections of a tensor with {shape[dim]} elements along dimension {dim} cannot be "
+            f"copied in bulk: it may have {EDGE}.",
+            hint="Forbid it: T.copy(..., disable_tma=True).",
+        )
+    if 0 in shape:  # no section has elements
+        return (0, 0, *shape), (UNIT, UNIT, *strides)
+    return map_shape(shape, dim), map_strides(strides, dim)
 
 
 def _stride_of_one(strides: Sequence[int], shape: Sequence[int], n: int, size: int) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tilejit.sim.block import Block, Watch
 
 Array = np.ndarray[Any, Any]
+ADDRESSES = 1 << 64  # beyond them they begin anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ def part_of(box: Box, memory: Memory, verb: str) -> Part | None:
     start = tensor.address + sum(
         s.start * stride for s, stride in zip(outer, tensor.strides, strict=True)
     )
+    start &= ADDRESSES - 1
     region, view = memory.part(start, shape, tensor.strides, tensor.dtype, verb)
     return Part(region, view, inner)
 

@@ -154,13 +154,17 @@ class BlockState:
             yield both(active, address == one), self._pointer_view(buffer, one)
 
     def _pointer_view(self, buffer: Buffer, address: int) -> View:
-        span = self.values.span
-        flat, start = self._addresses.flat(address, buffer.dtype, buffer.name, span)
+        extents = self._extents(buffer.shape, buffer)
+        if 0 in extents:  # wherever it lies: behind an array's last element too
+            flat, start = np.zeros(1, buffer.dtype.numpy), 0
+        else:
+            span = self.values.span
+            flat, start = self._addresses.flat(address, buffer.dtype, buffer.name, span)
         return View(
             name=buffer.name,
             dtype=buffer.dtype,
             array=flat,
-            extents=self._extents(buffer.shape, buffer),
+            extents=extents,
             guarded=True,
             strides=self._extents(buffer.element_strides, buffer),
             start=start,
