@@ -64,43 +64,43 @@ def attention_ragged(
         row, source = block * BM, head // (heads // shared)
         last = SK - S + row + BM  # what the block's last query sees ends before this key
         stop = T.ceildiv(T.max(T.min(last, SK), 0) if is_causal else SK, BN)
-        stop = T.if_then_else(row < S, stop, 0)
         first = T.max(SK - S + row - window + 1, 0) // BN if window else 0
-        T.copy(queries[row : row + BM, head, :], q)
-        T.clear(out)
-        T.clear(total)
-        T.fill(top, none)
-        for step in T.Pipelined(first, stop):
-            T.copy(keys[step * BN : step * BN + BN, source, :], k)
-            T.clear(scores)
-            T.gemm(q, k, scores, transpose_B=True)
-            for i, j in T.Parallel(BM, BN):
-                key, newest = step * BN + j, SK - S + row + i
-                # rows beyond the last query, which may see keys beyond the last, are not stored
-                seen = key <= newest if is_causal else key < SK
-                if window:
-                    seen = seen & (key > newest - window)
-                scores[i, j] = T.if_then_else(seen, scores[i, j], none)
-            T.copy(top, fade)
-            T.reduce_max(scores, top, dim=1, clear=False)
-            for i in T.Parallel(BM):
-                base[i] = T.if_then_else(top[i] == none, 0.0, top[i] * scale)
-                fade[i] = T.exp2(fade[i] * scale - base[i])
-                total[i] *= fade[i]
-            for i, j in T.Parallel(BM, BN):
-                scores[i, j] = T.exp2(scores[i, j] * scale - base[i])
-            T.reduce_sum(scores, total, dim=1, clear=False)
-            T.copy(scores, weights)
+        with T.If(row < S):
+            T.copy(queries[row : row + BM, head, :], q)
+            T.clear(out)
+            T.clear(total)
+            T.fill(top, none)
+            for step in T.Pipelined(first, stop):
+                T.copy(keys[step * BN : step * BN + BN, source, :], k)
+                T.clear(scores)
+                T.gemm(q, k, scores, transpose_B=True)
+                for i, j in T.Parallel(BM, BN):
+                    key, newest = step * BN + j, SK - S + row + i
+                    # rows beyond the last query, which may see keys beyond the last, are not stored
+                    seen = key <= newest if is_causal else key < SK
+                    if window:
+                        seen = seen & (key > newest - window)
+                    scores[i, j] = T.if_then_else(seen, scores[i, j], none)
+                T.copy(top, fade)
+                T.reduce_max(scores, top, dim=1, clear=False)
+                for i in T.Parallel(BM):
+                    base[i] = T.if_then_else(top[i] == none, 0.0, top[i] * scale)
+                    fade[i] = T.exp2(fade[i] * scale - base[i])
+                    total[i] *= fade[i]
+                for i, j in T.Parallel(BM, BN):
+                    scores[i, j] = T.exp2(scores[i, j] * scale - base[i])
+                T.reduce_sum(scores, total, dim=1, clear=False)
+                T.copy(scores, weights)
+                for i, d in T.Parallel(BM, D):
+                    out[i, d] *= fade[i]
+                T.copy(values[step * BN : step * BN + BN, source, :], v)
+                T.gemm(weights, v, out)
             for i, d in T.Parallel(BM, D):
-                out[i, d] *= fade[i]
-            T.copy(values[step * BN : step * BN + BN, source, :], v)
-            T.gemm(weights, v, out)
-        for i, d in T.Parallel(BM, D):
-            out[i, d] *= T.if_then_else(total[i] > 0, 1 / total[i], 0.0)
-        T.copy(out, results[row : row + BM, head, :])
-        for i in T.Parallel(BM):
-            total[i] = (top[i] * scale + T.log2(total[i])) * LN_2
-        T.copy(total, sums[head, row])
+                out[i, d] *= T.if_then_else(total[i] > 0, 1 / total[i], 0.0)
+            T.copy(out, results[row : row + BM, head, :])
+            for i in T.Parallel(BM):
+                total[i] = (top[i] * scale + T.log2(total[i])) * LN_2
+            T.copy(total, sums[head, row])
 
 
 def starts_of(lengths) -> np.ndarray:

@@ -121,7 +121,7 @@ def attention_ragged_backward(
         level = column + S - SK  # the query level with the block's first key
         first = T.min(T.max(level, 0) // BM, T.ceildiv(S, BM)) if is_causal else 0
         last = T.min(T.max(level + BN + window - 1, 0), S) if window else S
-        last = T.if_then_else(column < SK, last, 0)
+        last = T.if_then_else(column < SK, last, 0)  # a branch would take registers
         T.copy(keys[column : column + BN, source, :], k)
         T.copy(values[column : column + BN, source, :], v)
         T.clear(dk)
@@ -184,26 +184,26 @@ def attention_ragged_backward(
         source, level = head // group, row + SK - S  # the first query's newest key
         first = T.max(level - window + 1, 0) // BN if window else 0
         last = T.min(T.max(level + BM, 0), SK) if is_causal else SK
-        last = T.if_then_else(row < S, last, 0)
-        T.copy(queries[row : row + BM, head, :], q)
-        T.copy(outer[row : row + BM, head, :], g)
-        T.copy(Stats[head, 0, start + row : start + row + BM], top)
-        T.copy(Stats[head, 1, start + row : start + row + BM], total)
-        T.clear(dq)
-        for step in T.Pipelined(first, T.ceildiv(last, BN), num_stages=stages):
-            column = step * BN
-            T.copy(keys[column : column + BN, source, :], k)
-            T.copy(values[column : column + BN, source, :], v)
-            T.gemm(q, k, scores, transpose_B=True, clear_accum=True, policy=ROWWISE)
-            T.gemm(g, v, slopes, transpose_B=True, clear_accum=True, policy=ROWWISE)
-            for i, j in T.Parallel(BM, BN):
-                seen = is_seen(row + i, column + j, S, SK)
-                scores[i, j] = weight(scores[i, j], top[i], seen)
-                grads[i, j] = scores[i, j] * (slopes[i, j] - total[i])
-            T.gemm(grads, k, dq, policy=ROWWISE)
-        for i, d in T.Parallel(BM, D):
-            dq[i, d] *= scale
-        T.copy(dq, dqueries[row : row + BM, head, :])
+        with T.If(row < S):
+            T.copy(queries[row : row + BM, head, :], q)
+            T.copy(outer[row : row + BM, head, :], g)
+            T.copy(Stats[head, 0, start + row : start + row + BM], top)
+            T.copy(Stats[head, 1, start + row : start + row + BM], total)
+            T.clear(dq)
+            for step in T.Pipelined(first, T.ceildiv(last, BN), num_stages=stages):
+                column = step * BN
+                T.copy(keys[column : column + BN, source, :], k)
+                T.copy(values[column : column + BN, source, :], v)
+                T.gemm(q, k, scores, transpose_B=True, clear_accum=True, policy=ROWWISE)
+                T.gemm(g, v, slopes, transpose_B=True, clear_accum=True, policy=ROWWISE)
+                for i, j in T.Parallel(BM, BN):
+                    seen = is_seen(row + i, column + j, S, SK)
+                    scores[i, j] = weight(scores[i, j], top[i], seen)
+                    grads[i, j] = scores[i, j] * (slopes[i, j] - total[i])
+                T.gemm(grads, k, dq, policy=ROWWISE)
+            for i, d in T.Parallel(BM, D):
+                dq[i, d] *= scale
+            T.copy(dq, dqueries[row : row + BM, head, :])
 
 
 def exact(

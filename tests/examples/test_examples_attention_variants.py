@@ -152,8 +152,8 @@ def test_ragged_batches_have_all_that_other_batches_have_on_hopper(load, D, opti
         q, k, k, q, lse, q, q, k, k, starts, starts, target="sm_90a", **options
     )
     kernels = [*forward.kernels, *backward.kernels]
-    for kernel in kernels:  # of several heads' gradients, five words outside of the inner loop
-        assert kernel.resources.spill_bytes <= (20 if kernel is kernels[2] else 0)
+    for kernel in kernels:  # of several heads' gradients, a few words outside of the inner loop
+        assert kernel.resources.spill_bytes <= (32 if kernel is kernels[2] else 0)
         assert "C75" not in kernel.compiled.log
     main, gradients = kernels[0], kernels[2]
     for text in (main.explain(), gradients.explain()):
