@@ -12,6 +12,8 @@ import pytest
 
 import tilejit.language as T
 from tilejit import options, tilejit
+from tilejit.ir.node import walk
+from tilejit.ops.gemm import GemmWait
 from tilejit.runtime.device import use_executor
 
 BF16 = ml_dtypes.bfloat16
@@ -544,3 +546,44 @@ def test_multiplies_into_one_accumulator_follow_each_other_unwaited(hopper, rng)
     kernel = one_sum.compile(*specs, target="sm_90a")
     assert kernel.ptx.count("wgmma.wait_group") == 1
     assert not re.search(r"\bC7\d\d\d\b", kernel.kernels[0].compiled.log)
+
+
+# ---- sums that nothing reads ----------------------------------------------------------------
+
+
+@tilejit
+def last_product(A: T.Tensor, B: T.Tensor, C: T.Tensor, S: T.Tensor):
+    """S = A @ B[-64:].T; C = the sum of B's rows, in every row."""
+    M, K = A.shape
+    N = B.shape[0]
+    with T.Kernel(T.ceildiv(M, 64), threads=128) as by:
+        a = T.alloc_shared((64, K), A.dtype)
+        b = T.alloc_shared((64, K), B.dtype)
+        s = T.alloc_fragment((64, 64), "float32")
+        acc = T.alloc_fragment((64, K), "float32")
+        ones = T.alloc_fragment((64, 64), A.dtype)
+        T.fill(ones, 1)
+        T.clear(acc)
+        T.copy(A[by * 64, 0], a)
+        for n in T.Pipelined(T.ceildiv(N, 64), num_stages=3):
+            T.copy(B[n * 64, 0], b)
+            T.gemm(ones, b, acc)
+            T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+        T.copy(acc, C[by * 64, 0])
+        T.copy(s, S[by * 64, 0])
+
+
+@pytest.mark.parametrize("rows", [64, 128, 512])
+def test_products_that_are_made_anew_keep_their_registers(hopper, rng, rows):
+    """A multiply that is on its way while its sums are dead would write over whatever the assembler
+    has put there."""
+    a, b = (rng.integers(-4, 4, (n, 64)).astype(BF16) for n in (200, rows))
+    c, s = hopper(last_product, a, b, out=[((200, 64), "float32"), ((200, 64), "float32")])
+    wide = b.astype(np.float64)
+    np.testing.assert_array_equal(c, np.broadcast_to(wide.sum(axis=0), (200, 64)))
+    np.testing.assert_array_equal(s, a.astype(np.float64) @ wide[-64:].T)
+    specs = T.Tensor((200, 64), BF16), T.Tensor((rows, 64), BF16)
+    outs = T.Tensor((200, 64), "float32"), T.Tensor((200, 64), "float32")
+    plan = last_product.compile(*specs, *outs, target="sm_90a").kernels[0].planned
+    waits = [n for n in walk(plan.body) if isinstance(n, GemmWait)]
+    assert waits and all(n.pending < 2 for n in waits)

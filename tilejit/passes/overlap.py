@@ -389,7 +389,7 @@ def _conflict(node: Node, gemm: Gemm) -> bool:
         inputs = {node.a.buffer.root, node.b.buffer.root}
         if node.acc.buffer.root is acc:  # in order of themselves where shapes agree
             is_same = node.acc.buffer is gemm.acc.buffer and node.acc.is_whole and gemm.acc.is_whole
-            return node.atom != gemm.atom or not is_same
+            return node.clear or node.atom != gemm.atom or not is_same
         return acc in inputs or node.acc.buffer.root in operands
     held = {b for b in operands if b.scope is Scope.FRAGMENT}
     return bool((reads | writes) & ({acc} | held) or writes & operands)

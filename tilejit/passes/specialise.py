@@ -329,6 +329,8 @@ class _Specialiser:
         others_work = (groups - 1) / groups * sum(multiply_clocks(n) for n in gemms)
         if others_work >= ISSUE_CLOCKS:
             return
+        if any(n.clear for n in gemms):
+            return  # the assembler takes the registers of sums that nothing reads for other things
         held = held_registers(gemms)
         others = [n for n in body if not isinstance(n, Gemm | GemmWait)]
         if not channels or not gemms or any(touches(n, held) for n in others):
