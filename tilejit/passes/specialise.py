@@ -312,6 +312,10 @@ class _Specialiser:
             fed=counter(f"{name}_fed"),
             used=counter(f"{name}_used"),
             by_group=by_group,
+            is_urgent=any(
+                isinstance(n, Gemm) and n.is_async and n.a.buffer.scope is Scope.FRAGMENT
+                for n in readers
+            ),
             thread=self.thread,
             cluster=self.cluster,
         )
@@ -407,10 +411,7 @@ class _Specialiser:
                 continue
             for channel in (c for c in channels if c.feed.first == place):
                 opened, slot_of[channel], parity = channel.turn(channel.used)
-                wait = BarrierWait(
-                    barrier=channel.full, slot=slot_of[channel], parity=parity, span=node.span
-                )
-                result += [*opened, wait]
+                result += [*opened, *channel.awaited(slot_of[channel], parity)]
             fresh = self._inside(node)
             for channel, slot in slot_of.items():
                 fresh = [into_slot(n, channel.slotted, slot) for n in fresh]

@@ -273,7 +273,8 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
         return 1, None
     assert kernel.target is not None, "select did not run"
     size = sum(tile_bytes(c) * existing(c.src) for c in brought)
-    clocks = sum(multiply_clocks(n) for n in walk(kernel.body) if isinstance(n, Gemm))
+    gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
+    clocks = sum(multiply_clocks(n) for n in gemms if isinstance(n.atom, WgmmaAtom))
     chip = kernel.target.chip
     tiles = math.prod(nominal(extent) for extent in kernel.grid)
     if size <= clocks * chip.brought_bytes or tiles < MANY_WAVES * chip.multiprocessors:
