@@ -25,8 +25,9 @@ class Options:
         "TILEJIT_DUMP",
         "",
         "Comma-separated stages to print to stderr: trace, choose_schedule, select_atoms, "
-        "infer_layouts, pipeline_loops, specialise, insert_sync, order_reads, describe_tensors, "
-        "allocate_memory, source, explain, ptx.",
+        "drop_masks, fold_clears, plan_exchanges, halve_operands, infer_layouts, pipeline_loops, "
+        "specialise, order_tiles, insert_sync, order_reads, describe_tensors, allocate_memory, "
+        "source, explain, ptx.",
     )
     verify: bool = _knob("TILEJIT_VERIFY", True, "Verify the tile graph after every pass.")
     full_traceback: bool = _knob(

@@ -35,6 +35,10 @@ def brain(*shape: int) -> Any:
     return T.Tensor(shape, "bfloat16")
 
 
+def eighth(*shape: int) -> Any:
+    return T.Tensor(shape, "float8_e4m3fn")
+
+
 def single(*shape: int) -> Any:
     return T.Tensor(shape, "float32")
 
@@ -73,6 +77,38 @@ CASES: dict[tuple[str, str], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]
             *(brain(1, 4, 150, 64), *(brain(1, 2, 170, 64),) * 2),
         ),
         {"is_causal": True, "window": 40, "softcap": 30.0, "BM": 64, "BN": 64},
+    ),
+    ("attention_fp8", "attention_fp8"): lambda: (
+        (
+            *(eighth(1, 4, 150, 64), eighth(1, 2, 176, 64), eighth(1, 2, 64, 176)),
+            *(single(1, 4), single(1, 2), single(1, 2)),
+            *(brain(1, 4, 150, 64), single(1, 4, 150)),
+        ),
+        {"is_causal": True, "BM": 64, "BN": 64},
+    ),
+    ("attention_ragged", "attention_ragged"): lambda: (
+        (
+            *(brain(150, 4, 64), *(brain(170, 2, 64),) * 2, brain(150, 4, 64)),
+            *(single(4, 150), *(T.Tensor((4,), "int32"),) * 2),
+        ),
+        {"is_causal": True, "BM": 64, "BN": 64},
+    ),
+    ("attention_ragged_backward", "attention_ragged_backward"): lambda: (
+        (
+            *(brain(150, 4, 64), *(brain(170, 2, 64),) * 2, brain(150, 4, 64)),
+            *(single(4, 150), brain(150, 4, 64)),
+            *(brain(150, 4, 64), *(brain(170, 2, 64),) * 2, *(T.Tensor((4,), "int32"),) * 2),
+        ),
+        {"BM": 64, "BN": 64},
+    ),
+    ("attention_variants", "attention"): lambda: (
+        (
+            brain(1, 4, 150, 64),
+            *(brain(1, 2, 170, 64),) * 2,
+            brain(1, 4, 150, 64),
+            single(1, 4, 150),
+        ),
+        {"BM": 64, "BN": 64, "threads": 128},
     ),
     ("manual_matmul", "matmul"): lambda: ((brain(4096, 4096),) * 3, {"cluster": 2}),
     ("rows", "softmax"): lambda: ((brain(70, 128),) * 2, {"BM": 64}),
