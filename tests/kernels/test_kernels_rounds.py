@@ -12,7 +12,8 @@ import pytest
 
 import tilejit.language as T
 from tilejit import options, tilejit
-from tilejit.ir.node import walk
+from tilejit.ir.node import For, LoopKind, walk
+from tilejit.ir.sync import BarrierWait
 from tilejit.ops.gemm import GemmWait
 from tilejit.runtime.device import use_executor
 
@@ -587,3 +588,78 @@ def test_products_that_are_made_anew_keep_their_registers(hopper, rng, rows):
     plan = last_product.compile(*specs, *outs, target="sm_90a").kernels[0].planned
     waits = [n for n in walk(plan.body) if isinstance(n, GemmWait)]
     assert waits and all(n.pending < 2 for n in waits)
+
+
+# ---- tiles that are multiplied as soon as they are there ------------------------------------
+
+
+@tilejit
+def held_by_tile(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BN, from_registers):
+    """C = A @ B, A's tile in registers or in shared memory."""
+    M, K = A.shape
+    with T.Kernel(T.ceildiv(M, 64), threads=128) as by:
+        a = T.alloc_shared((64, BN), A.dtype)
+        held = T.alloc_fragment((64, BN), A.dtype)
+        b = T.alloc_shared((BN, 64), B.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        T.clear(acc)
+        for k in T.Pipelined(T.ceildiv(K, BN)):
+            T.copy(A[by * 64, k * BN], a)
+            T.copy(B[k * BN, 0], b)
+            if from_registers:
+                T.copy(a, held)
+            T.gemm(held if from_registers else a, b, acc)
+        T.copy(acc, C[by * 64, 0])
+
+
+@pytest.mark.parametrize(
+    "BN, from_registers, looks", [(32, True, 2), (32, False, 1), (128, True, 1), (128, False, 1)]
+)
+def test_small_tiles_for_registers_are_looked_at_twice(hopper, rng, BN, from_registers, looks):
+    """An H100 showed a barrier's phase over before the last bytes of such a tile were there."""
+    a, b = rng.integers(-4, 4, (200, 264)).astype(BF16), rng.integers(-4, 4, (264, 64)).astype(BF16)
+    constants = {"BN": BN, "from_registers": from_registers}
+    c = hopper(held_by_tile, a, b, out=[((200, 64), "float32")], **constants)
+    np.testing.assert_array_equal(c, a.astype(np.float64) @ b.astype(np.float64))
+    specs = T.Tensor((200, 264), BF16), T.Tensor((264, 64), BF16), T.Tensor((200, 64), "float32")
+    plan = held_by_tile.compile(*specs, target="sm_90a", **constants).kernels[0].planned
+    loops = [n for n in walk(plan.body) if isinstance(n, For) and n.kind is LoopKind.SERIAL]
+    waits = [n for n in walk(loops[0].body) if isinstance(n, BarrierWait)]
+    names = [n.barrier.name for n in waits if "b" in n.barrier.name.split("_")]
+    assert max(names.count(name) for name in names) == looks
+
+
+@tilejit
+def both_kinds(A: T.Tensor, B: T.Tensor, W: T.Tensor, C: T.Tensor, D: T.Tensor):
+    """C = A @ B by warpgroups; D = the first rows of A times W, too small for them."""
+    M, K = A.shape
+    N = B.shape[1]
+    with T.Kernel(T.ceildiv(N, 128), T.ceildiv(M, 64), threads=128) as (bx, by):
+        a = T.alloc_shared((64, 64), A.dtype)
+        b = T.alloc_shared((64, 128), B.dtype)
+        x = T.alloc_shared((16, 64), A.dtype)
+        w = T.alloc_shared((64, 32), W.dtype)
+        acc = T.alloc_fragment((64, 128), "float32")
+        small = T.alloc_fragment((16, 32), "float32")
+        T.clear(acc)
+        T.clear(small)
+        for i, j in T.Parallel(16, 64):
+            x[i, j] = A[by * 64 + i, j]
+        for i, j in T.Parallel(64, 32):
+            w[i, j] = W[i, j]
+        T.gemm(x, w, small)
+        for k in T.Pipelined(T.ceildiv(K, 64)):
+            T.copy(A[by * 64, k * 64], a)
+            T.copy(B[k * 64, bx * 128], b)
+            T.gemm(a, b, acc)
+        T.copy(acc, C[by * 64, bx * 128])
+        if bx == 0:
+            T.copy(small, D[by * 16, 0])
+
+
+def test_multiplies_of_both_kinds_compile_together():
+    """Also where there are tiles enough for clusters to be thought of."""
+    specs = T.Tensor((8192, 8192), BF16), T.Tensor((8192, 8192), BF16), T.Tensor((64, 32), BF16)
+    outs = T.Tensor((8192, 8192), BF16), T.Tensor((2048, 32), "float32")
+    text = both_kinds.compile(*specs, *outs, target="sm_90a").explain()
+    assert ": wgmma." in text and ": mma." in text
