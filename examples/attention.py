@@ -137,7 +137,8 @@ def check() -> None:
         wanted, wanted_lse = exact(q, k, v, **options)
         error = np.abs(o.astype(np.float64) - wanted).max()
         assert error < 0.02, f"{options}: wrong by {error}"
-        assert np.abs(lse - wanted_lse).max() < 2e-3, options
+        bound = 2e-3 if "softcap" in options else 1e-3  # fast_math's tanh has 11 bits
+        assert np.abs(lse - wanted_lse).max() < bound, options
     print(f"attention over {S} x {SK}: right, full, causal, and in a window with soft-cap")
 
 
