@@ -3,11 +3,15 @@
 import re
 from functools import partial
 
+import chains
 import pipelines
 import programs
 import pytest
 from checking import compile_some
+from held_constants import held_constants
+from unwritten import unwritten
 
+from tilejit.errors import UnsupportedError
 from tilejit.target import TARGETS
 
 # what the math library computes with an array of its own (argument reduction of large angles)
@@ -48,3 +52,15 @@ def test_random_program_for_warpgroups_compiles_without_spills(seed):
     if re.search(r"fills \d+ slot", kernel.explain()):
         assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
         assert not re.search(r"\bC7\d\d\d\b", log), log
+
+
+@pytest.mark.fuzz(25)
+def test_random_constants_are_in_registers_before_they_are_multiplied(seed):
+    """ptxas moves constants behind multiplies that take them, unless it does not know them."""
+    for make in (held_constants, chains.chain):
+        _, kernel, _ = compile_some(make, seed, "sm_90a")
+        try:
+            sass = kernel.sass
+        except UnsupportedError:
+            pytest.skip("nvdisasm is not installed")
+        assert not unwritten(sass)

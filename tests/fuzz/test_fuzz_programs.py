@@ -9,6 +9,7 @@ import pipelines
 import programs
 import pytest
 from checking import check_some
+from held_constants import held_constants
 from layouts import laid_out
 from roles import in_a_role
 
@@ -76,6 +77,11 @@ def test_random_main_loop_for_warpgroups_means_the_same_everywhere(seed):
 @pytest.mark.fuzz(40)
 def test_random_loop_of_dependent_multiplies_means_the_same_everywhere(seed):
     check_some(chains.chain, seed, "sm_90a")
+
+
+@pytest.mark.fuzz(40)
+def test_random_constants_as_left_operands_mean_the_same_everywhere(seed):
+    check_some(held_constants, seed, "sm_90a")
 
 
 @pytest.mark.fuzz(60)

@@ -12,8 +12,7 @@ import pytest
 
 import tilejit.language as T
 from tilejit import options, tilejit
-from tilejit.ir.node import For, LoopKind, walk
-from tilejit.ir.sync import BarrierWait
+from tilejit.ir.node import walk
 from tilejit.ops.gemm import GemmWait
 from tilejit.runtime.device import use_executor
 
@@ -590,45 +589,6 @@ def test_products_that_are_made_anew_keep_their_registers(hopper, rng, rows):
     assert waits and all(n.pending < 2 for n in waits)
 
 
-# ---- tiles that are multiplied as soon as they are there ------------------------------------
-
-
-@tilejit
-def held_by_tile(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BN, from_registers):
-    """C = A @ B, A's tile in registers or in shared memory."""
-    M, K = A.shape
-    with T.Kernel(T.ceildiv(M, 64), threads=128) as by:
-        a = T.alloc_shared((64, BN), A.dtype)
-        held = T.alloc_fragment((64, BN), A.dtype)
-        b = T.alloc_shared((BN, 64), B.dtype)
-        acc = T.alloc_fragment((64, 64), "float32")
-        T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(K, BN)):
-            T.copy(A[by * 64, k * BN], a)
-            T.copy(B[k * BN, 0], b)
-            if from_registers:
-                T.copy(a, held)
-            T.gemm(held if from_registers else a, b, acc)
-        T.copy(acc, C[by * 64, 0])
-
-
-@pytest.mark.parametrize(
-    "BN, from_registers, looks", [(32, True, 2), (32, False, 1), (128, True, 1), (128, False, 1)]
-)
-def test_small_tiles_for_registers_are_looked_at_twice(hopper, rng, BN, from_registers, looks):
-    """An H100 showed a barrier's phase over before the last bytes of such a tile were there."""
-    a, b = rng.integers(-4, 4, (200, 264)).astype(BF16), rng.integers(-4, 4, (264, 64)).astype(BF16)
-    constants = {"BN": BN, "from_registers": from_registers}
-    c = hopper(held_by_tile, a, b, out=[((200, 64), "float32")], **constants)
-    np.testing.assert_array_equal(c, a.astype(np.float64) @ b.astype(np.float64))
-    specs = T.Tensor((200, 264), BF16), T.Tensor((264, 64), BF16), T.Tensor((200, 64), "float32")
-    plan = held_by_tile.compile(*specs, target="sm_90a", **constants).kernels[0].planned
-    loops = [n for n in walk(plan.body) if isinstance(n, For) and n.kind is LoopKind.SERIAL]
-    waits = [n for n in walk(loops[0].body) if isinstance(n, BarrierWait)]
-    names = [n.barrier.name for n in waits if "b" in n.barrier.name.split("_")]
-    assert max(names.count(name) for name in names) == looks
-
-
 @tilejit
 def both_kinds(A: T.Tensor, B: T.Tensor, W: T.Tensor, C: T.Tensor, D: T.Tensor):
     """C = A @ B by warpgroups; D = the first rows of A times W, too small for them."""
@@ -663,3 +623,35 @@ def test_multiplies_of_both_kinds_compile_together():
     outs = T.Tensor((8192, 8192), BF16), T.Tensor((2048, 32), "float32")
     text = both_kinds.compile(*specs, *outs, target="sm_90a").explain()
     assert ": wgmma." in text and ": mma." in text
+
+
+@tilejit
+def many_products(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, count):
+    """Each of the tiles of C: the sum over n of A * (2**n + 2**(n + 1)) @ B[n], by more products on
+    their way than an instruction can leave there."""
+    with T.Kernel(1, threads=128):
+        held = T.alloc_fragment((64, 32), A.dtype)
+        b = T.alloc_shared((32, 16), B.dtype)
+        sums = [T.alloc_fragment((64, 16), "float32") for _ in range(count)]
+        T.copy(A, held)
+        for acc in sums:
+            T.clear(acc)
+        for n in T.Pipelined(B.shape[0] // 32):
+            T.copy(B[n * 32, 0], b)
+            for acc in sums:
+                T.gemm(held, b, acc)
+            for i, j in T.Parallel(64, 32):
+                held[i, j] = held[i, j] * 2
+            for acc in sums:
+                T.gemm(held, b, acc)
+        for k, acc in enumerate(sums):
+            T.copy(acc, C[k * 64, 0])
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 9])
+def test_more_products_than_can_be_on_their_way(hopper, rng, count):
+    a, b = rng.integers(-2, 3, (64, 32)).astype(BF16), rng.integers(-2, 3, (96, 16)).astype(BF16)
+    c = hopper(many_products, a, b, out=[((count * 64, 16), "float32")], count=count)
+    wide = a.astype(np.float64), b.astype(np.float64).reshape(3, 32, 16)
+    want = sum((2**n + 2 ** (n + 1)) * wide[0] @ wide[1][n] for n in range(3))
+    np.testing.assert_array_equal(c, np.tile(want, (count, 1)))

@@ -98,7 +98,7 @@ BINARY = frozenset(
     "add sub mul div floordiv floormod min max and or xor shl shr pow atan2 fmod".split()
 )
 COMPARE = frozenset("lt le gt ge eq ne".split())
-UNARY = frozenset("neg not abs".split())
+UNARY = frozenset("neg not abs hidden".split())
 MATH = frozenset(
     "exp exp2 exp10 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan sinh cosh tanh asin acos "
     "atan erf floor ceil round trunc popcount clz".split()
@@ -256,7 +256,8 @@ def _integer_identity(op: str, a: Expr, b: Expr) -> Expr | None:
 
 
 def unary(op: str, a: Expr) -> Expr:
-    """`op a` for neg, not (bitwise on integers, logical on bool), abs, MATH and PREDICATES."""
+    """`op a` for neg, not (bitwise on integers, logical on bool), abs, hidden, MATH and PREDICATES.
+    hidden: the value itself, which no compiler knows; of at most 32 bits, not bool."""
     if op == "not" and isinstance(a, Const):
         return const(not a.value if a.dtype.is_bool else ~int(a.value), a.dtype)
     if op == "not" and isinstance(a, Op) and a.op == "not":

@@ -212,6 +212,23 @@ UNIFORM = Instruction(
 )
 
 
+def _same(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+    return (inputs[0],)
+
+
+# Its input, with the top bit of a clock added, which is 0 for centuries (PTX ISA, "%clock_hi"): no
+# compiler knows that.
+HIDE = Instruction(
+    name="hide",
+    ptx="{ .reg .b32 zero; mov.u32 zero, %clock_hi; shr.u32 zero, zero, 31; "
+    "or.b32 $d0, $a0, zero; }",
+    outputs=(dtypes.uint32,),
+    inputs=(dtypes.uint32,),
+    meaning=_same,
+    has_effect=False,
+)
+
+
 def _elected(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
     return ((lanes.thread % WARP == 0).astype(np.uint32),)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tilejit.dtypes import DType, bool_, float32, int32, int64, uint32, uint64
+from tilejit.dtypes import DType, bool_, float32, int32, int64, uint8, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.analysis import Interval, divisor, interval, is_whole, keeps_value, linear
 from tilejit.ir.buffer import Buffer, Region, Scope
@@ -33,7 +33,7 @@ from tilejit.ir.expr import (
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Role
 from tilejit.isa.machine import Address, Machine, Value
-from tilejit.isa.special import UNIFORM
+from tilejit.isa.special import HIDE, UNIFORM
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.facts import Facts
 from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
@@ -220,6 +220,8 @@ class EmitterBase:
             return m.cast(args, source, e.dtype)[0]
         if e.op == "bitcast":
             return m.bitcast(args[0], source, e.dtype)
+        if e.op == "hidden":
+            return self._hidden(args[0], source)
         narrow = source.is_float and source.bits <= _SMALL_FLOAT_BITS
         dtype = float32 if narrow or source.name == "tfloat32" else source
         if narrow:
@@ -231,6 +233,14 @@ class EmitterBase:
         if narrow and not e.dtype.is_bool:
             return m.cast([result], float32, e.dtype)[0]
         return result
+
+    def _hidden(self, value: Value, dtype: DType) -> Value:
+        """The value, which no compiler knows any more."""
+        m = self.m
+        own = {8: uint8, 16: uint16, 32: uint32}[dtype.bits]
+        word = m.bitcast(value, dtype, own)
+        (word,) = m.issue(HIDE, m.cast([word], own, uint32))
+        return m.bitcast(m.cast([word], uint32, own)[0], own, dtype)
 
     def values(self, exprs: Sequence[Expr]) -> list[Value]:
         """Values of several expressions; conversions of the same kind go together."""

@@ -10,6 +10,7 @@ from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
 from tilejit.passes.bounds import drop_masks
 from tilejit.passes.clears import fold_clears
+from tilejit.passes.constants import hide_constants
 from tilejit.passes.describe import describe_tensors
 from tilejit.passes.exchange import plan_exchanges
 from tilejit.passes.given import order_tiles
@@ -29,6 +30,7 @@ Pass = Callable[[Kernel], Kernel]
 PASSES: tuple[Pass, ...] = (
     drop_masks,  # early: what follows sees what is left to compute
     fold_clears,  # what accumulators hold when loops begin has been looked at
+    hide_constants,  # fills of zeros that are left
     plan_exchanges,  # what is sent is in fragments
     halve_operands,  # the order of columns is part of a product's layout
     infer_layouts,  # layouts depend on the instructions

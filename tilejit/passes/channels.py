@@ -6,7 +6,6 @@ Knows one ring: whose turn a slot is, and who says that it is free. Does not kno
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,11 +13,9 @@ from tilejit.dtypes import int32
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
 from tilejit.ir.node import If, Let, Load, Node, Store, all_reads
-from tilejit.ir.sync import BarrierArrive, BarrierWait
+from tilejit.ir.sync import BarrierArrive
 from tilejit.passes.bring import Feed
 from tilejit.passes.registers import GROUP
-
-SMALL_TILE = 16 << 10  # bytes
 
 
 @dataclass(eq=False)
@@ -28,8 +25,7 @@ class Channel:
     fed, used: how often the producer has filled, and the consumers have left, a slot.
     is_deferred: a slot is left one iteration late, when its multiply is surely over.
     by_group: one thread of each warpgroup says for all that a slot is free.
-    is_urgent: registers are multiplied by the tile. thread: the number of a consumer's thread.
-    cluster: blocks that fill each other's slots.
+    thread: the number of a consumer's thread. cluster: blocks that fill each other's slots.
     """
 
     feed: Feed
@@ -40,20 +36,9 @@ class Channel:
     fed: Buffer
     used: Buffer
     by_group: bool
-    is_urgent: bool
     thread: Var
     cluster: int
     is_deferred: bool = False
-
-    def awaited(self, slot: Expr, parity: Expr) -> list[Node]:
-        """Wait for the slot's tile. On an H100 a multiply of registers and a tile of 4 KB missed
-        the tile's last bytes where it began as soon as the barrier's phase was over, and did not
-        where the barrier was looked at twice; it comes later to the last bytes of larger tiles."""
-        wait = BarrierWait(
-            barrier=self.full, slot=slot, parity=parity, span=self.feed.copies[0].span
-        )
-        sizes = [math.prod(b.extents) * b.dtype.bytes for b in self.feed.buffers]
-        return [wait, wait] if self.is_urgent and min(sizes) < SMALL_TILE else [wait]
 
     def is_read_by(self, node: Node) -> bool:
         return any(b.root in self.feed.buffers for b in all_reads(node))

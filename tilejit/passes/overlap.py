@@ -38,6 +38,7 @@ from tilejit.ir.node import (
 from tilejit.ir.rounds import Rounds, by_hand
 from tilejit.ir.substitution import rebuffered
 from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
@@ -357,6 +358,8 @@ class Flight:
         self._land(len(self._flying))
 
     def _land(self, count: int) -> None:
+        if count:  # more than the instruction can leave on their way land with them
+            count = max(count, len(self._flying) - MAX_PENDING)
         landed, self._flying = self._flying[:count], self._flying[count:]
         if not landed:
             return

@@ -15,7 +15,7 @@ from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import Expr, Var, arith, cast, index, int_value
 from tilejit.ir.node import Body, For, If, LoopKind, Node
 from tilejit.ir.substitution import substituted
-from tilejit.ir.sync import Control, ControlOp, SyncThreads
+from tilejit.ir.sync import BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.channels import Channel, counted
 from tilejit.passes.overlap import Flight, Overlap
@@ -149,7 +149,8 @@ class _Round:
         self.slots[channel, is_ahead] = slot
         self.flight.add(*opened)
         if is_ahead or not crosses:
-            self.flight.add(*channel.awaited(slot, parity))
+            span = channel.feed.copies[0].span
+            self.flight.add(BarrierWait(barrier=channel.full, slot=slot, parity=parity, span=span))
 
     def _leave(self, channel: Channel, is_ahead: bool) -> None:
         slot = self.slots[channel, is_ahead]

@@ -40,6 +40,7 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.ir.sync import BarrierArrive, BarrierSlot, BarrierWait, Control, ControlOp
+from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
@@ -312,10 +313,6 @@ class _Specialiser:
             fed=counter(f"{name}_fed"),
             used=counter(f"{name}_used"),
             by_group=by_group,
-            is_urgent=any(
-                isinstance(n, Gemm) and n.is_async and n.a.buffer.scope is Scope.FRAGMENT
-                for n in readers
-            ),
             thread=self.thread,
             cluster=self.cluster,
         )
@@ -411,7 +408,10 @@ class _Specialiser:
                 continue
             for channel in (c for c in channels if c.feed.first == place):
                 opened, slot_of[channel], parity = channel.turn(channel.used)
-                result += [*opened, *channel.awaited(slot_of[channel], parity)]
+                wait = BarrierWait(
+                    barrier=channel.full, slot=slot_of[channel], parity=parity, span=node.span
+                )
+                result += [*opened, wait]
             fresh = self._inside(node)
             for channel, slot in slot_of.items():
                 fresh = [into_slot(n, channel.slotted, slot) for n in fresh]
@@ -471,7 +471,8 @@ class _Specialiser:
         """Leave the slots of the iteration before: its multiplies are over when only this one's
         are not."""
         gemms = [n for n in body if isinstance(n, Gemm)]
-        wait = GemmWait(pending=len(gemms), registers=held_registers(gemms), span=loop.span)
+        pending = min(len(gemms), MAX_PENDING)
+        wait = GemmWait(pending=pending, registers=held_registers(gemms), span=loop.span)
         result: list[Node] = [wait]
         has_before = arith("gt" if loop.step > 0 else "lt", loop.var, loop.start)
         for channel in deferred:
