@@ -5,8 +5,9 @@ Knows architecture numbers (with `isa/`, the only room that does). Does not know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TypeVar
 
 from tilejit.errors import UnsupportedError
 
@@ -49,7 +50,7 @@ class Chip:
 
     multiprocessors, clock (GHz under load): of the whole chip. memory_bytes: a clock, of the whole
     chip from its memory. brought_bytes: a clock, from the L2 cache to a multiprocessor.
-    cache_bytes: of the L2 cache.
+    cache_bytes: of the L2 cache. Of the device at hand, the driver knows better (`measured`).
     tensor_macs: multiply-adds of 16-bit operands a clock in a multiprocessor's tensor cores, into
     float32. unpacks_fp8: mma.sync turns fp8 operands into float16 first.
     Sources: NVIDIA's architecture whitepapers; `brought_bytes` of sm_90a is measured.
@@ -87,6 +88,11 @@ class Target:
         """libNVVM takes the modern LLVM dialect for it, else LLVM 7's (NVVM IR Specification)."""
         return self.cc >= (10, 0)
 
+    @property
+    def key(self) -> tuple[str, Chip]:
+        """What kernels for it depend on."""
+        return self.name, self.chip
+
     def has(self, *features: Feature) -> bool:
         return self.features.issuperset(features)
 
@@ -113,6 +119,28 @@ TARGETS: dict[str, Target] = {
         Target("sm_120a", (12, 0), "a", 99 * 1024, _SM100, _RTX5090),
     )
 }
+
+
+Figure = TypeVar("Figure", int, float)
+SAME = 0.05  # as much as a product's figures may differ from the table's, which choices rest on
+
+
+def measured(target: Target, multiprocessors: int, memory_bytes: float, cache_bytes: int) -> Target:
+    """The target with what a device's driver says of it, where the product is another than the
+    table's: its multiprocessors, the bytes a second of its memory, the bytes of its L2 cache; 0
+    where it does not know."""
+    chip = target.chip
+    own = replace(
+        chip,
+        multiprocessors=_differing(multiprocessors, chip.multiprocessors),
+        memory_bytes=_differing(memory_bytes / (chip.clock * 1e9), chip.memory_bytes),
+        cache_bytes=_differing(cache_bytes, chip.cache_bytes),
+    )
+    return target if own == chip else replace(target, chip=own)
+
+
+def _differing(value: Figure, usual: Figure) -> Figure:
+    return value if value and abs(value / usual - 1) > SAME else usual
 
 
 def as_target(target: str | Target) -> Target:

@@ -93,7 +93,7 @@ class TileFunction:
             executor = device.executor()
             target = self._target_of(call.views, executor)
             multiples = symbol_multiples(symbols)
-            key = (call.key, self._captures.key(), target.name, tuple(multiples.values()))
+            key = (call.key, self._captures.key(), target.key, tuple(multiples.values()))
             kernel = self._cache.find(key)
             if kernel is None:
                 kernel = self._cache.find_or_build(
@@ -119,7 +119,7 @@ class TileFunction:
             call = self._signature.bind_specs(args, kwargs)
             executor = device.executor()
             chip = self._target_of((), executor) if target is None else as_target(target)
-            key = (call.key, self._captures.key(), chip.name)
+            key = (call.key, self._captures.key(), chip.key)
             kernel = self._cache.find_or_build(key, lambda: self._build(call, chip))
             kernel.lower()
             return kernel
@@ -132,8 +132,10 @@ class TileFunction:
         if ordinal is None:
             ordinal = device.current_device()
         own = device.target_of(ordinal)
-        if self._target is None or not views:
-            return self._target or own
+        if self._target is None or self._target.name == own.name:
+            return own
+        if not views:
+            return self._target
         if not device.runs_on(self._target, ordinal):
             raise ArgumentError(
                 f"{self.__name__} was asked for {self._target}, but the GPU is {own}.",

@@ -18,7 +18,7 @@ from typing import Any
 
 from tilejit import config
 from tilejit.errors import ArgumentError, DeviceError, ResourceError
-from tilejit.target import Target, as_target, for_capability
+from tilejit.target import Target, as_target, for_capability, measured
 
 DEFAULT_TARGET = "sm_80"
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -177,34 +177,43 @@ def active(device: int) -> Iterator[None]:
 
 @functools.cache
 def target_of(device: int) -> Target:
-    """The target that suits the device best.
+    """The target that suits the device best, with the device's own figures.
 
     Raises:
         UnsupportedError: older than any target.
     """
-    return for_capability(*capability_of(device))
+    names = driver().CUdevice_attribute
+    kilohertz, bits, cache = (
+        _attribute(device, name)
+        for name in (
+            names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE,
+            names.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH,
+            names.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE,
+        )
+    )
+    bytes_a_second = 2 * kilohertz * 1e3 * bits / 8  # two transfers a clock
+    target = for_capability(*capability_of(device))
+    return measured(target, multiprocessors(device), bytes_a_second, cache)
 
 
 @functools.cache
 def capability_of(device: int) -> tuple[int, int]:
-    api = driver()
-    attribute = api.CUdevice_attribute
-    handle = check(api.cuDeviceGet(device), f"Opening GPU {device}")
-    major, minor = (
-        int(check(api.cuDeviceGetAttribute(name, handle), f"Asking GPU {device}"))
-        for name in (
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
+    names = driver().CUdevice_attribute
+    return (
+        _attribute(device, names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+        _attribute(device, names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
     )
-    return major, minor
 
 
 @functools.cache
 def multiprocessors(device: int) -> int:
     """Multiprocessors of the device: how many blocks run at once that each take a whole one."""
+    name = driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    return _attribute(device, name)
+
+
+def _attribute(device: int, name: Any) -> int:
     api = driver()
-    name = api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
     handle = check(api.cuDeviceGet(device), f"Opening GPU {device}")
     return int(check(api.cuDeviceGetAttribute(name, handle), f"Asking GPU {device}"))
 
