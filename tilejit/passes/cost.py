@@ -28,6 +28,7 @@ from tilejit.passes.registers import (
     launch_registers,
 )
 from tilejit.passes.teams import FEWEST_TILES, reduces_between
+from tilejit.passes.trim import rows_there
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
 from tilejit.target import Target
 
@@ -305,7 +306,8 @@ class _Planner:
             if _is_ahead(node):
                 row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
                 share = existing(node.src)
-                each = share * ROW_CLOCKS + (1 - share) * ABSENT_CLOCKS
+                absent = 0.0 if rows_there(node) else ABSENT_CLOCKS
+                each = share * ROW_CLOCKS + (1 - share) * absent
                 rows = size / row * each if node.is_tma else 0.0
                 return _Work(brought=size * share, rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):

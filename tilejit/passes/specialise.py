@@ -55,6 +55,7 @@ from tilejit.passes.registers import GROUP
 from tilejit.passes.rounds import first_turn, overlapped
 from tilejit.passes.teams import team_count, times
 from tilejit.passes.tiles import Walk, is_same_along, tile_walk, visit_number
+from tilejit.passes.trim import emptied, rows_there, trimmed
 from tilejit.passes.wgmma import multiply_clocks
 from tilejit.target import Target
 
@@ -107,6 +108,7 @@ class _Specialiser:
             fragments.update((b, fragments[old]) for old, b in overlap.moved.items())
         self.kernel = replace(self.kernel, fragments=fragments)
         self.uneven = unevenness(self.kernel)
+        self.rows = self._trims()  # of tiles that are longer than the tensor
         self.turning = 0  # warpgroups that take turns in a loop
 
     def run(self) -> Kernel:
@@ -130,6 +132,10 @@ class _Specialiser:
             role = replace(role, teams=self.teams, team=self.team, meeting=TEAM_BARRIER)
             consumed = self._in_turn(consumed, channels)
             self.notes.append(f"{self.teams} teams of {kernel.num_threads} threads take turns")
+        empty = [n for copy, rows in self.rows.items() for n in self._emptied(copy, rows)]
+        if self.teams == 1:
+            consumer += empty  # while the first tiles are on their way
+            empty = []
         consumer += self._starts(channels)
         if self.turning:
             consumer.append(first_turn(self.thread, self.turning))
@@ -151,7 +157,7 @@ class _Specialiser:
                 Role("producer", threads, GROUP, tuple(producer)),
             )
         )
-        body: list[Node] = [roles]
+        body: list[Node] = [*empty, roles]
         if self.cluster > 1:  # a block's memory must outlive what others send to it
             body += [Control(op=ControlOp.CLUSTER_ARRIVE), Control(op=ControlOp.CLUSTER_WAIT)]
         self._say(channels, up, down)
@@ -165,6 +171,26 @@ class _Specialiser:
                 notes=(*kernel.notes, *self.notes),
             )
         )
+
+    def _trims(self) -> dict[Copy, int]:
+        """The rows of copies that bring fewer than their tile has, and are alone to write it."""
+        writes = [b.root for n in walk(self.kernel.body) for b in n.writes]
+        found = {}
+        for copy in self.brought:
+            rows, tile = rows_there(copy), copy.dst
+            is_shared = self.axis is not None and is_same_along(copy, self.kernel, self.axis)
+            is_alone = tile.is_whole and writes.count(tile.buffer.root) == 1
+            if rows is not None and is_alone and not is_shared:
+                if not self.shared[tile.buffer].halved:
+                    found[copy] = rows
+        return found
+
+    def _emptied(self, copy: Copy, rows: int) -> list[Node]:
+        slots = self.channels[copy].slotted[copy.dst.buffer]
+        self.notes.append(
+            f"{copy.dst.buffer.name}: only the {rows} rows that there are are brought"
+        )
+        return emptied(slots, rows)
 
     def _walk(self) -> Walk:
         """How blocks come to their tiles: in a fixed order, unless some tiles are longer."""
@@ -386,6 +412,8 @@ class _Specialiser:
     def _filling(self, copy: Copy, channel: Channel, slot: Var) -> Node:
         filled = into_slot(copy, channel.slotted, slot)
         assert isinstance(filled, Copy)
+        if copy in self.rows:
+            filled = trimmed(filled, self.rows[copy])
         is_shared = self.axis is not None and is_same_along(copy, self.kernel, self.axis)
         return replace(
             filled,
