@@ -23,8 +23,8 @@ from tilejit.layout.reduction import Reduction
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.cluster import ClusterReduce, Step
-from tilejit.ops.reduce import Reduce, identity
+from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.reduce import Reduce, Step, identity
 
 
 class ReduceEmitter(TileEmitter):
@@ -44,12 +44,16 @@ class ReduceEmitter(TileEmitter):
         fragments, dtype = self.kernel.fragments, node.accumulator
         target = fragments[node.dst.buffer]
         reduction = node.reduction(fragments[node.src.buffer])
-        results = self._in_threads(node, reduction)
-        for step in reduction.steps:
-            others = [self._from_lane(v, step, dtype) for v in results]
-            results = [self._pair(node, a, b) for a, b in zip(results, others, strict=True)]
-        if reduction.groups > 1:
-            results = self._in_groups(node, reduction, results)
+        if node.step is Step.TAKE:
+            results = self._take_parts(node, reduction)
+        else:
+            results = self._in_threads(node, reduction)
+            for step in reduction.steps:
+                others = [self._from_lane(v, step, dtype) for v in results]
+                results = [self._pair(node, a, b) for a, b in zip(results, others, strict=True)]
+        if node.step is Step.SEND:
+            self._send_parts(node, reduction, results)
+            return
         place = target.register_of(reduction.result)
         results = [results[p] for p in place]
         held = self.state[node.dst.buffer]
@@ -117,22 +121,28 @@ class ReduceEmitter(TileEmitter):
         bits = m.binary("or", low, m.binary("shl", high, half, uint64), uint64)
         return m.bitcast(bits, uint64, dtype) if dtype is not uint64 else bits
 
-    def _in_groups(self, node: Reduce, reduction: Reduction, values: list[Value]) -> list[Value]:
-        """Each group of threads writes its part; all read the parts of their results."""
+    def _send_parts(self, node: Reduce, reduction: Reduction, values: list[Value]) -> None:
+        """Each group of threads writes its part."""
         scratch, dtype, layout = node.scratch, node.accumulator, reduction.partials
         assert scratch is not None and dtype.bits in (32, 64), "layouts did not run"
         parts = thread_part(layout, self.thread)
         first = self.replica(layout)
-        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
-        exist = [self.bounds(layout, at) for at in places]
-        for at, value, inside in zip(places, values, exist, strict=True):
-            self.m.store(self.address(scratch, at), [value], dtype, self.both(inside, first))
-        self.meet()
+        for register, value in enumerate(values):
+            at = coordinates(layout, parts, register)
+            inside = self.both(self.bounds(layout, at), first)
+            self.m.store(self.address(scratch, at), [value], dtype, inside)
+
+    def _take_parts(self, node: Reduce, reduction: Reduction) -> list[Value]:
+        """All threads read the parts of their results."""
+        scratch, dtype, layout = node.scratch, node.accumulator, reduction.partials
+        assert scratch is not None, "layouts did not run"
+        parts = thread_part(layout, self.thread)
         results = []
-        for at, inside in zip(places, exist, strict=True):
+        for register in range(layout.registers):
+            at = coordinates(layout, parts, register)
             start: tuple[Expr, ...] = (*at[:-1], index(0))
-            loaded = self.m.load(self.address(scratch, start), dtype, reduction.groups, inside)
-            results.append(self._tree(node, loaded))
+            place, inside = self.address(scratch, start), self.bounds(layout, at)
+            results.append(self._tree(node, self.m.load(place, dtype, reduction.groups, inside)))
         return results
 
     # ---- between blocks ---------------------------------------------------------------------

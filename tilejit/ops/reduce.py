@@ -58,6 +58,14 @@ _COMBINE = {
 }
 
 
+class Step(StrEnum):
+    """What of an exchange a node does: first each party sends what it has, then it takes all."""
+
+    WHOLE = "whole"
+    SEND = "send"
+    TAKE = "take"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reduce(Node):
     """dst = all of src along `axis`, combined; without `clear`, combined with what dst holds.
@@ -67,6 +75,8 @@ class Reduce(Node):
     keeps_nan: a NaN among the elements makes `max` and `min` NaN; else they pass over NaNs.
     scratch: decided by `layouts`, where the axis spans warps: shared memory through which the
         parts of a result go, (*dst's shape, parts).
+    step: decided by `sync` where there is scratch: to leave the parts there, which ends the use of
+        src, or to combine them in dst; the threads meet in between.
 
     Elements are converted to `accumulator` first and the result to dst's dtype last.
     """
@@ -78,14 +88,23 @@ class Reduce(Node):
     clear: bool = True
     keeps_nan: bool = False
     scratch: Buffer | None = None
+    step: Step = Step.WHOLE
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
         old = () if self.clear else (self.dst.buffer,)
+        if self.step is Step.SEND:
+            return (self.src.buffer,)
+        if self.step is Step.TAKE:
+            return (*old, *self._scratch)
         return (self.src.buffer, *old, *self._scratch)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
+        if self.step is Step.SEND:
+            return self._scratch
+        if self.step is Step.TAKE:
+            return (self.dst.buffer,)
         return (self.dst.buffer, *self._scratch)
 
     @property
@@ -129,7 +148,8 @@ class Reduce(Node):
             text += ", clear=False"
         if self.keeps_nan:
             text += ", nan_propagate=True"
-        comment = f"  # through {self.scratch.name}" if self.scratch is not None else ""
+        step = "" if self.step is Step.WHOLE else f", {self.step}"
+        comment = f"  # through {self.scratch.name}{step}" if self.scratch is not None else ""
         return f"T.reduce_{self.kind}({text}){comment}"
 
 

@@ -38,22 +38,26 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
-from tilejit.ops.cluster import ClusterReduce, Step
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
+from tilejit.ops.reduce import Step
+from tilejit.passes.meetings import share_meetings
 from tilejit.passes.sent import Sent, after_round, may_meet, signals
 
 
 def insert_sync(kernel: Kernel) -> Kernel:
     """Decide where the block's threads must meet.
 
-    Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes. After it, between any two
+    Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes, and the steps of reductions that
+    go through shared memory. After it, between any two
     accesses to a shared or global buffer of which one writes there is a barrier, unless they
     belong to one node, or each thread surely comes back to its own elements, or they are to a
     pipeline's slots (which the pipeline orders itself) or to a tile of T.tma_copy (which the user
     orders), or stand in branches or roles that wait for each other at the user's barriers.
     """
+    kernel = replace(kernel, body=share_meetings(kernel.body))
     synchroniser = _Synchroniser(kernel)
     body, _ = synchroniser.body(kernel.body, _Pending())
     return replace(kernel, body=body)

@@ -1,0 +1,171 @@
+"""Reductions over warps that stand together meet once, and still give what each gives alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import tilejit.language as T
+from tilejit import tilejit
+from tilejit.ir.node import walk
+from tilejit.ir.sync import SyncThreads
+from tilejit.ops.reduce import Reduce, Step
+from tilejit.runtime.device import use_executor
+from tilejit.runtime.kernel import TileKernel
+
+THREADS = 128
+
+
+@tilejit
+def statistics(A: T.Tensor, C: T.Tensor):
+    """C = sum, sum of squares, max and min of A: none needs another, and the tile of squares is
+    made anew between."""
+    N = A.shape[1]
+    with T.Kernel(A.shape[0], threads=THREADS) as row:
+        a, b = T.alloc_fragment((1, N), "float32"), T.alloc_fragment((1, N), "float32")
+        total, squares = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+        most, least = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+        T.copy(A[row, 0], a)
+        T.copy(a, b)
+        T.reduce_sum(b, total)
+        for i, j in T.Parallel(1, N):
+            b[i, j] = a[i, j] * a[i, j]
+        T.reduce_sum(b, squares)
+        T.fill(b, 0)
+        T.reduce_max(a, most)
+        T.reduce_min(a, least)
+        for i in T.Parallel(1):
+            C[row, 0], C[row, 1] = total[i], squares[i]
+            C[row, 2], C[row, 3] = most[i], least[i]
+
+
+@tilejit
+def chained(A: T.Tensor, C: T.Tensor):
+    """C = sum(A - mean), sum(A): the first result is needed for the second reduction's tile."""
+    N = A.shape[1]
+    with T.Kernel(A.shape[0], threads=THREADS) as row:
+        a, b = T.alloc_fragment((1, N), "float32"), T.alloc_fragment((1, N), "float32")
+        total, rest = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+        T.copy(A[row, 0], a)
+        T.reduce_sum(a, total)
+        for i, j in T.Parallel(1, N):
+            b[i, j] = a[i, j] - total[i] / N
+        T.reduce_sum(b, rest)
+        for i in T.Parallel(1):
+            C[row, 0], C[row, 1] = rest[i], total[i]
+
+
+@tilejit
+def piled(A: T.Tensor, C: T.Tensor):
+    """C = 1 + sum(A) + sum(|A|), in a loop: both reductions add to one result."""
+    M, N = A.shape
+    with T.Kernel(1, threads=THREADS):
+        a = T.alloc_fragment((1, N), "float32")
+        total = T.alloc_fragment((1,), "float32")
+        T.fill(total, 1)
+        for row in T.serial(M):
+            T.copy(A[row, 0], a)
+            T.reduce_sum(a, total, clear=False)
+            T.reduce_abssum(a, total, clear=False)
+        T.copy(total, C)
+
+
+@tilejit
+def reduced_results(A: T.Tensor, C: T.Tensor):
+    """C = the greatest sum of a column, and the sum of all."""
+    M, N = A.shape
+    with T.Kernel(1, threads=THREADS):
+        a = T.alloc_fragment((M, N), "float32")
+        columns = T.alloc_fragment((N,), "float32")
+        most, total = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+        T.copy(A, a)
+        T.reduce_sum(a, columns, dim=0)
+        T.reduce_max(columns, most, dim=0)
+        T.reduce_sum(columns, total, dim=0)
+        for i in T.Parallel(1):
+            C[0], C[1] = most[i], total[i]
+
+
+def planned(kernel, *specs):
+    body = kernel.compile(*specs, target="sm_90a").kernels[0].planned.body
+    nodes = list(walk(body))
+    meetings = sum(isinstance(n, SyncThreads) for n in nodes)
+    return meetings, [n.step for n in nodes if isinstance(n, Reduce)]
+
+
+def of(*shape):
+    return T.Tensor(shape, "float32")
+
+
+def test_reductions_that_need_no_result_of_another_meet_once():
+    meetings, steps = planned(statistics, of(9, 1000), of(9, 4))
+    assert meetings == 1
+    assert steps == [Step.SEND] * 4 + [Step.TAKE] * 4
+
+
+def test_the_machine_code_meets_once():
+    kernel = statistics.compile(of(9, 1000), of(9, 4), target="sm_90a")
+    assert kernel.ptx.count("bar.sync") + kernel.ptx.count("barrier.sync") == 1
+
+
+def test_a_result_is_taken_before_it_is_used():
+    meetings, steps = planned(chained, of(9, 1000), of(9, 2))
+    assert meetings == 2
+    assert steps == [Step.SEND, Step.TAKE] * 2
+
+
+def test_a_loop_meets_before_it_leaves_parts_and_before_it_takes_them():
+    meetings, steps = planned(piled, of(9, 1000), of(1))
+    assert meetings == 2
+    assert steps == [Step.SEND] * 2 + [Step.TAKE] * 2
+
+
+@pytest.mark.parametrize("M, N", [(1, 257), (3, 1000), (2, 1031)])
+def test_statistics_are_right(run, rng, M, N):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+    wide = a.astype(np.float64)
+    want = np.stack([wide.sum(1), (wide * wide).sum(1), wide.max(1), wide.min(1)], 1)
+    assert (run(statistics, a, out=[((M, 4), np.float32)]) == want).all()
+
+
+@pytest.mark.parametrize("N", [256, 1024])
+def test_chained_reductions_are_right(run, rng, N):
+    a = rng.integers(-9, 10, (3, N)).astype(np.float32)
+    a[:, 0] += N - a.sum(1) % N  # means are whole numbers
+    want = np.stack([np.zeros(3), a.astype(np.float64).sum(1)], 1)
+    assert (run(chained, a, out=[((3, 2), np.float32)]) == want).all()
+
+
+@pytest.mark.parametrize("M, N", [(1, 300), (5, 257)])
+def test_results_that_are_added_to_are_right(run, rng, M, N):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+    want = 1 + a.sum(dtype=np.float64) + abs(a).sum(dtype=np.float64)
+    assert run(piled, a, out=[((1,), np.float32)])[0] == want
+
+
+@pytest.mark.parametrize("M, N", [(64, 33), (7, 200), (96, 128)])
+def test_reductions_of_results_are_right(run, rng, M, N):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+    columns = a.astype(np.float64).sum(0)
+    got = run(reduced_results, a, out=[((2,), np.float32)])
+    assert got.tolist() == [columns.max(), columns.sum()]
+
+
+@pytest.mark.parametrize("kernel", [chained, piled], ids=["chained", "piled"])
+def test_the_graph_means_the_same_in_steps(rng, kernel):
+    a = rng.integers(-9, 10, (3, 1024)).astype(np.float32)
+    results = []
+    for planned in (False, True):
+        c = np.full((1,) if kernel is piled else (3, 2), np.nan, np.float32)
+        compiled = kernel.compile(a, c, target="sm_90a")
+        (frame,) = compiled.kernels
+        graph = frame.planned if planned else frame.graph
+        assert planned == any(isinstance(n, Reduce) and n.scratch for n in walk(graph.body))
+        program = dataclasses.replace(compiled.program, kernels=(graph,))
+        with use_executor("reference"):
+            TileKernel(program, compiled.target, compiled.names)(a, c)
+        results.append(c)
+    assert not np.isnan(results[0]).any()
+    np.testing.assert_array_equal(*results)
