@@ -153,13 +153,31 @@ def test_reductions_of_results_are_right(run, rng, M, N):
     assert got.tolist() == [columns.max(), columns.sum()]
 
 
-@pytest.mark.parametrize("kernel", [chained, piled], ids=["chained", "piled"])
-def test_the_graph_means_the_same_in_steps(rng, kernel):
+@tilejit
+def any_kind(A: T.Tensor, C: T.Tensor, *, kind, nan):
+    with T.Kernel(1, threads=THREADS):
+        a, c = T.alloc_fragment((1, A.shape[1]), "float32"), T.alloc_fragment((1,), "float32")
+        T.copy(A[0, 0], a)
+        T.reduce(a, c, kind, dim=1, nan_propagate=nan)
+        T.copy(c, C)
+
+
+KINDS = [
+    (any_kind, (1,), {"kind": kind, "nan": nan})
+    for kind in ("sum", "abssum", "max", "min", "absmax")
+    for nan in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    "kernel, shape, options", [(chained, (3, 2), {}), (piled, (1,), {}), *KINDS]
+)
+def test_the_graph_means_the_same_in_steps(rng, kernel, shape, options):
     a = rng.integers(-9, 10, (3, 1024)).astype(np.float32)
     results = []
     for planned in (False, True):
-        c = np.full((1,) if kernel is piled else (3, 2), np.nan, np.float32)
-        compiled = kernel.compile(a, c, target="sm_90a")
+        c = np.full(shape, np.nan, np.float32)
+        compiled = kernel.compile(a, c, target="sm_90a", **options)
         (frame,) = compiled.kernels
         graph = frame.planned if planned else frame.graph
         assert planned == any(isinstance(n, Reduce) and n.scratch for n in walk(graph.body))

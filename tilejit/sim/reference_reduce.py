@@ -37,7 +37,13 @@ def taken(node: Reduce, parts: Array, old: Array | None) -> Array:
 
 def _along_axis(node: Reduce, values: Array) -> Array:
     values = cast_array(values, node.src.buffer.dtype, node.accumulator)
-    return _all(node, np.moveaxis(values, node.axis, 0))
+    return _all(node, np.moveaxis(_counting(node, values), node.axis, 0))
+
+
+def _counting(node: Reduce | ClusterReduce, values: Array) -> Array:
+    """What counts of elements."""
+    is_absolute = node.kind.is_absolute
+    return evaluate_op("abs", (values,), node.accumulator) if is_absolute else values
 
 
 def _finished(node: Reduce, result: Array, old: Array | None) -> Array:
@@ -52,13 +58,11 @@ def cluster_reduced(node: ClusterReduce, parts: Sequence[Array]) -> Array:
     """The tiles of all blocks, combined in the order of the blocks."""
     source, dtype = node.tile.buffer.dtype, node.accumulator
     values = cast_array(np.stack(parts), source, dtype)
-    return cast_array(_all(node, values), dtype, source)
+    return cast_array(_all(node, _counting(node, values)), dtype, source)
 
 
 def _all(node: Reduce | ClusterReduce, values: Array) -> Array:
     """All elements along the first axis as one."""
-    if node.kind.is_absolute:
-        values = evaluate_op("abs", (values,), node.accumulator)
     while len(values) > 1:  # halves, so that errors of sums grow with the logarithm
         half = len(values) // 2
         pairs = _combined(node, values[:half], values[half : 2 * half])
