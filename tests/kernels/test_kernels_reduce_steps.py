@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -151,6 +152,59 @@ def test_reductions_of_results_are_right(run, rng, M, N):
     columns = a.astype(np.float64).sum(0)
     got = run(reduced_results, a, out=[((2,), np.float32)])
     assert got.tolist() == [columns.max(), columns.sum()]
+
+
+@tilejit
+def column_sums(A: T.Tensor, C: T.Tensor, *, BM=32, threads=THREADS):
+    """C = sums of columns, times 2: nothing wants them where the columns are."""
+    M, N = A.shape
+    with T.Kernel(1, threads=threads):
+        a, total = T.alloc_fragment((BM, N), "float32"), T.alloc_fragment((N,), "float32")
+        twice = T.alloc_fragment((N,), "float32")
+        T.clear(total)
+        for k in range(T.ceildiv(M, BM)):
+            T.copy(A[k * BM, 0], a)
+            T.reduce_sum(a, total, dim=0, clear=False)
+        for j in T.Parallel(N):
+            twice[j] = 2 * total[j]
+        T.copy(twice, C)
+
+
+@tilejit
+def centred(A: T.Tensor, C: T.Tensor):
+    """C = A - mean of columns: results that are wanted beside what was reduced."""
+    M, N = A.shape
+    with T.Kernel(1, threads=THREADS):
+        a, total = T.alloc_fragment((M, N), "float32"), T.alloc_fragment((N,), "float32")
+        T.copy(A, a)
+        T.reduce_sum(a, total, dim=0)
+        for i, j in T.Parallel(M, N):
+            C[i, j] = a[i, j] - total[j] / M
+
+
+@pytest.mark.parametrize("M, N", [(32, 64), (70, 33), (5, 200), (64, 1), (33, 130)])
+@pytest.mark.parametrize("threads", [32, 128, 96])
+def test_sums_of_columns_are_taken_by_any_threads(run, rng, M, N, threads):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+    want = a.astype(np.float64).sum(0)
+
+    c = run(column_sums, a, out=[((N,), np.float32)], threads=threads)
+    assert (c == 2 * want).all()
+
+
+@pytest.mark.parametrize("M, N", [(32, 64), (8, 130)])
+def test_results_beside_what_was_reduced_stay_where_they_are(run, rng, M, N):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32) * M
+    c = run(centred, a, out=[((M, N), np.float32)])
+    assert (c == a - a.astype(np.float64).sum(0) / M).all()
+    text = centred.compile(of(M, N), of(M, N), target="sm_90a").explain()
+    assert "goes through shared memory" not in text, text
+
+
+def test_a_thread_takes_its_share_of_the_sums_only():
+    kernel = column_sums.compile(of(64, 128), of(128), target="sm_90a")
+    assert len(re.findall(r"st\.global", kernel.ptx)) == 1, kernel.explain()
+    assert len(re.findall(r"ld\.shared", kernel.ptx)) <= 4, kernel.explain()
 
 
 @tilejit

@@ -45,7 +45,7 @@ class ReduceEmitter(TileEmitter):
         target = fragments[node.dst.buffer]
         reduction = node.reduction(fragments[node.src.buffer])
         if node.step is Step.TAKE:
-            results = self._take_parts(node, reduction)
+            results = self._take_parts(node, reduction, target)
         else:
             results = self._in_threads(node, reduction)
             for step in reduction.steps:
@@ -54,8 +54,8 @@ class ReduceEmitter(TileEmitter):
         if node.step is Step.SEND:
             self._send_parts(node, reduction, results)
             return
-        place = target.register_of(reduction.result)
-        results = [results[p] for p in place]
+        if node.step is Step.WHOLE:
+            results = [results[p] for p in target.register_of(reduction.result)]
         held = self.state[node.dst.buffer]
         if not node.clear:
             old = self.m.cast(held, node.dst.buffer.dtype, dtype)
@@ -132,15 +132,17 @@ class ReduceEmitter(TileEmitter):
             inside = self.both(self.bounds(layout, at), first)
             self.m.store(self.address(scratch, at), [value], dtype, inside)
 
-    def _take_parts(self, node: Reduce, reduction: Reduction) -> list[Value]:
-        """All threads read the parts of their results."""
-        scratch, dtype, layout = node.scratch, node.accumulator, reduction.partials
+    def _take_parts(
+        self, node: Reduce, reduction: Reduction, layout: FragmentLayout
+    ) -> list[Value]:
+        """All threads read the parts of the results that they hold."""
+        scratch, dtype = node.scratch, node.accumulator
         assert scratch is not None, "layouts did not run"
         parts = thread_part(layout, self.thread)
         results = []
         for register in range(layout.registers):
             at = coordinates(layout, parts, register)
-            start: tuple[Expr, ...] = (*at[:-1], index(0))
+            start: tuple[Expr, ...] = (*at, index(0))
             place, inside = self.address(scratch, start), self.bounds(layout, at)
             results.append(self._tree(node, self.m.load(place, dtype, reduction.groups, inside)))
         return results

@@ -40,7 +40,14 @@ from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
 from tilejit.ops.reduce import Reduce
-from tilejit.passes.reduce import axis_of, note_of, result_layout, with_scratch
+from tilejit.passes.reduce import (
+    axis_of,
+    note_of,
+    result_layout,
+    stands_alone,
+    through_memory,
+    with_scratch,
+)
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
 
@@ -131,9 +138,18 @@ class _Inference:
                 changed |= self.spread_loop(loop)
             for node in self.reductions:
                 found = result_layout(node, self.layouts)
-                if found is not None and node.dst.buffer not in self.layouts:
-                    self.layouts[node.dst.buffer] = found
-                    changed = True
+                if found is None or node.dst.buffer in self.layouts or self.is_free(node):
+                    continue
+                self.layouts[node.dst.buffer] = found
+                changed = True
+
+    def is_free(self, node: Reduce) -> bool:
+        """Whether any thread may take the results: they come through shared memory, and nothing
+        wants them beside what was reduced."""
+        into = [other for other in self.reductions if other.dst.buffer is node.dst.buffer]
+        if not all(through_memory(other, self.layouts) for other in into):
+            return False
+        return stands_alone(node.dst.buffer, self.kernel.body)
 
     def spread_loop(self, loop: Parallel) -> bool:
         layout = layout_from_fragments(loop, self.layouts)
@@ -152,6 +168,8 @@ class _Inference:
         """Every element in every thread for what is only used by constant index outside loops,
         else an even spread as wide as the memory accesses around it allow."""
         shape = buffer.extents
+        if any(n.dst.buffer is buffer and self.is_free(n) for n in self.reductions):
+            return blocked(shape, self.threads)  # neighbours read neighbouring parts
         group = self.together(buffer)
         axis = axis_of(self.reductions, group)
         if axis is not None and shape:
@@ -435,7 +453,8 @@ class _Converter:
         reduction = node.reduction(self.layouts[node.src.buffer])
         self.notes.append(note_of(node, reduction))
         node = with_scratch(node, reduction)
-        if not self.layouts[target].same_places(reduction.result):
+        is_there = self.layouts[target].same_places(reduction.result)
+        if node.scratch is None and not is_there:  # what goes through memory is taken from there
             own = self.own(target, reduction.result, "reduced")
             if not node.clear:
                 before += [self.moved(node, target, back=False), self.fetched(node, target, own)]
