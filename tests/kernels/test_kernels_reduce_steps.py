@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tilejit.language as T
-from tilejit import tilejit
+from tilejit import options, tilejit
 from tilejit.ir.node import walk
 from tilejit.ir.sync import SyncThreads
 from tilejit.ops.reduce import Reduce, Step
@@ -201,10 +201,39 @@ def test_results_beside_what_was_reduced_stay_where_they_are(run, rng, M, N):
     assert "goes through shared memory" not in text, text
 
 
+@tilejit
+def sums_of_products(A: T.Tensor, B: T.Tensor, D: T.Tensor, *, threads=128):
+    """D += the sums of the columns of A @ B."""
+    M, K = A.shape
+    N = B.shape[1]
+    with T.Kernel(1, threads=threads):
+        a, b = T.alloc_shared((M, K), A.dtype), T.alloc_shared((K, N), B.dtype)
+        acc, total = T.alloc_fragment((M, N), "float32"), T.alloc_fragment((N,), "float32")
+        T.copy(A, a)
+        T.copy(B, b)
+        T.clear(acc)
+        T.gemm(a, b, acc)
+        T.reduce_sum(acc, total, dim=0)
+        T.atomic_add(D, total)
+
+
 def test_a_thread_takes_its_share_of_the_sums_only():
-    kernel = column_sums.compile(of(64, 128), of(128), target="sm_90a")
-    assert len(re.findall(r"st\.global", kernel.ptx)) == 1, kernel.explain()
-    assert len(re.findall(r"ld\.shared", kernel.ptx)) <= 4, kernel.explain()
+    half = T.Tensor((64, 64), "float16"), T.Tensor((64, 128), "float16")
+    kernel = sums_of_products.compile(*half, of(128), target="sm_90a")
+    adds = re.findall(r"(?:red|atom)\S*global", kernel.ptx)
+    assert len(adds) == 1, kernel.explain()
+
+
+@pytest.mark.parametrize("M, N, threads", [(64, 64, 128), (128, 96, 256), (64, 136, 128)])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_sums_of_products_are_right(executor, rng, M, N, threads, target):
+    if executor == "gpu":
+        pytest.skip("arrays on the host")
+    a, b = (rng.integers(-2, 3, s).astype(np.float16) for s in ((M, 32), (32, N)))
+    d = np.zeros(N, np.float32)
+    with options(target=target):
+        sums_of_products(a, b, d, threads=threads)
+    assert (d == (a.astype(np.float64) @ b.astype(np.float64)).sum(0)).all()
 
 
 @tilejit
@@ -224,14 +253,14 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    "kernel, shape, options", [(chained, (3, 2), {}), (piled, (1,), {}), *KINDS]
+    "kernel, shape, constants", [(chained, (3, 2), {}), (piled, (1,), {}), *KINDS]
 )
-def test_the_graph_means_the_same_in_steps(rng, kernel, shape, options):
+def test_the_graph_means_the_same_in_steps(rng, kernel, shape, constants):
     a = rng.integers(-9, 10, (3, 1024)).astype(np.float32)
     results = []
     for planned in (False, True):
         c = np.full(shape, np.nan, np.float32)
-        compiled = kernel.compile(a, c, target="sm_90a", **options)
+        compiled = kernel.compile(a, c, target="sm_90a", **constants)
         (frame,) = compiled.kernels
         graph = frame.planned if planned else frame.graph
         assert planned == any(isinstance(n, Reduce) and n.scratch for n in walk(graph.body))

@@ -43,6 +43,7 @@ from tilejit.ops.reduce import Reduce
 from tilejit.passes.reduce import (
     axis_of,
     note_of,
+    parts_at_once,
     result_layout,
     stands_alone,
     through_memory,
@@ -168,8 +169,10 @@ class _Inference:
         """Every element in every thread for what is only used by constant index outside loops,
         else an even spread as wide as the memory accesses around it allow."""
         shape = buffer.extents
-        if any(n.dst.buffer is buffer and self.is_free(n) for n in self.reductions):
-            return blocked(shape, self.threads)  # neighbours read neighbouring parts
+        taken = [n for n in self.reductions if n.dst.buffer is buffer and self.is_free(n)]
+        if taken:
+            at_once = min(parts_at_once(n, self.layouts) for n in taken)
+            return blocked(shape, self.threads, math.gcd(at_once, shape[-1]))
         group = self.together(buffer)
         axis = axis_of(self.reductions, group)
         if axis is not None and shape:

@@ -21,6 +21,8 @@ from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.reduce import Reduce
 
+WIDEST_BYTES = 16  # of a thread's load (PTX ISA, "ld")
+
 
 def in_fragments(node: Reduce) -> list[Node]:
     """The reduction of a whole fragment to a whole fragment, with the copies that it takes."""
@@ -80,6 +82,12 @@ def through_memory(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> bo
     """Whether it is known that the results come through shared memory."""
     source = layouts.get(node.src.buffer)
     return source is not None and not source.flat and node.reduction(source).groups > 1
+
+
+def parts_at_once(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> int:
+    """Of how many neighbouring results one load brings all parts."""
+    groups = node.reduction(layouts[node.src.buffer]).groups
+    return max(1, WIDEST_BYTES // (groups * node.accumulator.bytes))
 
 
 def stands_alone(result: Buffer, body: Body) -> bool:
