@@ -222,6 +222,9 @@ def test_a_thread_takes_its_share_of_the_sums_only():
     kernel = sums_of_products.compile(*half, of(128), target="sm_90a")
     adds = re.findall(r"(?:red|atom)\S*global", kernel.ptx)
     assert len(adds) == 1, kernel.explain()
+    # of 32 results in 8 lanes: 16, 8 and 4 go to another lane, and 4 to shared memory
+    assert kernel.ptx.count("shfl.sync.bfly") == 28, kernel.explain()
+    assert len(re.findall(r"st\.shared\.(?:f32|b32|u32)", kernel.ptx)) == 4, kernel.explain()
 
 
 @pytest.mark.parametrize("M, N, threads", [(64, 64, 128), (128, 96, 256), (64, 136, 128)])

@@ -19,7 +19,7 @@ from tilejit.isa import mbarrier as isa_mbarrier
 from tilejit.isa.machine import Value
 from tilejit.isa.special import shuffle
 from tilejit.layout.fragment import FragmentLayout
-from tilejit.layout.reduction import Reduction
+from tilejit.layout.reduction import Reduction, shared_out
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
@@ -44,16 +44,15 @@ class ReduceEmitter(TileEmitter):
         fragments, dtype = self.kernel.fragments, node.accumulator
         target = fragments[node.dst.buffer]
         reduction = node.reduction(fragments[node.src.buffer])
+        if node.step is Step.SEND:
+            self._send_parts(node, reduction, self._in_threads(node, reduction))
+            return
         if node.step is Step.TAKE:
             results = self._take_parts(node, reduction, target)
         else:
             results = self._in_threads(node, reduction)
             for step in reduction.steps:
-                others = [self._from_lane(v, step, dtype) for v in results]
-                results = [self._pair(node, a, b) for a, b in zip(results, others, strict=True)]
-        if node.step is Step.SEND:
-            self._send_parts(node, reduction, results)
-            return
+                results = self._with_lane(node, results, step)
         if node.step is Step.WHOLE:
             results = [results[p] for p in target.register_of(reduction.result)]
         held = self.state[node.dst.buffer]
@@ -121,16 +120,35 @@ class ReduceEmitter(TileEmitter):
         bits = m.binary("or", low, m.binary("shl", high, half, uint64), uint64)
         return m.bitcast(bits, uint64, dtype) if dtype is not uint64 else bits
 
+    def _with_lane(self, node: Reduce, values: list[Value], step: int) -> list[Value]:
+        """Values, each combined with that of the lane whose number differs by the bit `step`."""
+        others = [self._from_lane(v, step, node.accumulator) for v in values]
+        return [self._pair(node, a, b) for a, b in zip(values, others, strict=True)]
+
     def _send_parts(self, node: Reduce, reduction: Reduction, values: list[Value]) -> None:
-        """Each group of threads writes its part."""
-        scratch, dtype, layout = node.scratch, node.accumulator, reduction.partials
+        """Each group of threads writes its part. Lanes that hold parts of the same results share
+        them out: of two lanes each gives one half away and combines the other."""
+        m, scratch, dtype, layout = self.m, node.scratch, node.accumulator, reduction.partials
         assert scratch is not None and dtype.bits in (32, 64), "layouts did not run"
+        for step in reduction.steps:
+            fewer = shared_out(layout, step)
+            if fewer is None:
+                values = self._with_lane(node, values, step)
+                continue
+            bit = thread_digit(self.thread, step, 2, layout.threads)
+            is_odd = self.value(binary("eq", bit, const(1)))
+            pairs = list(zip(values[::2], values[1::2], strict=True))
+            given = [m.select(is_odd, even, odd) for even, odd in pairs]
+            kept = [m.select(is_odd, odd, even) for even, odd in pairs]
+            come = [self._from_lane(v, step, dtype) for v in given]
+            values = [self._pair(node, a, b) for a, b in zip(kept, come, strict=True)]
+            layout = fewer
         parts = thread_part(layout, self.thread)
         first = self.replica(layout)
         for register, value in enumerate(values):
             at = coordinates(layout, parts, register)
             inside = self.both(self.bounds(layout, at), first)
-            self.m.store(self.address(scratch, at), [value], dtype, inside)
+            m.store(self.address(scratch, at), [value], dtype, inside)
 
     def _take_parts(
         self, node: Reduce, reduction: Reduction, layout: FragmentLayout
