@@ -273,3 +273,33 @@ def test_the_graph_means_the_same_in_steps(rng, kernel, shape, constants):
         results.append(c)
     assert not np.isnan(results[0]).any()
     np.testing.assert_array_equal(*results)
+
+
+@tilejit
+def greatest(A: T.Tensor, C: T.Tensor, P: T.Tensor):
+    """C[i] = where row i's greatest element first is, P = running sums of rows, as the hints for
+    T.reduce_argmax and T.cumsum say."""
+    M, N = A.shape
+    with T.Kernel(1, threads=THREADS):
+        x, at = T.alloc_fragment((M, N), "float32"), T.alloc_fragment((M, N), "int32")
+        most, first = T.alloc_fragment((M,), "float32"), T.alloc_fragment((M,), "int32")
+        s = T.alloc_shared((M, N), "float32")
+        T.copy(A, x)
+        T.copy(A, s)
+        T.reduce_max(x, most, dim=1)
+        for i, j in T.Parallel(M, N):
+            at[i, j] = T.if_then_else(x[i, j] == most[i], j, N)
+        T.reduce_min(at, first, dim=1)
+        T.copy(first, C)
+        for j in T.serial(1, N):
+            for i in T.Parallel(M):
+                s[i, j] += s[i, j - 1]
+        T.copy(s, P)
+
+
+@pytest.mark.parametrize("M, N", [(1, 300), (5, 33), (40, 7)])
+def test_hints_for_what_is_not_there_are_right(run, rng, M, N):
+    a = rng.integers(-3, 4, (M, N)).astype(np.float32)
+    c, p = run(greatest, a, out=[((M,), np.int32), ((M, N), np.float32)])
+    assert (c == a.argmax(1)).all()
+    assert (p == np.cumsum(a, 1)).all()
