@@ -117,10 +117,106 @@ def test_a_result_is_taken_before_it_is_used():
     assert steps == [Step.SEND, Step.TAKE] * 2
 
 
-def test_a_loop_meets_before_it_leaves_parts_and_before_it_takes_them():
+def test_a_loop_meets_once_a_round():
     meetings, steps = planned(piled, of(9, 1000), of(1))
-    assert meetings == 2
+    assert meetings == 1
     assert steps == [Step.SEND] * 2 + [Step.TAKE] * 2
+
+
+def slots(kernel, *specs):
+    body = kernel.compile(*specs, target="sm_90a").kernels[0].planned.body
+    return {n.slot is not None for n in walk(body) if isinstance(n, Reduce)}
+
+
+def test_scratch_has_two_slots_only_where_that_saves_a_meeting():
+    assert slots(piled, of(9, 1000), of(1)) == {True}
+    assert slots(statistics, of(9, 1000), of(9, 4)) == {False}  # no loop
+    assert slots(halved, of(9, 1000), of(9)) == {True}
+    assert slots(normalised, of(9, 1000), of(9, 1000)) == {False}  # each meeting serves the other
+
+
+@tilejit
+def normalised(A: T.Tensor, C: T.Tensor):
+    """C = exp(A - max) / sum of rows: two exchanges in a round."""
+    M, N = A.shape
+    with T.Kernel(1, threads=THREADS):
+        a = T.alloc_fragment((1, N), "float32")
+        most, total = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+        for row in T.serial(M):
+            T.copy(A[row, 0], a)
+            T.reduce_max(a, most)
+            for i, j in T.Parallel(1, N):
+                a[i, j] = T.exp2(a[i, j] - most[i])
+            T.reduce_sum(a, total)
+            for i, j in T.Parallel(1, N):
+                C[row + i, j] = a[i, j] / total[i]
+
+
+@tilejit
+def halved(A: T.Tensor, C: T.Tensor):
+    """C[row] = how often row + 1 has to be taken from the row's greatest magnitude until it is at
+    most 2: loops in a loop, of different numbers of rounds, and an exchange in a branch."""
+    M, N = A.shape
+    with T.Kernel(1, threads=THREADS):
+        a, most = T.alloc_fragment((1, N), "float32"), T.alloc_fragment((1,), "float32")
+        for row in T.serial(M):
+            count = T.alloc_var("int32", init=0)
+            T.copy(A[row, 0], a)
+            T.fill(most, 1000)
+            while most[0] > 2:
+                if row != 1:
+                    T.reduce_absmax(a, most)
+                else:
+                    T.fill(most, 0)
+                for i, j in T.Parallel(1, N):
+                    a[i, j] = T.max(T.abs(a[i, j]) - (row + 1), 0)
+                count += 1
+            C[row] = count
+
+
+@tilejit
+def by_roles(A: T.Tensor, C: T.Tensor):
+    """C = sums and maxima of rows, every other one by each warpgroup."""
+    M, N = A.shape
+    with T.Kernel(1, threads=256):
+        for group in (0, 1):
+            with T.ws(group):
+                a = T.alloc_fragment((1, N), "float32")
+                total, most = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+                for k in T.serial(M // 2):
+                    T.copy(A[2 * k + group, 0], a)
+                    T.reduce_sum(a, total)
+                    T.reduce_max(a, most)
+                    for i in T.Parallel(1):
+                        C[2 * k + group, 0], C[2 * k + group, 1] = total[i], most[i]
+
+
+@pytest.mark.parametrize("M, N", [(1, 300), (2, 257), (7, 1000)])
+def test_loops_with_two_exchanges_are_right(run, rng, M, N):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+    e = np.exp2(a.astype(np.float64) - a.max(1, keepdims=True))
+    c = run(normalised, a, out=[((M, N), np.float32)])
+    np.testing.assert_allclose(c, e / e.sum(1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("M", [1, 2, 5])
+def test_loops_in_loops_use_slots_in_turn(run, rng, M):
+    a = rng.integers(-40, 41, (M, 300)).astype(np.float32)
+    want = []
+    for row in range(M):
+        most, count, values = 1000.0, 0, np.abs(a[row])
+        while most > 2:
+            most = values.max() if row != 1 else 0
+            values = np.maximum(values - (row + 1), 0)
+            count += 1
+        want.append(count)
+    assert run(halved, a, out=[((M,), np.int32)]).tolist() == want
+
+
+def test_roles_use_slots_of_their_own(hopper, rng):
+    a = rng.integers(-9, 10, (10, 300)).astype(np.float32)
+    c = hopper(by_roles, a, out=[((10, 2), np.float32)])
+    assert (c == np.stack([a.sum(1, dtype=np.float64), a.max(1)], 1)).all()
 
 
 @pytest.mark.parametrize("M, N", [(1, 257), (3, 1000), (2, 1031)])

@@ -145,10 +145,11 @@ class ReduceEmitter(TileEmitter):
             layout = fewer
         parts = thread_part(layout, self.thread)
         first = self.replica(layout)
+        slot = () if node.slot is None else (node.slot,)
         for register, value in enumerate(values):
             at = coordinates(layout, parts, register)
             inside = self.both(self.bounds(layout, at), first)
-            m.store(self.address(scratch, at), [value], dtype, inside)
+            m.store(self.address(scratch, (*slot, *at)), [value], dtype, inside)
 
     def _take_parts(
         self, node: Reduce, reduction: Reduction, layout: FragmentLayout
@@ -157,10 +158,11 @@ class ReduceEmitter(TileEmitter):
         scratch, dtype = node.scratch, node.accumulator
         assert scratch is not None, "layouts did not run"
         parts = thread_part(layout, self.thread)
+        slot = () if node.slot is None else (node.slot,)
         results = []
         for register in range(layout.registers):
             at = coordinates(layout, parts, register)
-            start: tuple[Expr, ...] = (*at, index(0))
+            start: tuple[Expr, ...] = (*slot, *at, index(0))
             place, inside = self.address(scratch, start), self.bounds(layout, at)
             results.append(self._tree(node, self.m.load(place, dtype, reduction.groups, inside)))
         return results

@@ -44,22 +44,36 @@ from tilejit.ops.reduce import Step
 from tilejit.passes.apart import PLACES, apart_by_rounds, distinct
 from tilejit.passes.meetings import share_meetings
 from tilejit.passes.sent import Sent, after_round, may_meet, signals
+from tilejit.passes.turns import exchanges_in_loops, in_turns, scratch_in_turns
 
 
 def insert_sync(kernel: Kernel) -> Kernel:
     """Decide where the block's threads must meet.
 
     Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes, and the steps of reductions that
-    go through shared memory. After it, between any two
-    accesses to a shared or global buffer of which one writes there is a barrier, unless they
-    belong to one node, or each thread surely comes back to its own elements, or they are to a
-    pipeline's slots (which the pipeline orders itself) or to a tile of T.tma_copy (which the user
-    orders), or stand in branches or roles that wait for each other at the user's barriers.
+    go through shared memory. After it, between any two accesses to a shared or global buffer of
+    which one writes there is a barrier, unless they belong to one node, or each thread surely comes
+    back to its own elements, or they are to a pipeline's slots (which the pipeline orders itself),
+    to scratch that is used in turns or to a tile of T.tma_copy (which the user orders), or stand in
+    branches or roles that wait for each other at the user's barriers.
     """
     kernel = replace(kernel, body=share_meetings(kernel.body))
-    synchroniser = _Synchroniser(kernel)
-    body, _ = synchroniser.body(kernel.body, _Pending())
+    best = _synchronised(kernel)
+    for group in exchanges_in_loops(kernel.body):
+        fresh = in_turns(kernel, group)
+        found = _synchronised(fresh)
+        if _meetings(found) < _meetings(best):
+            kernel, best = fresh, found
+    return best
+
+
+def _synchronised(kernel: Kernel) -> Kernel:
+    body, _ = _Synchroniser(kernel).body(kernel.body, _Pending())
     return replace(kernel, body=body)
+
+
+def _meetings(kernel: Kernel) -> int:
+    return sum(isinstance(n, SyncThreads) for n in walk(kernel.body))
 
 
 # Says which thread an access takes to which element: equal owners, same thread for an element.
@@ -142,7 +156,7 @@ class _Synchroniser:
         self.part = kernel  # as the executing threads see it
         self.divergence: Divergence = divergence(kernel)
         written = kernel.written
-        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel)
+        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel) | scratch_in_turns(kernel)
         self.aliases = Aliases(kernel)
         changed = {self.aliases.of(b) for b in written}
         self.constant = frozenset(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.errors import InternalError, SimulationError
-from tilejit.ir.buffer import Buffer, Region, whole
+from tilejit.ir.buffer import Buffer, Region
 from tilejit.ir.divergence import divergence
 from tilejit.ir.expr import Expr, Var, index
 from tilejit.ir.kernel import Kernel, ParamKind
@@ -410,13 +410,11 @@ class _Executor(Meetings):
     def run_reduce(self, node: Reduce) -> None:
         self.need_all_threads(f"T.reduce_{node.kind}")
         if node.step is Step.SEND:
-            assert node.scratch is not None, "nothing is sent"
-            self.state.write(whole(node.scratch), parts_of(node, self.state.read(node.src)))
+            self.state.write(node.parts, parts_of(node, self.state.read(node.src)))
             return
         old = None if node.clear else self.state.read(node.dst)
         if node.step is Step.TAKE:
-            assert node.scratch is not None, "nothing was sent"
-            self.state.write(node.dst, taken(node, self.state.read(whole(node.scratch)), old))
+            self.state.write(node.dst, taken(node, self.state.read(node.parts), old))
             return
         self.state.write(node.dst, reduced(node, self.state.read(node.src), old))
 

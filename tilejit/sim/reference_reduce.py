@@ -23,9 +23,8 @@ def reduced(node: Reduce, values: Array, old: Array | None) -> Array:
 def parts_of(node: Reduce, values: Array) -> Array:
     """What a reduction leaves in its scratch: all in the first part of each result, and in the
     others what changes nothing."""
-    assert node.scratch is not None, "nothing is sent"
     nothing = identity(node.kind, node.accumulator, keeps_nan=node.keeps_nan)
-    parts = np.full(node.scratch.extents, nothing, node.accumulator.numpy)
+    parts = np.full(node.parts.shape, nothing, node.accumulator.numpy)
     parts[..., 0] = _along_axis(node, values).reshape(parts.shape[:-1])
     return parts
 
