@@ -323,6 +323,37 @@ def test_a_thread_takes_its_share_of_the_sums_only():
     assert len(re.findall(r"st\.shared\.(?:f32|b32|u32)", kernel.ptx)) == 4, kernel.explain()
 
 
+@tilejit
+def sums_of_two(A: T.Tensor, C: T.Tensor, D: T.Tensor, *, threads=256):
+    """C, D = sums of columns of A and of A * A, through the same fragment."""
+    M, N = A.shape
+    with T.Kernel(1, threads=threads):
+        a, b = T.alloc_fragment((M, N), "float32"), T.alloc_fragment((M, N), "float32")
+        total = T.alloc_fragment((N,), "float32")
+        T.copy(A, a)
+        T.reduce_sum(a, total, dim=0)
+        T.copy(total, C)
+        T.copy(A, b)
+        for i, j in T.Parallel(M, N):
+            b[i, j] = b[i, j] * b[i, j]
+        T.reduce_sum(b, total, dim=0)
+        T.copy(total, D)
+
+
+@pytest.mark.parametrize("M, N", [(64, 64), (70, 33), (128, 1)])
+def test_two_reductions_into_one_fragment_are_right(run, rng, M, N):
+    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+    wide = a.astype(np.float64)
+    c, d = run(sums_of_two, a, out=[((N,), np.float32), ((N,), np.float32)])
+    assert (c == wide.sum(0)).all() and (d == (wide * wide).sum(0)).all()
+
+
+def test_two_reductions_into_one_fragment_are_stored_once_each():
+    kernel = sums_of_two.compile(of(64, 64), of(64), of(64), target="sm_90a")
+    assert len(re.findall(r"st\.global", kernel.ptx)) == 2, kernel.explain()
+    assert len(re.findall(r"ld\.shared", kernel.ptx)) <= 2 * 4, kernel.explain()
+
+
 @pytest.mark.parametrize("M, N, threads", [(64, 64, 128), (128, 96, 256), (64, 136, 128)])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_sums_of_products_are_right(executor, rng, M, N, threads, target):

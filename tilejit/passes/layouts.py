@@ -148,7 +148,8 @@ class _Inference:
         """Whether any thread may take the results: they come through shared memory, and nothing
         wants them beside what was reduced."""
         into = [other for other in self.reductions if other.dst.buffer is node.dst.buffer]
-        if not all(through_memory(other, self.layouts) for other in into):
+        known = [other for other in into if other.src.buffer in self.layouts]
+        if not known or not all(through_memory(other, self.layouts) for other in known):
             return False
         return stands_alone(node.dst.buffer, self.kernel.body)
 
@@ -171,7 +172,8 @@ class _Inference:
         shape = buffer.extents
         taken = [n for n in self.reductions if n.dst.buffer is buffer and self.is_free(n)]
         if taken:
-            at_once = min(parts_at_once(n, self.layouts) for n in taken)
+            known = [n for n in taken if n.src.buffer in self.layouts]
+            at_once = min(parts_at_once(n, self.layouts) for n in known)
             return blocked(shape, self.threads, math.gcd(at_once, shape[-1]))
         group = self.together(buffer)
         axis = axis_of(self.reductions, group)
