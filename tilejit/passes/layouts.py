@@ -46,7 +46,6 @@ from tilejit.passes.reduce import (
     parts_at_once,
     result_layout,
     stands_alone,
-    through_memory,
     with_scratch,
 )
 from tilejit.passes.select import shared_scratch
@@ -139,19 +138,18 @@ class _Inference:
                 changed |= self.spread_loop(loop)
             for node in self.reductions:
                 found = result_layout(node, self.layouts)
-                if found is None or node.dst.buffer in self.layouts or self.is_free(node):
+                if found is None or node.dst.buffer in self.layouts:
                     continue
-                self.layouts[node.dst.buffer] = found
-                changed = True
+                if self.taken_at_once(node.dst.buffer) is None:
+                    self.layouts[node.dst.buffer] = found
+                    changed = True
 
-    def is_free(self, node: Reduce) -> bool:
-        """Whether any thread may take the results: they come through shared memory, and nothing
-        wants them beside what was reduced."""
-        into = [other for other in self.reductions if other.dst.buffer is node.dst.buffer]
-        known = [other for other in into if other.src.buffer in self.layouts]
-        if not known or not all(through_memory(other, self.layouts) for other in known):
-            return False
-        return stands_alone(node.dst.buffer, self.kernel.body)
+    def taken_at_once(self, buffer: Buffer) -> int | None:
+        """Of reductions' results that come through shared memory, and that nothing wants beside
+        what was reduced: how many one load brings. None for other fragments."""
+        into = [n for n in self.reductions if n.dst.buffer is buffer]
+        at_once = parts_at_once(into, self.layouts)
+        return at_once if at_once and stands_alone(buffer, self.kernel.body) else None
 
     def spread_loop(self, loop: Parallel) -> bool:
         layout = layout_from_fragments(loop, self.layouts)
@@ -170,10 +168,7 @@ class _Inference:
         """Every element in every thread for what is only used by constant index outside loops,
         else an even spread as wide as the memory accesses around it allow."""
         shape = buffer.extents
-        taken = [n for n in self.reductions if n.dst.buffer is buffer and self.is_free(n)]
-        if taken:
-            known = [n for n in taken if n.src.buffer in self.layouts]
-            at_once = min(parts_at_once(n, self.layouts) for n in known)
+        if at_once := self.taken_at_once(buffer):
             return blocked(shape, self.threads, math.gcd(at_once, shape[-1]))
         group = self.together(buffer)
         axis = axis_of(self.reductions, group)

@@ -78,16 +78,19 @@ def result_layout(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> Fra
     return None if source is None or source.flat else node.reduction(source).result
 
 
-def through_memory(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> bool:
-    """Whether it is known that the results come through shared memory."""
-    source = layouts.get(node.src.buffer)
-    return source is not None and not source.flat and node.reduction(source).groups > 1
-
-
-def parts_at_once(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> int:
-    """Of how many neighbouring results one load brings all parts."""
-    groups = node.reduction(layouts[node.src.buffer]).groups
-    return max(1, WIDEST_BYTES // (groups * node.accumulator.bytes))
+def parts_at_once(into: Iterable[Reduce], layouts: Mapping[Buffer, FragmentLayout]) -> int | None:
+    """Of results of reductions into one fragment, of how many neighbours one load brings all parts;
+    None unless all of them, as far as is known, come through shared memory."""
+    found: list[int] = []
+    for node in into:
+        source = layouts.get(node.src.buffer)
+        if source is None:
+            continue
+        groups = 1 if source.flat else node.reduction(source).groups
+        if groups == 1:
+            return None
+        found.append(max(1, WIDEST_BYTES // (groups * node.accumulator.bytes)))
+    return min(found, default=None)
 
 
 def stands_alone(result: Buffer, body: Body) -> bool:
