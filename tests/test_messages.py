@@ -871,6 +871,44 @@ def test_parallel_that_reads_what_it_writes_elsewhere_is_refused():
         kernel.compile(spec(64, 32))
 
 
+def test_parallel_that_adds_up_is_refused():
+    @tilejit
+    def kernel(A: T.Tensor):
+        with T.Kernel(2, threads=128) as bx:
+            a, total = T.alloc_fragment((64, 32), A.dtype), T.alloc_fragment((64,), A.dtype)
+            T.copy(A, a)
+            T.clear(total)
+            for i, j in T.Parallel(64, 32):
+                total[i] += a[i, j]
+
+    with message(
+        TraceError,
+        """
+        `total[i]` is read and written by every iteration over `j` of T.Parallel.
+        at total[i]
+        and total[i]: written here
+        Hint: Combine elements with T.reduce_sum or another reduction, or write a loop without `j`.
+        """,
+    ):
+        kernel.compile(spec(64, 32))
+
+
+def test_parallel_may_read_what_its_own_iteration_wrote():
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor):
+        with T.Kernel(1, threads=128):
+            a, most = T.alloc_fragment((8, 32), A.dtype), T.alloc_fragment((8,), A.dtype)
+            T.copy(A, a)
+            for i, j in T.Parallel(8, 32):
+                most[i] = i + 1.0  # the same for every j
+                most[i] = most[i] * 2
+                B[i, j] = a[i, j] * most[i]
+            for i in T.Parallel(8):
+                most[i] += 1
+
+    kernel.compile(spec(8, 32), spec(8, 32))
+
+
 def test_copy_in_a_branch_of_some_threads_is_refused():
     @tilejit
     def kernel(A: T.Tensor):

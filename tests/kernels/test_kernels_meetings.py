@@ -26,6 +26,40 @@ def test_loops_that_share_elements_between_iterations_are_ordered(run):
     assert (b == np.repeat(a.reshape(32, 2).sum(1), 2)).all()
 
 
+def test_tile_ops_in_a_vectorized_loop_are_ordered(run, rng):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, C: T.Tensor):
+        N = A.shape[1]
+        with T.Kernel(1, threads=64):
+            s, a = T.alloc_shared((N,), "float32"), T.alloc_fragment((N,), "float32")
+            total = T.alloc_fragment((1,), "float32")
+            T.clear(total)
+            for row in T.vectorized(4):
+                T.copy(A[row, 0:N], s)
+                for j in T.Parallel(N):
+                    B[row, j] = s[N - 1 - j]
+                T.copy(s, a)
+                T.reduce_sum(a, total, dim=0, clear=False)
+            T.copy(total, C)
+
+    a = rng.integers(-9, 10, (4, 200)).astype(np.float32)
+    b, c = run(kernel, a, out=[((4, 200), np.float32), ((1,), np.float32)])
+    assert (b == a[:, ::-1]).all()
+    assert c[0] == a.sum(dtype=np.float64)
+
+
+def test_parallel_loops_stand_in_a_vectorized_loop(run, rng):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor):
+        with T.Kernel(1, threads=64):
+            for k in T.vectorized(4):
+                for i in T.Parallel(50):
+                    B[i, k] = 2 * A[i, k]
+
+    a = rng.integers(-9, 10, (50, 4)).astype(np.float32)
+    assert (run(kernel, a, out=[(a.shape, np.float32)]) == 2 * a).all()
+
+
 def test_element_read_by_two_iterations_is_not_overwritten_early(run):
     @tilejit
     def kernel(A: T.Tensor, B: T.Tensor):

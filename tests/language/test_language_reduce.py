@@ -194,3 +194,18 @@ def test_reduction_inside_parallel_is_refused():
 
     with pytest.raises(TraceError, match=r"^T.reduce_sum is not allowed inside T.Parallel"):
         kernel.compile(T.Tensor((4,), "float32"), target="sm_80")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("cumsum", r"T\.serial over the columns of a shared tile, .* in T\.Parallel over its rows"),
+        ("reduce_argmax", r"T\.reduce_max, and T\.reduce_min of T\.if_then_else\(.*\)"),
+        ("any_of", r"T\.reduce_bitor of a bool tile"),
+        ("alloc_reducer", r"T\.alloc_fragment, and T\.reduce_sum of it after the loop"),
+        ("warp_reduce_max", r"T\.reduce_max of a fragment"),
+    ],
+)
+def test_what_is_not_there_says_what_to_write(name, instead):
+    with pytest.raises(AttributeError, match=rf"^tilejit has no T\.{name}; write {instead}\.$"):
+        getattr(T, name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tilejit.dtypes import float16, float32
 from tilejit.isa.mma import find_mma, tile_acc
 from tilejit.layout.fragment import FragmentLayout, blocked, register, replicated, thread
-from tilejit.layout.reduction import Reduction, spread
+from tilejit.layout.reduction import Reduction, shared_out, spread
 from tilejit.target import TARGETS
 
 quick = settings(deadline=None, max_examples=25)
@@ -123,3 +123,37 @@ def test_row_of_a_tile_stays_in_a_warp_where_there_are_rows_enough():
     assert Reduction(spread((4, 1024), 128, 4, 1, 4), 1).groups == 1
     assert Reduction(spread((64, 256), 128, 8, 1, 2), 1).groups == 1
     assert Reduction(spread((1, 4096), 128, 4, 1, 4), 1).groups == 4
+
+
+@quick
+@given(spreads())
+def test_lanes_share_out_what_they_both_hold(drawn):
+    layout, axis = drawn
+    reduction = Reduction(layout, axis)
+    held = reduction.partials
+    lanes = np.arange(layout.threads)
+    for step in reduction.steps:
+        fewer = shared_out(held, step)
+        if fewer is None:
+            assert held.registers == 1 or any(
+                d.stride == 1 and d.size % 2 for dim in held.dims for d in dim if d.size > 1
+            )
+            continue
+        assert fewer.registers * 2 == held.registers
+        is_odd = (lanes & step) != 0
+        for r in range(fewer.registers):
+            even, odd, mine = (
+                [np.broadcast_to(c, lanes.shape) for c in which.coordinates(lanes, number)]
+                for which, number in ((held, 2 * r), (held, 2 * r + 1), (fewer, r))
+            )
+            for a, b, c in zip(even, odd, mine, strict=True):
+                assert (c == np.where(is_odd, b, a)).all()
+        held = fewer
+
+
+def test_threes_of_registers_are_not_shared_out():
+    layout = FragmentLayout((3,), ((register(3, 1),),), 32)
+    assert shared_out(layout, 4) is None
+    pairs = FragmentLayout((3, 2), ((register(3, 2),), (register(2, 1),)), 32)
+    fewer = FragmentLayout((3, 2), ((register(3, 1),), (thread(2, 4),)), 32)
+    assert shared_out(pairs, 4) == fewer

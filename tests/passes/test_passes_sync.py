@@ -46,7 +46,7 @@ def test_a_loop_of_one_round_does_not_meet_itself(executor, rounds, met):
 
 @pytest.mark.parametrize("rows, met", [(4, 0), (1, 1)])
 def test_reduction_over_warps_meets_itself_in_a_loop(rows, met):
-    """Before parts are written anew, the last round's have been read."""
+    """Between leaving parts and taking them; the next round leaves its own elsewhere."""
 
     @tilejit
     def kernel(A: T.Tensor, C: T.Tensor):

@@ -318,14 +318,21 @@ def tells_apart(at: Iterable[Expr], extents: Mapping[Var, int]) -> bool:
 
     extents: how many values in a row each variable takes.
     """
+    return told_apart(at, extents) >= {v for v, n in extents.items() if n > 1}
+
+
+def told_apart(at: Iterable[Expr], extents: Mapping[Var, int]) -> set[Var]:
+    """The variables of which no two values give the same expressions `at`, whatever the others'
+    are; of which there is one value are not among them."""
     sums = [linear(e)[0] for e in at]
-    unknown = {v for v, n in extents.items() if n > 1}
+    taking_many = {v for v, n in extents.items() if n > 1}
+    unknown = set(taking_many)
     before = None
     while unknown and before != unknown:
         before = set(unknown)
         for terms in sums:
             unknown -= _told_by(terms, unknown, extents)
-    return not unknown
+    return taking_many - unknown
 
 
 def _told_by(terms: Mapping[Expr, int], unknown: set[Var], extents: Mapping[Var, int]) -> set[Var]:

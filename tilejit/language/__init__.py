@@ -432,6 +432,17 @@ _INSTEAD = {
     "make_wgmma_swizzled_layout": "T.make_swizzled_layout",
     "float8_e4m3fnuz": "T.float8_e4m3fn",
     "float8_e5m2fnuz": "T.float8_e5m2",
+    "cumsum": "T.serial over the columns of a shared tile, and in it s[i, j] += s[i, j - 1] in "
+    "T.Parallel over its rows",
+    "cummax": "T.serial over the columns of a shared tile, and in it T.max(s[i, j], s[i, j - 1]) "
+    "in T.Parallel over its rows",
+    "reduce_argmax": "T.reduce_max, and T.reduce_min of T.if_then_else(x[i, j] == most[i], j, N)",
+    "reduce_argmin": "T.reduce_min, and T.reduce_min of T.if_then_else(x[i, j] == least[i], j, N)",
+    "any_of": "T.reduce_bitor of a bool tile",
+    "all_of": "T.reduce_bitand of a bool tile",
+    "alloc_reducer": "T.alloc_fragment, and T.reduce_sum of it after the loop",
+    "finalize_reducer": "T.reduce_sum of a fragment",
+    **{f"warp_reduce_{k}": f"T.reduce_{k} of a fragment" for k in ("sum", "max", "min")},
 }
 
 

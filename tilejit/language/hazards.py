@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from tilejit.errors import TraceError
 from tilejit.ir.analysis import difference, linear
-from tilejit.ir.expr import Expr, show
+from tilejit.ir.buffer import Buffer
+from tilejit.ir.expr import Expr, Var, show, variables
 from tilejit.ir.node import Body, If, Load, Parallel, Store, While, walk
 
 
@@ -27,12 +28,28 @@ def check_iterations(body: Body) -> None:
 def _check(loop: Parallel) -> None:
     accesses = list(_unconditional(loop.body))
     stores = [n for n in accesses if isinstance(n, Store) and not n.buffer.scope.is_per_thread]
+    written: set[Buffer] = set()  # before the load: it may read what its own iteration wrote
     for load in accesses:
-        if not isinstance(load, Load) or load.when is not None:
+        if isinstance(load, Store):
+            written.add(load.buffer)
+            continue
+        if load.when is not None:
             continue
         for store in stores:
-            if store.buffer is load.buffer and _is_of_another(loop, load, store):
-                text = ", ".join(show(e) for e in load.index)
+            if store.buffer is not load.buffer:
+                continue
+            text = ", ".join(show(e) for e in load.index)
+            shared = _shared_by(loop, load, store)
+            if shared is not None and load.buffer not in written:
+                raise TraceError(
+                    f"`{load.buffer.name}[{text}]` is read and written by every iteration over "
+                    f"`{shared.name}` of T.Parallel.",
+                    span=load.span,
+                    related=[(store.span, "written here")],
+                    hint="Combine elements with T.reduce_sum or another reduction, or write a loop "
+                    f"without `{shared.name}`.",
+                )
+            if _is_of_another(loop, load, store):
                 raise TraceError(
                     f"`{load.buffer.name}[{text}]` is written by another iteration of T.Parallel.",
                     span=load.span,
@@ -49,6 +66,18 @@ def _unconditional(body: Body) -> Iterator[Load | Store]:
         elif not isinstance(node, If | While):
             for inner in node.bodies:
                 yield from _unconditional(inner)
+
+
+def _shared_by(loop: Parallel, load: Load, store: Store) -> Var | None:
+    """A variable of the loop whose iterations certainly read and write one element."""
+    if any(difference(a, b) != 0 for a, b in zip(load.index, store.index, strict=True)):
+        return None
+    used = {v for e in store.index for v in variables(e)}
+    inside = {v for n in walk(loop.body) for v in n.defines}
+    if used & inside:
+        return None
+    pairs = zip(loop.vars, loop.extents, strict=True)
+    return next((v for v, extent in pairs if extent > 1 and v not in used), None)
 
 
 def _is_of_another(loop: Parallel, load: Load, store: Store) -> bool:

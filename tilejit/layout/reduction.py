@@ -123,6 +123,30 @@ class Reduction:
         )
 
 
+def shared_out(layout: FragmentLayout, step: int) -> FragmentLayout | None:
+    """The layout where, of two threads whose numbers differ by the bit `step` and which hold the
+    same, the first keeps the even registers and the other the odd ones; None where registers do
+    not come in pairs."""
+    registers = [d for dim in layout.dims for d in dim if d.place == REGISTER and d.size > 1]
+    if not any(d.stride == 1 and d.size % 2 == 0 for d in registers):
+        return None
+
+    def digits(dim: Sequence[Digit]) -> Iterator[Digit]:
+        for d in dim:
+            if d.place != REGISTER or d.size == 1:
+                yield d
+            elif d.stride > 1:
+                yield register(d.size, d.stride // 2)
+            else:
+                if d.size > 2:
+                    yield register(d.size // 2, 1)
+                yield thread(2, step)
+
+    return FragmentLayout(
+        layout.shape, tuple(tuple(digits(d)) for d in layout.dims), layout.threads
+    )
+
+
 def spread(
     shape: Sequence[int], threads: int, vector: int, axis: int, itemsize: int
 ) -> FragmentLayout:

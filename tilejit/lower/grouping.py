@@ -36,10 +36,10 @@ from tilejit.ir.sync import (
     SyncThreads,
 )
 from tilejit.isa.atom import CopyMethod
-from tilejit.ops.cluster import ClusterReduce, Step
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
-from tilejit.ops.reduce import Reduce
+from tilejit.ops.reduce import Reduce, Step
 from tilejit.ops.uses import used_variables
 
 Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
@@ -70,7 +70,7 @@ def defines_all(node: Node, key: Key) -> bool:
     if isinstance(node, FetchOperands):
         return node.carried is key
     if isinstance(node, Reduce):
-        return node.dst.buffer is key and node.dst.is_whole and key not in node.reads
+        return key in node.writes and node.dst.is_whole and key not in node.reads
     if isinstance(node, Store):
         return node.buffer is key and math.prod(key.extents) == 1
     return False
@@ -139,7 +139,8 @@ def call_name(nodes: Body) -> str:
     if isinstance(node, Gemm):
         return f"gemm_{node.a.buffer.name}_{node.b.buffer.name}"
     if isinstance(node, Reduce):
-        return f"reduce_{node.kind}_{node.src.buffer.name}_{node.dst.buffer.name}"
+        what = "reduce" if node.step is Step.WHOLE else f"reduce_{node.step.value}"
+        return f"{what}_{node.kind}_{node.src.buffer.name}_{node.dst.buffer.name}"
     if isinstance(node, ClusterReduce):
         what = "reduce" if node.step is Step.WHOLE else node.step.value
         return f"cluster_{what}_{node.kind}_{node.tile.buffer.name}"

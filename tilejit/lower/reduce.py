@@ -19,12 +19,12 @@ from tilejit.isa import mbarrier as isa_mbarrier
 from tilejit.isa.machine import Value
 from tilejit.isa.special import shuffle
 from tilejit.layout.fragment import FragmentLayout
-from tilejit.layout.reduction import Reduction
+from tilejit.layout.reduction import Reduction, shared_out
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.cluster import ClusterReduce, Step
-from tilejit.ops.reduce import Reduce, identity
+from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.reduce import Reduce, Step, identity
 
 
 class ReduceEmitter(TileEmitter):
@@ -44,14 +44,17 @@ class ReduceEmitter(TileEmitter):
         fragments, dtype = self.kernel.fragments, node.accumulator
         target = fragments[node.dst.buffer]
         reduction = node.reduction(fragments[node.src.buffer])
-        results = self._in_threads(node, reduction)
-        for step in reduction.steps:
-            others = [self._from_lane(v, step, dtype) for v in results]
-            results = [self._pair(node, a, b) for a, b in zip(results, others, strict=True)]
-        if reduction.groups > 1:
-            results = self._in_groups(node, reduction, results)
-        place = target.register_of(reduction.result)
-        results = [results[p] for p in place]
+        if node.step is Step.SEND:
+            self._send_parts(node, reduction, self._in_threads(node, reduction))
+            return
+        if node.step is Step.TAKE:
+            results = self._take_parts(node, reduction, target)
+        else:
+            results = self._in_threads(node, reduction)
+            for step in reduction.steps:
+                results = self._with_lane(node, results, step)
+        if node.step is Step.WHOLE:
+            results = [results[p] for p in target.register_of(reduction.result)]
         held = self.state[node.dst.buffer]
         if not node.clear:
             old = self.m.cast(held, node.dst.buffer.dtype, dtype)
@@ -117,22 +120,51 @@ class ReduceEmitter(TileEmitter):
         bits = m.binary("or", low, m.binary("shl", high, half, uint64), uint64)
         return m.bitcast(bits, uint64, dtype) if dtype is not uint64 else bits
 
-    def _in_groups(self, node: Reduce, reduction: Reduction, values: list[Value]) -> list[Value]:
-        """Each group of threads writes its part; all read the parts of their results."""
-        scratch, dtype, layout = node.scratch, node.accumulator, reduction.partials
+    def _with_lane(self, node: Reduce, values: list[Value], step: int) -> list[Value]:
+        """Values, each combined with that of the lane whose number differs by the bit `step`."""
+        others = [self._from_lane(v, step, node.accumulator) for v in values]
+        return [self._pair(node, a, b) for a, b in zip(values, others, strict=True)]
+
+    def _send_parts(self, node: Reduce, reduction: Reduction, values: list[Value]) -> None:
+        """Each group of threads writes its part. Lanes that hold parts of the same results share
+        them out: of two lanes each gives one half away and combines the other."""
+        m, scratch, dtype, layout = self.m, node.scratch, node.accumulator, reduction.partials
         assert scratch is not None and dtype.bits in (32, 64), "layouts did not run"
+        for step in reduction.steps:
+            fewer = shared_out(layout, step)
+            if fewer is None:
+                values = self._with_lane(node, values, step)
+                continue
+            bit = thread_digit(self.thread, step, 2, layout.threads)
+            is_odd = self.value(binary("eq", bit, const(1)))
+            pairs = list(zip(values[::2], values[1::2], strict=True))
+            given = [m.select(is_odd, even, odd) for even, odd in pairs]
+            kept = [m.select(is_odd, odd, even) for even, odd in pairs]
+            come = [self._from_lane(v, step, dtype) for v in given]
+            values = [self._pair(node, a, b) for a, b in zip(kept, come, strict=True)]
+            layout = fewer
         parts = thread_part(layout, self.thread)
         first = self.replica(layout)
-        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
-        exist = [self.bounds(layout, at) for at in places]
-        for at, value, inside in zip(places, values, exist, strict=True):
-            self.m.store(self.address(scratch, at), [value], dtype, self.both(inside, first))
-        self.meet()
+        slot = () if node.slot is None else (node.slot,)
+        for register, value in enumerate(values):
+            at = coordinates(layout, parts, register)
+            inside = self.both(self.bounds(layout, at), first)
+            m.store(self.address(scratch, (*slot, *at)), [value], dtype, inside)
+
+    def _take_parts(
+        self, node: Reduce, reduction: Reduction, layout: FragmentLayout
+    ) -> list[Value]:
+        """All threads read the parts of the results that they hold."""
+        scratch, dtype = node.scratch, node.accumulator
+        assert scratch is not None, "layouts did not run"
+        parts = thread_part(layout, self.thread)
+        slot = () if node.slot is None else (node.slot,)
         results = []
-        for at, inside in zip(places, exist, strict=True):
-            start: tuple[Expr, ...] = (*at[:-1], index(0))
-            loaded = self.m.load(self.address(scratch, start), dtype, reduction.groups, inside)
-            results.append(self._tree(node, loaded))
+        for register in range(layout.registers):
+            at = coordinates(layout, parts, register)
+            start: tuple[Expr, ...] = (*slot, *at, index(0))
+            place, inside = self.address(scratch, start), self.bounds(layout, at)
+            results.append(self._tree(node, self.m.load(place, dtype, reduction.groups, inside)))
         return results
 
     # ---- between blocks ---------------------------------------------------------------------

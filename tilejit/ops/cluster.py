@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 
 from tilejit.dtypes import DType
 from tilejit.ir.buffer import Buffer, Region, Scope
@@ -12,15 +11,7 @@ from tilejit.ir.expr import Expr
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node, walk
-from tilejit.ops.reduce import ReduceKind, accumulator
-
-
-class Step(StrEnum):
-    """What of an exchange a node does: first the block sends its elements, then it takes all."""
-
-    WHOLE = "whole"
-    SEND = "send"
-    TAKE = "take"
+from tilejit.ops.reduce import ReduceKind, Step, accumulator
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

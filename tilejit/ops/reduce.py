@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tilejit.dtypes import DType, float32, float64, int32, tfloat32, uint32
-from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.ir.expr import Expr
+from tilejit.ir.buffer import Buffer, Region, Scope, whole
+from tilejit.ir.expr import Expr, index
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node
 from tilejit.layout.fragment import FragmentLayout
@@ -58,6 +58,14 @@ _COMBINE = {
 }
 
 
+class Step(StrEnum):
+    """What of an exchange a node does: first each party sends what it has, then it takes all."""
+
+    WHOLE = "whole"
+    SEND = "send"
+    TAKE = "take"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reduce(Node):
     """dst = all of src along `axis`, combined; without `clear`, combined with what dst holds.
@@ -67,6 +75,10 @@ class Reduce(Node):
     keeps_nan: a NaN among the elements makes `max` and `min` NaN; else they pass over NaNs.
     scratch: decided by `layouts`, where the axis spans warps: shared memory through which the
         parts of a result go, (*dst's shape, parts).
+    step: decided by `sync` where there is scratch: to leave the parts there, which ends the use of
+        src, or to combine them in dst; the threads meet in between.
+    slot: decided by `sync` in some loops: the scratch has another dimension first, and rounds use
+        its two slots in turn.
 
     Elements are converted to `accumulator` first and the result to dst's dtype last.
     """
@@ -78,14 +90,24 @@ class Reduce(Node):
     clear: bool = True
     keeps_nan: bool = False
     scratch: Buffer | None = None
+    step: Step = Step.WHOLE
+    slot: Expr | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
         old = () if self.clear else (self.dst.buffer,)
+        if self.step is Step.SEND:
+            return (self.src.buffer,)
+        if self.step is Step.TAKE:
+            return (*old, *self._scratch)
         return (self.src.buffer, *old, *self._scratch)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
+        if self.step is Step.SEND:
+            return self._scratch
+        if self.step is Step.TAKE:
+            return (self.dst.buffer,)
         return (self.dst.buffer, *self._scratch)
 
     @property
@@ -94,11 +116,22 @@ class Reduce(Node):
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return (*self.src.starts, *self.dst.starts)
+        slot = () if self.slot is None else (self.slot,)
+        return (*self.src.starts, *self.dst.starts, *slot)
 
     @property
     def regions(self) -> tuple[Region, ...]:
         return self.src, self.dst
+
+    @property
+    def parts(self) -> Region:
+        """Where in the scratch the parts are."""
+        assert self.scratch is not None, "nothing goes through shared memory"
+        if self.slot is None:
+            return whole(self.scratch)
+        shape = self.scratch.extents[1:]
+        starts = (self.slot, *(index(0) for _ in shape))
+        return Region(self.scratch, starts, (1, *shape), frozenset((0,)))
 
     @property
     def keeps_axis(self) -> bool:
@@ -129,7 +162,8 @@ class Reduce(Node):
             text += ", clear=False"
         if self.keeps_nan:
             text += ", nan_propagate=True"
-        comment = f"  # through {self.scratch.name}" if self.scratch is not None else ""
+        step = "" if self.step is Step.WHOLE else f", {self.step}"
+        comment = f"  # through {names.region(self.parts)}{step}" if self.scratch else ""
         return f"T.reduce_{self.kind}({text}){comment}"
 
 

@@ -20,7 +20,8 @@ from tilejit.ir.expr import Expr, Var, VarKind, arith, const, index, int_value
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Load, Node, Store, While, walk
 from tilejit.ir.sync import Control, ControlOp
-from tilejit.ops.cluster import ClusterReduce, Step, meets_late
+from tilejit.ops.cluster import ClusterReduce, meets_late
+from tilejit.ops.reduce import Step
 
 SLOTS = 2
 _BARRIER = (ControlOp.CLUSTER_ARRIVE, ControlOp.CLUSTER_ARRIVE_RELAXED, ControlOp.CLUSTER_WAIT)

@@ -40,7 +40,14 @@ from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
 from tilejit.ops.reduce import Reduce
-from tilejit.passes.reduce import axis_of, note_of, result_layout, with_scratch
+from tilejit.passes.reduce import (
+    axis_of,
+    note_of,
+    parts_at_once,
+    result_layout,
+    stands_alone,
+    with_scratch,
+)
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
 
@@ -131,9 +138,18 @@ class _Inference:
                 changed |= self.spread_loop(loop)
             for node in self.reductions:
                 found = result_layout(node, self.layouts)
-                if found is not None and node.dst.buffer not in self.layouts:
+                if found is None or node.dst.buffer in self.layouts:
+                    continue
+                if self.taken_at_once(node.dst.buffer) is None:
                     self.layouts[node.dst.buffer] = found
                     changed = True
+
+    def taken_at_once(self, buffer: Buffer) -> int | None:
+        """Of reductions' results that come through shared memory, and that nothing wants beside
+        what was reduced: how many one load brings. None for other fragments."""
+        into = [n for n in self.reductions if n.dst.buffer is buffer]
+        at_once = parts_at_once(into, self.layouts)
+        return at_once if at_once and stands_alone(buffer, self.kernel.body) else None
 
     def spread_loop(self, loop: Parallel) -> bool:
         layout = layout_from_fragments(loop, self.layouts)
@@ -152,6 +168,8 @@ class _Inference:
         """Every element in every thread for what is only used by constant index outside loops,
         else an even spread as wide as the memory accesses around it allow."""
         shape = buffer.extents
+        if at_once := self.taken_at_once(buffer):
+            return blocked(shape, self.threads, math.gcd(at_once, shape[-1]))
         group = self.together(buffer)
         axis = axis_of(self.reductions, group)
         if axis is not None and shape:
@@ -435,7 +453,8 @@ class _Converter:
         reduction = node.reduction(self.layouts[node.src.buffer])
         self.notes.append(note_of(node, reduction))
         node = with_scratch(node, reduction)
-        if not self.layouts[target].same_places(reduction.result):
+        is_there = self.layouts[target].same_places(reduction.result)
+        if node.scratch is None and not is_there:  # what goes through memory is taken from there
             own = self.own(target, reduction.result, "reduced")
             if not node.clear:
                 before += [self.moved(node, target, back=False), self.fetched(node, target, own)]

@@ -10,14 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
-from tilejit.ir.expr import index
-from tilejit.ir.node import Node
+from tilejit.ir.expr import Var, index
+from tilejit.ir.loops import accesses
+from tilejit.ir.node import Body, Node
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.reduction import Reduction
 from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
+from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.reduce import Reduce
+
+WIDEST_BYTES = 16  # of a thread's load (PTX ISA, "ld")
 
 
 def in_fragments(node: Reduce) -> list[Node]:
@@ -72,6 +76,39 @@ def result_layout(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> Fra
     """Where the result is, once it is known where its elements are."""
     source = layouts.get(node.src.buffer)
     return None if source is None or source.flat else node.reduction(source).result
+
+
+def parts_at_once(into: Iterable[Reduce], layouts: Mapping[Buffer, FragmentLayout]) -> int | None:
+    """Of results of reductions into one fragment, of how many neighbours one load brings all parts;
+    None unless all of them, as far as is known, come through shared memory."""
+    found: list[int] = []
+    for node in into:
+        source = layouts.get(node.src.buffer)
+        if source is None:
+            continue
+        groups = 1 if source.flat else node.reduction(source).groups
+        if groups == 1:
+            return None
+        found.append(max(1, WIDEST_BYTES // (groups * node.accumulator.bytes)))
+    return min(found, default=None)
+
+
+def stands_alone(result: Buffer, body: Body) -> bool:
+    """Whether a reduction's result is used nowhere but element by element, in loops over all of
+    it."""
+    for node in body:
+        loop = as_parallel(node)
+        if loop is not None:
+            indexes = [at for _, buffer, at in accesses(loop) if buffer is result]
+            if any({v for v in at if isinstance(v, Var)} != set(loop.vars) for at in indexes):
+                return False
+            continue
+        is_made = isinstance(node, Reduce) and node.src.buffer is not result
+        if not is_made and result in (*node.reads, *node.writes):
+            return False
+        if not all(stands_alone(result, inner) for inner in node.bodies):
+            return False
+    return True
 
 
 def axis_of(reductions: Iterable[Reduce], buffers: Iterable[Buffer]) -> int | None:

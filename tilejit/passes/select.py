@@ -150,7 +150,8 @@ class _Selector:
                                 and node.kind is LoopKind.PIPELINED,
                             )
                         )
-                result += self.executing.after_branch(node.with_bodies(*inner))
+                node = one_at_a_time(node.with_bodies(*inner))
+                result += self.executing.after_branch(node)
             if node.schedule is not None:
                 result[done:] = [replace(n, schedule=node.schedule) for n in result[done:]]
         return tuple(result)
@@ -365,6 +366,15 @@ def needs_all_threads(node: Node) -> bool:
         return node.number is None
     kinds = Gemm | GemmWait | Parallel | Reduce | ClusterReduce
     return isinstance(node, kinds) or is_aligned(node)
+
+
+def one_at_a_time(node: Node) -> Node:
+    """A vectorized loop of tile ops as an unrolled one: threads may have to meet between them, and
+    nothing is left to make wider."""
+    if isinstance(node, For) and node.kind is LoopKind.VECTORIZED:
+        if any(needs_all_threads(n) for n in walk(node.body)):
+            return replace(node, kind=LoopKind.UNROLL)
+    return node
 
 
 def refuse_in_roles(node: Roles) -> None:

@@ -6,16 +6,14 @@ own elements. Does not know slots' contents or PTX.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from tilejit.dtypes import int32
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.analysis import tells_apart
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
-from tilejit.ir.expr import Expr, Var, VarKind, arith, int_value, substitute, variables
+from tilejit.ir.expr import Expr, Var, arith, int_value, substitute, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.loops import accesses, loop_layout
 from tilejit.ir.node import (
@@ -38,25 +36,44 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
-from tilejit.ops.cluster import ClusterReduce, Step
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
+from tilejit.ops.reduce import Step
+from tilejit.passes.apart import PLACES, apart_by_rounds, distinct
+from tilejit.passes.meetings import share_meetings
 from tilejit.passes.sent import Sent, after_round, may_meet, signals
+from tilejit.passes.turns import exchanges_in_loops, in_turns, scratch_in_turns
 
 
 def insert_sync(kernel: Kernel) -> Kernel:
     """Decide where the block's threads must meet.
 
-    Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes. After it, between any two
-    accesses to a shared or global buffer of which one writes there is a barrier, unless they
-    belong to one node, or each thread surely comes back to its own elements, or they are to a
-    pipeline's slots (which the pipeline orders itself) or to a tile of T.tma_copy (which the user
-    orders), or stand in branches or roles that wait for each other at the user's barriers.
+    Needs: atoms, layouts, pipelines. Decides: SyncThreads nodes, and the steps of reductions that
+    go through shared memory. After it, between any two accesses to a shared or global buffer of
+    which one writes there is a barrier, unless they belong to one node, or each thread surely comes
+    back to its own elements, or they are to a pipeline's slots (which the pipeline orders itself),
+    to scratch that is used in turns or to a tile of T.tma_copy (which the user orders), or stand in
+    branches or roles that wait for each other at the user's barriers.
     """
-    synchroniser = _Synchroniser(kernel)
-    body, _ = synchroniser.body(kernel.body, _Pending())
+    kernel = replace(kernel, body=share_meetings(kernel.body))
+    best = _synchronised(kernel)
+    for group in exchanges_in_loops(kernel.body):
+        fresh = in_turns(kernel, group)
+        found = _synchronised(fresh)
+        if _meetings(found) < _meetings(best):
+            kernel, best = fresh, found
+    return best
+
+
+def _synchronised(kernel: Kernel) -> Kernel:
+    body, _ = _Synchroniser(kernel).body(kernel.body, _Pending())
     return replace(kernel, body=body)
+
+
+def _meetings(kernel: Kernel) -> int:
+    return sum(isinstance(n, SyncThreads) for n in walk(kernel.body))
 
 
 # Says which thread an access takes to which element: equal owners, same thread for an element.
@@ -117,8 +134,13 @@ class _Pending:
 
     def within_block(self) -> _Pending:
         """Without tensors: tiles are blocks of the user's, which need no order among themselves."""
+        touched = {*self.reads, *self.writes}
+        return self.without({b for b in touched if b.scope is Scope.GLOBAL})
+
+    def without(self, buffers: Collection[Buffer]) -> _Pending:
+        """Without the accesses to these."""
         reads, writes = (
-            {b: owner for b, owner in touched.items() if b.scope is not Scope.GLOBAL}
+            {b: owner for b, owner in touched.items() if b not in buffers}
             for touched in (self.reads, self.writes)
         )
         return replace(self, reads=reads, writes=writes)
@@ -134,7 +156,7 @@ class _Synchroniser:
         self.part = kernel  # as the executing threads see it
         self.divergence: Divergence = divergence(kernel)
         written = kernel.written
-        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel)
+        self.exempt = frozenset(kernel.slots) | bulk_tiles(kernel) | scratch_in_turns(kernel)
         self.aliases = Aliases(kernel)
         changed = {self.aliases.of(b) for b in written}
         self.constant = frozenset(
@@ -318,13 +340,13 @@ class _Synchroniser:
         and all load."""
         if layout.replicas > 1:
             return None
-        places = dict(zip(_PLACES, loop.extents, strict=False))
-        mapping: dict[Var, Expr] = dict(zip(loop.vars, _PLACES, strict=False))
+        places = dict(zip(PLACES, loop.extents, strict=False))
+        mapping: dict[Var, Expr] = dict(zip(loop.vars, PLACES, strict=False))
         canonical = tuple(substitute(e, mapping) for e in at)
         allowed = {*self.fixed, *places}
         if any(v not in allowed for e in canonical for v in variables(e)):
             return None
-        if not tells_apart(_distinct(buffer, canonical), places):
+        if not tells_apart(distinct(buffer, canonical), places):
             return None
         return ("loop", buffer, layout, canonical)
 
@@ -334,7 +356,7 @@ class _Synchroniser:
         if self.kernel.threads[1:] != (1, 1) or not self.kernel.thread_vars:
             return None
         thread = self.kernel.thread_vars[0]
-        for d, e in enumerate(_distinct(buffer, at)):
+        for d, e in enumerate(distinct(buffer, at)):
             if variables(e) <= {thread, *self.fixed}:
                 if tells_apart((e,), {thread: self.kernel.num_threads}):
                     return ("thread", buffer, d, e)
@@ -366,14 +388,17 @@ class _Synchroniser:
             return node.with_bodies(inside), pending
         # What the last round left pending meets the first accesses of the next.
         entry = pending
+        apart: frozenset[Buffer] = frozenset()
+        if isinstance(node, For):
+            apart = apart_by_rounds(node, self.kernel, self.divergence, self.standing_for)
         while True:
             fresh_loop, back, left = self.round(node, entry)
             back = replace(back, sent=after_round(back.sent, self.sent(node), node))
             if is_over_tiles(node):
                 back = back.within_block()
-            grown = entry.joined(back)
+            grown = entry.joined(back.without(apart))
             if grown == entry:
-                return fresh_loop, left
+                return fresh_loop, left.joined(back) if apart else left
             entry = grown
 
     def round(self, node: Node, entry: _Pending) -> tuple[Node, _Pending, _Pending]:
@@ -423,17 +448,3 @@ def is_async_access(node: Node) -> bool:
 def is_bulk_store(node: Node) -> bool:
     """True for copies to a tensor by the tensor memory accelerator."""
     return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL
-
-
-# Stand for the variables of any T.Parallel loop, by position.
-_PLACES = tuple(Var(f"place{d}", int32, VarKind.PARALLEL) for d in range(16))
-
-
-def _distinct(buffer: Buffer, at: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """Expressions that differ wherever two indexes mean different elements of memory."""
-    strides = [int_value(s) for s in buffer.strides or ()]
-    if strides and None not in strides:
-        parts = [arith("mul", e, s) for e, s in zip(at, buffer.strides or (), strict=True)]
-        return (functools.reduce(lambda a, b: arith("add", a, b), parts),)
-    repeats = [buffer.broadcasts and int_value(n) == 1 for n in buffer.shape]
-    return tuple(e for e, is_repeated in zip(at, repeats, strict=True) if not is_repeated)

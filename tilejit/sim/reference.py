@@ -51,10 +51,10 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
-from tilejit.ops.cluster import ClusterReduce, Step
+from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
-from tilejit.ops.reduce import Reduce
+from tilejit.ops.reduce import Reduce, Step
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
@@ -65,7 +65,7 @@ from tilejit.sim.reference_memory import (
     holds_everywhere,
     holds_nowhere,
 )
-from tilejit.sim.reference_reduce import cluster_reduced, reduced
+from tilejit.sim.reference_reduce import cluster_reduced, parts_of, reduced, taken
 from tilejit.sim.reference_state import BlockState
 from tilejit.sim.reference_sync import Cluster, Meetings
 from tilejit.sim.reference_values import (
@@ -409,9 +409,14 @@ class _Executor(Meetings):
 
     def run_reduce(self, node: Reduce) -> None:
         self.need_all_threads(f"T.reduce_{node.kind}")
-        values = self.state.read(node.src)
+        if node.step is Step.SEND:
+            self.state.write(node.parts, parts_of(node, self.state.read(node.src)))
+            return
         old = None if node.clear else self.state.read(node.dst)
-        self.state.write(node.dst, reduced(node, values, old))
+        if node.step is Step.TAKE:
+            self.state.write(node.dst, taken(node, self.state.read(node.parts), old))
+            return
+        self.state.write(node.dst, reduced(node, self.state.read(node.src), old))
 
     def run_cluster_reduce(self, node: ClusterReduce) -> None:
         self.need_all_threads("T.cluster_reduce")

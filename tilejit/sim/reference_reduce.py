@@ -10,16 +10,44 @@ from collections.abc import Sequence
 import numpy as np
 
 from tilejit.ops.cluster import ClusterReduce
-from tilejit.ops.reduce import Reduce
+from tilejit.ops.reduce import Reduce, identity
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
 
 
 def reduced(node: Reduce, values: Array, old: Array | None) -> Array:
     """The elements of `values` along the axis, combined, and with `old` if given: in the dtype of
     the accumulator, converted to the result's at the end."""
-    source, dtype, target = node.src.buffer.dtype, node.accumulator, node.dst.buffer.dtype
-    values = np.moveaxis(cast_array(values, source, dtype), node.axis, 0)
-    result = _all(node, values).reshape(node.dst.shape)
+    return _finished(node, _along_axis(node, values), old)
+
+
+def parts_of(node: Reduce, values: Array) -> Array:
+    """What a reduction leaves in its scratch: all in the first part of each result, and in the
+    others what changes nothing."""
+    nothing = identity(node.kind, node.accumulator, keeps_nan=node.keeps_nan)
+    parts = np.full(node.parts.shape, nothing, node.accumulator.numpy)
+    parts[..., 0] = _along_axis(node, values).reshape(parts.shape[:-1])
+    return parts
+
+
+def taken(node: Reduce, parts: Array, old: Array | None) -> Array:
+    """The result of what was left in the scratch."""
+    return _finished(node, _all(node, np.moveaxis(parts, -1, 0)), old)
+
+
+def _along_axis(node: Reduce, values: Array) -> Array:
+    values = cast_array(values, node.src.buffer.dtype, node.accumulator)
+    return _all(node, np.moveaxis(_counting(node, values), node.axis, 0))
+
+
+def _counting(node: Reduce | ClusterReduce, values: Array) -> Array:
+    """What counts of elements."""
+    is_absolute = node.kind.is_absolute
+    return evaluate_op("abs", (values,), node.accumulator) if is_absolute else values
+
+
+def _finished(node: Reduce, result: Array, old: Array | None) -> Array:
+    dtype, target = node.accumulator, node.dst.buffer.dtype
+    result = result.reshape(node.dst.shape)
     if old is not None:
         result = _combined(node, cast_array(old, target, dtype), result)
     return cast_array(result, dtype, target)
@@ -29,13 +57,11 @@ def cluster_reduced(node: ClusterReduce, parts: Sequence[Array]) -> Array:
     """The tiles of all blocks, combined in the order of the blocks."""
     source, dtype = node.tile.buffer.dtype, node.accumulator
     values = cast_array(np.stack(parts), source, dtype)
-    return cast_array(_all(node, values), dtype, source)
+    return cast_array(_all(node, _counting(node, values)), dtype, source)
 
 
 def _all(node: Reduce | ClusterReduce, values: Array) -> Array:
     """All elements along the first axis as one."""
-    if node.kind.is_absolute:
-        values = evaluate_op("abs", (values,), node.accumulator)
     while len(values) > 1:  # halves, so that errors of sums grow with the logarithm
         half = len(values) // 2
         pairs = _combined(node, values[:half], values[half : 2 * half])
