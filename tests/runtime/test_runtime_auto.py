@@ -54,6 +54,13 @@ def test_few_rows_get_a_flat_tile_and_one_warpgroup():
     assert kernel.kernels[0].planned.num_threads == 128
 
 
+def test_of_equally_fast_tiles_the_one_that_multiplies_less_is_taken():
+    """Memory is what both wait for; the larger tile would multiply rows that are not there."""
+    kernel = compiled(16, 57344, 8192, BM=T.auto(128, 64))
+    assert kernel.constants["BM"] == 64
+    assert "bound by memory" in kernel.explain()
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100a", "sm_120a"])
 def test_choice_fits_the_shared_memory_of_every_chip(target):
     planned = compiled(4096, 4096, 4096, target).kernels[0].planned

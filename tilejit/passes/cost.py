@@ -41,7 +41,8 @@ SUM_BYTES = 44  # a clock, that the last of those blocks adds up
 SUM_CLOCKS = 4500  # until it knows that it is the last
 ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
 MEMORY_CLOCKS = 1600  # more where it comes from memory
-STEP_CLOCKS = 430  # of an iteration at least, for each 128 bytes of K
+TURN_CLOCKS = 80  # of an iteration at least, until the next can begin
+STEP_CLOCKS = 270  # and for each 128 bytes of K
 ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
 ROW_BYTES = 128  # of a box, which TMA brings at once
 ROW_CLOCKS = 1.85  # that it takes for one, long or short
@@ -294,7 +295,7 @@ class _Planner:
             transfer,
             inner.rows,
             arrival,
-            STEP_CLOCKS * slab,
+            TURN_CLOCKS + STEP_CLOCKS * slab,
         )
         self.loop.add(_Work(step + inner.clocks, inner.tensor, inner.brought), times)
 

@@ -22,6 +22,7 @@ Values = tuple[Any, ...]
 MOST_TRIED = 40  # combinations of all parameters at once; more are searched two at a time
 SHOWN = 3  # of the best, in explain()
 WORTH = 0.99  # of the time of an earlier candidate: what a later one must save
+LIGHTER = 0.9  # of what an equally fast one multiplies: what counts as less
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,20 @@ class _Search:
             yield tuple(fresh)
 
     def best_of(self, tried: Iterator[Values] | itertools.product[Values]) -> Values | None:
-        best: tuple[float, Values] | None = None
-        for values in tried:
-            seconds = self.weigh(values)
-            if seconds is not None and (best is None or seconds < best[0] * WORTH):
-                best = seconds, values
-        return best[1] if best else None
+        """Of those that are about as fast as the fastest the first, unless another one multiplies
+        less that is not there."""
+        weighed = [(seconds, v) for v in tried if (seconds := self.weigh(v)) is not None]
+        if not weighed:
+            return None
+        least = min(seconds for seconds, _ in weighed)
+        near = [v for seconds, v in weighed if seconds * WORTH <= least]
+        lightest = min(near, key=self.multiplied)
+        is_lighter = self.multiplied(lightest) < LIGHTER * self.multiplied(near[0])
+        return lightest if is_lighter else near[0]
+
+    def multiplied(self, values: Values) -> float:
+        """Seconds in which the tensor cores multiply."""
+        return sum(e.seconds * e.busy for e in self.estimates[values])
 
     def weigh(self, values: Values) -> float | None:
         """Estimated seconds of a call; None where the kernel cannot be."""
