@@ -6,7 +6,7 @@ instructions, slots or barriers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tilejit.ir.aliases import Aliases
@@ -15,6 +15,16 @@ from tilejit.ir.expr import Expr, Var, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, If, Let, Load, Node, all_reads, all_writes, walk
 from tilejit.ops.copy import Copy
+
+
+def in_round(body: Body) -> Iterator[Node]:
+    """The nodes that a round of a loop comes to itself: those of its body, and of branches in it,
+    but not of loops in it."""
+    for node in body:
+        yield node
+        if isinstance(node, If):
+            for inner in node.bodies:
+                yield from in_round(inner)
 
 
 def is_inward(node: Node) -> bool:

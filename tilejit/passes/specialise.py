@@ -280,17 +280,17 @@ class _Specialiser:
         return result
 
     def _open_channels(self, body: Body, loop: For | None, free: tuple[int, int]) -> None:
-        """A channel for each feed of the body and of all in it. free: slots in loops whose stages
-        are left open, and outside of loops."""
+        """A channel for each feed of the body and of all in it. loop: the innermost one around it.
+        free: slots in loops whose stages are left open, and outside of loops."""
         for feed in feeds(body, self.brought):
             slots = free[1] if loop is None else 1
             if loop is not None and loop.kind is LoopKind.PIPELINED:
                 slots = free[0] if loop.num_stages is None else max(1, loop.num_stages)
             self._open(feed, slots, body)
-        if loop is not None and loop not in self.overlaps:
+        if loop is not None and body is loop.body and loop not in self.overlaps:
             self._defer(body)
         for node in body:
-            inside = node if isinstance(node, For) else None
+            inside = node if isinstance(node, For) else loop
             for inner in node.bodies:
                 self._open_channels(inner, inside, free)
 
