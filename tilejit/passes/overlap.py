@@ -13,7 +13,7 @@ of the iteration before run beside them (modulo scheduling with two stages; Rau 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, field, replace
 
 from tilejit.ir.aliases import Aliases
@@ -105,13 +105,12 @@ def overlaps(kernel: Kernel, brought: Collection[Node], slots: int = 2) -> dict[
     Needs: atoms, layouts. brought: copies that others make. slots: of what they bring in loops
     whose stages are left open, where that is known.
     """
-    fits = _fits(kernel)
     found: dict[For, Overlap] = {}
     for loop in (n for n in walk(kernel.body) if isinstance(n, For)):
         stages = slots if loop.num_stages is None else loop.num_stages
         if loop.kind is not LoopKind.PIPELINED or stages <= 1 or _brings_inside(loop, brought):
             continue
-        overlap = find_overlap(loop, brought, kernel) if fits else None
+        overlap = find_overlap(loop, brought, kernel) if _fits(loop, kernel) else None
         overlap = overlap or in_order(loop, brought)
         if overlap is not None:
             found[loop] = overlap
@@ -138,12 +137,32 @@ def in_order(loop: For, brought: Collection[Node]) -> Overlap | None:
     return Overlap(tuple((n, False) for n in nodes))
 
 
-def _fits(kernel: Kernel) -> bool:
-    """Whether all fragments fit the registers at once: those that carry values to the next round
-    share none."""
-    size = sum(math.prod(b.extents) * b.dtype.bytes for b in kernel.scoped(Scope.FRAGMENT))
+def _fits(loop: For, kernel: Kernel) -> bool:
+    """Whether all fragments that a loop uses, or that keep values meanwhile, fit the registers at
+    once: those that carry values to the next round share none."""
+    held = {b for b in _held_at(kernel.body, loop) if b.scope is Scope.FRAGMENT}
+    size = sum(math.prod(b.extents) * b.dtype.bytes for b in held)
     most = consumer_registers(kernel.num_threads) - SPARE_REGISTERS
     return size / 4 / kernel.num_threads <= most
+
+
+def _held_at(
+    body: Body, loop: For, before: Set[Buffer] = frozenset(), after: Set[Buffer] = frozenset()
+) -> Set[Buffer]:
+    """The buffers that a loop in the body uses, or that are used both before and after it. Around
+    it may be branches; of loops around it, all that they use. before, after: what is used there."""
+    place = next(k for k, n in enumerate(body) if any(m is loop for m in walk((n,))))
+    node = body[place]
+    before |= _used(body[:place])
+    after |= _used(body[place + 1 :])
+    if isinstance(node, If):
+        (inner,) = (b for b in node.bodies if any(m is loop for m in walk(b)))
+        return _held_at(inner, loop, before, after)
+    return _used((node,)) | before & after
+
+
+def _used(body: Body) -> set[Buffer]:
+    return {b.root for n in body for b in all_reads(n) | all_writes(n)}
 
 
 def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | None:
