@@ -19,7 +19,8 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.bring import Reach, in_round, is_inward
+from tilejit.passes.bring import Reach, is_inward
+from tilejit.passes.pieces import round_copies
 from tilejit.passes.registers import GROUP, MAX_THREADS
 from tilejit.passes.tma import misfit, same_bits
 from tilejit.passes.wgmma import choose_wgmma
@@ -68,7 +69,8 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
     general = obstacle or _obstacle(kernel, nodes)
     operands = {r.buffer for n in atoms for r in (n.a, n.b)}
     is_fed = any(c not in refused for c in repeated)
-    if general or not is_fed or any(c.dst.buffer in operands for c in refused):
+    missed = {c.dst.buffer for c in pipelined_copies(kernel) if c in refused}
+    if general or not is_fed or missed & operands:
         reason = general or "its operands are not brought by TMA"
         own = dict(refused) if not general else dict.fromkeys(repeated, general)
         unrounded = unrounded_tiles(kernel, ())
@@ -112,9 +114,11 @@ def unrounded_tiles(kernel: Kernel, brought: Collection[Copy]) -> set[Buffer]:
 
 def _reasons(kernel: Kernel) -> dict[Copy, str]:
     """For every copy from global to shared memory without conversion, why it is not brought."""
-    reach = Reach(kernel).reasons
-    plain = [c for c in reach if same_bits(c.src.buffer, c.dst.buffer)]
-    return {c: misfit(c, kernel) or reach[c] for c in plain}
+    reasons = {c: misfit(c, kernel) or why for c, why in Reach(kernel).reasons.items()}
+    pieces = [c for c in reasons if not c.dst.is_whole]
+    why = {c.dst.buffer: reasons[c] for c in pieces if reasons[c]}
+    reasons |= {c: why[c.dst.buffer] for c in pieces if c.dst.buffer in why}  # all or none
+    return {c: r for c, r in reasons.items() if same_bits(c.src.buffer, c.dst.buffer)}
 
 
 def pipelined_copies(kernel: Kernel) -> list[Copy]:
@@ -123,8 +127,8 @@ def pipelined_copies(kernel: Kernel) -> list[Copy]:
 
 
 def repeated_copies(kernel: Kernel) -> list[Copy]:
-    """The same, and those that rounds make in branches."""
-    return [n for loop in _staged_loops(kernel) for n in in_round(loop.body) if _is_plain(n)]
+    """The same, those that rounds make in branches, and pieces of tiles in loops of a round."""
+    return [n for loop in _staged_loops(kernel) for n in round_copies(loop.body) if _is_plain(n)]
 
 
 def _staged_loops(kernel: Kernel) -> list[For]:

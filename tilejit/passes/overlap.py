@@ -42,6 +42,7 @@ from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
+from tilejit.passes.pieces import only_brings
 from tilejit.passes.pressure import fills, fragments_at, most_words
 from tilejit.passes.registers import consumer_registers
 from tilejit.passes.wgmma import multiply_clocks
@@ -119,8 +120,8 @@ def overlaps(kernel: Kernel, brought: Collection[Node], slots: int = 2) -> dict[
 
 
 def _brings_inside(loop: For, brought: Collection[Node]) -> bool:
-    """Whether branches or loops in the loop have copies that others make."""
-    inner = (child for node in loop.body for child in node.bodies)
+    """Whether branches or loops in the loop have copies that others make, and more."""
+    inner = (child for node in loop.body if not only_brings(node, brought) for child in node.bodies)
     return any(n in brought for child in inner for n in walk(child))
 
 
@@ -133,7 +134,7 @@ def in_order(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | 
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) < 2 or len(own) != sum(isinstance(n, Gemm) for n in walk(loop.body)):
         return None
-    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
+    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and not only_brings(n, brought)]
     if all(isinstance(n, Gemm | Let | Load) for n in nodes):
         return None
     flight = Flight(())
@@ -164,7 +165,7 @@ def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overla
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) != sum(isinstance(n, Gemm) for n in inside):
         return None
-    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
+    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and not only_brings(n, brought)]
     rounds = Rounds(nodes, Aliases(kernel), (b for n in brought for b in n.writes))
     parting = _Parting(rounds)
     return parting.by_hand() if loop.order else parting.run()

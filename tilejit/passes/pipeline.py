@@ -46,7 +46,8 @@ from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, operand_words
-from tilejit.passes.bring import in_round, is_inward
+from tilejit.passes.bring import is_inward
+from tilejit.passes.pieces import in_round, round_copies
 
 DEFAULT_STAGES = 3
 
@@ -339,7 +340,7 @@ def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer
 
 def is_fed(loop: For) -> bool:
     """True when producers bring what the loop uses: `specialise` sees to it."""
-    return any(isinstance(n, Copy) and n.is_tma for n in in_round(loop.body))
+    return any(n.is_tma for n in round_copies(loop.body))
 
 
 # Operand registers worth carrying over the block's meeting: beyond them the accumulator spills.
