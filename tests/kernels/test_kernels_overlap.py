@@ -244,8 +244,9 @@ def test_only_fragments_that_live_in_the_loop_count(hopper, rng, when, given):
 
 
 @tilejit
-def pair(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor):
-    """2 ** (A @ B.T / 8) @ D, minus the same of -A: two chains of multiplies in a round."""
+def pair(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, has_zeros=False):
+    """2 ** (A @ B.T / 8) @ D, minus the same of -A: two chains of multiplies in a round. has_zeros:
+    relu(A @ B.T) and relu(-A @ B.T) instead."""
     M, K = A.shape
     N, N2 = D.shape
     with T.Kernel(T.ceildiv(M, 128), threads=256) as by:
@@ -264,7 +265,10 @@ def pair(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor):
             for total, sign in zip(sums, (1, -1), strict=True):
                 T.gemm(a, b, s, transpose_B=True, clear_accum=True)
                 for i, j in T.Parallel(128, 128):
-                    p[i, j] = T.exp2(s[i, j] * (sign / 8))
+                    if has_zeros:
+                        p[i, j] = T.max(s[i, j] * sign, 0)
+                    else:
+                        p[i, j] = T.exp2(s[i, j] * (sign / 8))
                 T.gemm(p, d, total)
         for i, j in T.Parallel(128, N2):
             C[by * 128 + i, j] = sums[0][i, j] - sums[1][i, j]
@@ -288,6 +292,21 @@ def test_multiplies_run_beside_others_where_both_fit_the_registers(hopper, rng, 
     first = next(k for k, n in enumerate(nodes) if isinstance(n, Gemm) and n.acc.buffer.name != "s")
     following = next(n for n in nodes[first + 1 :] if isinstance(n, Gemm | GemmWait))
     assert isinstance(following, Gemm) == is_beside
+    assert not kernel.resources.spill_bytes
+    assert "C75" not in kernel.kernels[0].compiled.log
+
+
+def test_zeros_in_the_users_code_are_not_those_that_multiplies_begin_with(hopper, rng):
+    """Sharing a register, they kept the assembler from seeing that no sum is read: it spilt one,
+    and serialised the multiplies."""
+    M, N, K, N2 = 200, 300, 64, 96
+    a, b, d = (operand(rng, shape, BF16) for shape in ((M, K), (N, K), (N, N2)))
+    c = hopper(pair, a, b, d, out=[((M, N2), "float32")], has_zeros=True)
+    parts = [reference(x, b, d, None, 1, BN=N) for x in (a, -a)]
+    bound = (2.0**-8 + N * FLOAT32_STEP) * (parts[0][1] + parts[1][1])
+    assert_near(c, parts[0][0] - parts[1][0], bound)
+    specs = [T.Tensor(x.shape, x.dtype.name) for x in (a, b, d, c)]
+    kernel = pair.compile(*specs, target="sm_90a", has_zeros=True)
     assert not kernel.resources.spill_bytes
     assert "C75" not in kernel.kernels[0].compiled.log
 
