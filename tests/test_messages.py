@@ -573,6 +573,25 @@ def test_int_of_a_traced_value_is_refused():
         kernel.compile(spec(64, 32))
 
 
+def test_device_loop_that_indexes_a_list_is_told_of_tuples():
+    @tilejit
+    def kernel(A: T.Tensor):
+        with T.Kernel(1, threads=128):
+            sums = [T.alloc_fragment((64, 32), "float32") for _ in range(2)]
+            for x in range(2):
+                T.clear(sums[x])
+
+    with message(
+        TraceError,
+        """
+        `x` is only known when the kernel runs; Python needs its number now.
+        at sums[x]
+        Hint: Use `T.serial(x)` for a loop, sizes that are constants or compile-time parameters for tiles, and to index a list `for x in (0, 1):`, which unrolls.
+        """,
+    ):
+        kernel.compile(spec(64, 32))
+
+
 def test_len_of_a_tensor_names_its_shape():
     @tilejit
     def kernel(A: T.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,15 @@ EDGES = np.array(
      -3.4e38, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1e-45, -7e-3],
     np.float32,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.int32, dtypes.uint32], ids=str)
+def test_own_zero_is_zero_in_every_lane_and_may_be_moved(dtype):
+    lanes = SimpleNamespace(thread=np.arange(64))
+    zero = special.own_zero(dtype)
+    (value,) = zero.meaning(lanes, [])
+    assert value.dtype == dtype.numpy and value.shape == (64,) and not value.any()
+    assert not zero.has_effect
 
 
 def values():

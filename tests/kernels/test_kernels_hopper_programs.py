@@ -445,6 +445,92 @@ def test_branches_stand_in_or_around_the_loop(hopper, rng, what):
         }[what]  # fmt: skip
         columns = [k for k in range(128) if taken[k // 32]]
         assert_product(c[rows], a[rows][:, columns], b[columns])
+    text = explained(kernel, a, b, flags, c, what=what)
+    assert "a producer warp fills 3 slots of a, b by TMA" in text
+
+
+def test_branches_in_a_round_bring_one_tile_or_another(hopper, rng):
+    """A tile that every round brings, two that one side of a branch brings, one of them where a
+    branch in the branch is taken; as many slots as are left, or given."""
+
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, D: T.Tensor, flags: T.Tensor, C: T.Tensor, *, stages):
+        M, K = A.shape
+        N = C.shape[1]
+        with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 64), threads=128) as (bx, by):
+            a = T.alloc_shared((64, 32), A.dtype)
+            b = T.alloc_shared((32, 64), B.dtype)
+            d = T.alloc_shared((32, 64), B.dtype)
+            acc = T.alloc_fragment((64, 64), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 32), num_stages=stages):
+                T.copy(A[by * 64, k * 32], a)
+                if flags[by, k] > 0:
+                    T.copy(B[k * 32, bx * 64], b)
+                    T.gemm(a, b, acc)
+                    if flags[by, k] > 1:
+                        T.copy(D[k * 32, bx * 64], d)
+                        T.gemm(a, d, acc)
+            T.copy(acc, C[by * 64, bx * 64])
+
+    a = operand(rng, (136, 200), BF16)
+    b, d = operand(rng, (200, 72), BF16), operand(rng, (200, 72), BF16)
+    flags = rng.integers(0, 3, (3, 7)).astype(np.int32)
+    for stages in (None, 2):
+        c = hopper(kernel, a, b, d, flags, out=[((136, 72), "float32")], stages=stages)
+        for block in range(3):
+            rows, seen = slice(block * 64, block * 64 + 64), flags[block].repeat(32)[:200]
+            left = np.hstack([a[rows, seen > 0], a[rows, seen > 1]])
+            assert_product(c[rows], left, np.vstack([b[seen > 0], d[seen > 1]]))
+        text = explained(kernel, a, b, d, flags, c, stages=stages)
+        for tile in "abd":
+            assert f" slots of {tile} by TMA" in text
+
+
+def test_operand_that_both_sides_of_a_branch_fill_is_copied_by_threads(hopper, rng):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, D: T.Tensor, flags: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((64, 32), A.dtype)
+            b = T.alloc_shared((32, 64), B.dtype)
+            acc = T.alloc_fragment((64, 64), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(A.shape[1] // 32, num_stages=2):
+                T.copy(A[0, k * 32], a)
+                if flags[k] > 0:
+                    T.copy(B[k * 32, 0], b)
+                else:
+                    T.copy(D[k * 32, 0], b)
+                T.gemm(a, b, acc)
+            T.copy(acc, C)
+
+    a = operand(rng, (64, 128), BF16)
+    b, d = operand(rng, (128, 64), BF16), operand(rng, (128, 64), BF16)
+    flags = np.array([1, 0, 0, 1], np.int32)
+    c = hopper(kernel, a, b, d, flags, out=[((64, 64), "float32")])
+    assert_product(c, a, np.where(flags.repeat(32)[:, None] > 0, b, d))
+    text = explained(kernel, a, b, d, flags, c)
+    assert "wgmma" in text
+    assert "fills 2 slots of a by TMA" in text
+    assert "copy B -> b: by the block's threads, not TMA (b is written elsewhere too)" in text
+
+
+def test_loop_whose_copies_stand_in_a_branch_says_why_none_runs_ahead(rng):
+    @tilejit
+    def kernel(A: T.Tensor, flags: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((64, 32), A.dtype)
+            for k in T.Pipelined(A.shape[1] // 32):
+                if flags[k] > 0:
+                    T.copy(A[0, k * 32], a)
+                    for i, j in T.Parallel(64, 32):
+                        C[i, j] += a[i, j]
+
+    single = "float32"
+    a, c = T.Tensor((64, 128), single), T.Tensor((64, 32), single)
+    flags = T.Tensor((4,), "int32")
+    text = kernel.compile(a, flags, c, target="sm_90a").explain()
+    assert "serial, no copy can run ahead: what fills a stands in a branch" in text
 
 
 def test_guarded_multiply_in_a_loop_that_brings_every_time(hopper, rng):
@@ -469,6 +555,82 @@ def test_guarded_multiply_in_a_loop_that_brings_every_time(hopper, rng):
     for block in range(4):
         rows, depth = slice(block * 64, min(200, block * 64 + 64)), 32 * (block + 1)
         assert_product(c[rows], a[rows, :depth], b[:depth])
+
+
+@tilejit
+def paged(A: T.Tensor, B: T.Tensor, pages: T.Tensor, C: T.Tensor, *, kind, rows=16, stages=None):
+    """C = sum of A[:, 64 k on] @ the 64 rows of B in pages of `rows` that a table names: pages come
+    piece by piece, by a loop or one after the other; with a kind of piece that none brings, so."""
+    M, K = A.shape
+    N = C.shape[1]
+    count = 64 // rows
+    loops = {"unroll": T.unroll, "serial": T.serial}
+    with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 64), threads=128) as (bx, by):
+        a = T.alloc_shared((64, 64), A.dtype)
+        b = T.alloc_shared((64, 64), B.dtype)
+        acc = T.alloc_fragment((64, 64), "float32")
+        own = T.alloc_fragment((rows, 64), B.dtype)
+        T.clear(acc)
+        for k in T.Pipelined(K // 64, num_stages=stages):
+            T.copy(A[by * 64, k * 64], a)
+            for piece in loops[kind](count) if kind in loops else tuple(range(count)):
+                page = pages[k * count + piece]
+                part = b[piece * rows : piece * rows + rows, :]
+                if kind == "thread" and piece == 1:
+                    T.copy(B[page, :, bx * 64 : bx * 64 + 64], own)
+                    T.copy(own, part)
+                elif kind == "branch":
+                    if page >= 0:
+                        T.copy(B[page, :, bx * 64 : bx * 64 + 64], part)
+                elif kind == "twice" and piece == 1:
+                    T.copy(B[0, :, bx * 64 : bx * 64 + 64], part)
+                    T.copy(B[page, :, bx * 64 : bx * 64 + 64], part)
+                elif kind == "between" and piece == count - 1:
+                    T.gemm(a, b, acc)
+                    T.copy(B[page, :, bx * 64 : bx * 64 + 64], part)
+                else:
+                    T.copy(B[page, :, bx * 64 : bx * 64 + 64], part)
+            if kind == "between":
+                T.clear(acc)
+            T.gemm(a, b, acc)
+        T.copy(acc, C[by * 64, bx * 64])
+
+
+def run_paged(hopper, rng, kind, **constants):
+    rows, K = constants.get("rows", 16), 192
+    a, b = operand(rng, (80, K), BF16), operand(rng, (20, rows, 72), BF16)
+    pages = rng.integers(0, 20, K // rows).astype(np.int32)
+    c = hopper(paged, a, b, pages, out=[((80, 72), "float32")], kind=kind, **constants)
+    left, right = a, b[pages].reshape(K, 72)
+    if kind == "between":  # sums begin anew with each tile
+        left, right = a[:, -64:], right[-64:]
+    assert_product(c, left, right)
+    return explained(paged, a, b, pages, c, kind=kind, **constants)
+
+
+@pytest.mark.parametrize("stages", [None, 2])
+@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize("kind", ["unroll", "serial", "each"])
+def test_pieces_of_a_tile_are_brought_to_one_slot(hopper, rng, kind, rows, stages):
+    text = run_paged(hopper, rng, kind, rows=rows, stages=stages)
+    assert "wgmma" in text
+    assert f"{stages or 12} slots of a, b by TMA" in text
+
+
+@pytest.mark.parametrize(
+    "kind, rows, reason",
+    [
+        ("thread", 16, "b is written elsewhere too"),
+        ("branch", 16, "which part of b it fills is known at run time only"),
+        ("twice", 16, "the copies that fill parts of b do not fill each element once"),
+        ("between", 16, "b is not used after all copies that fill it"),
+        ("each", 4, "it begins inside 8 rows of b"),
+    ],
+)
+def test_pieces_are_copied_by_threads_where_one_cannot_be_brought(hopper, rng, kind, rows, reason):
+    text = run_paged(hopper, rng, kind, rows=rows)
+    assert "slots of a, b by TMA" not in text
+    assert reason in text
 
 
 def test_convolution_of_slices_is_right(hopper, rng):

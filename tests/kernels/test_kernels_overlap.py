@@ -187,6 +187,131 @@ def test_rounds_that_do_not_fit_stay_apart(constants):
 
 
 @tilejit
+def finished(A: T.Tensor, B: T.Tensor, D: T.Tensor, R: T.Tensor, C: T.Tensor, *, when, given=True):
+    """relu(A @ B.T) @ D, its rows divided by their length, plus R, which is read before the loop or
+    after it; in a branch with `given`."""
+    M, K = A.shape
+    N = B.shape[0]
+    with T.Kernel(T.ceildiv(M, 128), threads=256) as by:
+        a = T.alloc_shared((128, K), A.dtype)
+        b = T.alloc_shared((128, K), B.dtype)
+        d = T.alloc_shared((128, 128), D.dtype)
+        s = T.alloc_fragment((128, 128), "float32")
+        p = T.alloc_fragment((128, 128), A.dtype)
+        acc = T.alloc_fragment((128, 128), "float32")
+        squares = T.alloc_fragment((128, 128), "float32")
+        length = T.alloc_fragment((128,), "float32")
+        rest = T.alloc_fragment((128, 128), "float32")
+        T.clear(acc)
+        T.copy(A[by * 128, 0], a)
+        if when == "before":
+            T.copy(R[by * 128, 0], rest)
+        if by < M if given == "branch" else True:
+            for n in T.Pipelined(T.ceildiv(N, 128)):
+                T.copy(B[n * 128, 0], b)
+                T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+                for i, j in T.Parallel(128, 128):
+                    p[i, j] = T.max(s[i, j], 0)
+                T.copy(D[n * 128, 0], d)
+                T.gemm(p, d, acc)
+            if when == "after":
+                T.copy(R[by * 128, 0], rest)
+            for i, j in T.Parallel(128, 128):
+                squares[i, j] = acc[i, j] * acc[i, j]
+            T.reduce_sum(squares, length, dim=1)
+            for i, j in T.Parallel(128, 128):
+                C[by * 128 + i, j] = acc[i, j] * T.rsqrt(length[i]) + rest[i, j]
+
+
+@pytest.mark.parametrize("given", [True, "branch"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_only_fragments_that_live_in_the_loop_count(hopper, rng, when, given):
+    """With what is needed after the loop alone there is room: the rounds overlap."""
+    M, N, K = 200, 300, 64
+    a, b, d = (operand(rng, shape, BF16) for shape in ((M, K), (N, K), (N, 128)))
+    r = operand(rng, (M, 128), np.float32)
+    out = [((M, 128), "float32")]
+    c = hopper(finished, a, b, d, r, out=out, when=when, given=given)
+    total, sizes = reference(a, b, d, None, 1, BN=N)
+    rows = np.linalg.norm(total, axis=1, keepdims=True)
+    bound = (2.0**-7 + 2 * N * FLOAT32_STEP) * (sizes / rows + np.abs(r) + 1)
+    assert_near(c, total / rows + r, bound)
+    specs = [T.Tensor(x.shape, x.dtype.name) for x in (a, b, d, r, c)]
+    kernel = finished.compile(*specs, target="sm_90a", when=when, given=given)
+    gemms = [n for n in walk(kernel.kernels[0].planned.body) if isinstance(n, Gemm)]
+    assert len(gemms) == (4 if when == "after" else 2)
+    assert when == "before" or not kernel.resources.spill_bytes
+
+
+@tilejit
+def pair(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, has_zeros=False):
+    """2 ** (A @ B.T / 8) @ D, minus the same of -A: two chains of multiplies in a round. has_zeros:
+    relu(A @ B.T) and relu(-A @ B.T) instead."""
+    M, K = A.shape
+    N, N2 = D.shape
+    with T.Kernel(T.ceildiv(M, 128), threads=256) as by:
+        a = T.alloc_shared((128, K), A.dtype)
+        b = T.alloc_shared((128, K), B.dtype)
+        d = T.alloc_shared((128, N2), D.dtype)
+        s = T.alloc_fragment((128, 128), "float32")
+        p = T.alloc_fragment((128, 128), A.dtype)
+        sums = [T.alloc_fragment((128, N2), "float32") for _ in range(2)]
+        for total in sums:
+            T.clear(total)
+        T.copy(A[by * 128, 0], a)
+        for n in T.Pipelined(T.ceildiv(N, 128), num_stages=2):
+            T.copy(B[n * 128, 0], b)
+            T.copy(D[n * 128, 0], d)
+            for total, sign in zip(sums, (1, -1), strict=True):
+                T.gemm(a, b, s, transpose_B=True, clear_accum=True)
+                for i, j in T.Parallel(128, 128):
+                    if has_zeros:
+                        p[i, j] = T.max(s[i, j] * sign, 0)
+                    else:
+                        p[i, j] = T.exp2(s[i, j] * (sign / 8))
+                T.gemm(p, d, total)
+        for i, j in T.Parallel(128, N2):
+            C[by * 128 + i, j] = sums[0][i, j] - sums[1][i, j]
+
+
+@pytest.mark.parametrize("N2, is_beside", [(64, True), (128, False)])
+def test_multiplies_run_beside_others_where_both_fit_the_registers(hopper, rng, N2, is_beside):
+    """With sums of 128 columns, the operand of one and the result of the next are too much."""
+    M, N, K = 200, 300, 64
+    a, b, d = (operand(rng, shape, BF16) for shape in ((M, K), (N, K), (N, N2)))
+    c = hopper(pair, a, b, d, out=[((M, N2), "float32")])
+    right = np.zeros((384, N2))  # the loop's last rows are zeros, the multiply's too
+    right[:N] = d
+    scores = a.astype(np.float64) @ np.vstack([b, np.zeros((84, K), BF16)]).astype(np.float64).T / 8
+    exact = (2.0**scores - 2.0**-scores) @ right
+    sizes = (2.0**scores + 2.0**-scores) @ np.abs(right)
+    assert_near(c, exact, (2.0**-8 + N * FLOAT32_STEP) * sizes)
+    specs = [T.Tensor(x.shape, x.dtype.name) for x in (a, b, d, c)]
+    kernel = pair.compile(*specs, target="sm_90a")
+    nodes = list(walk(kernel.kernels[0].planned.body))
+    first = next(k for k, n in enumerate(nodes) if isinstance(n, Gemm) and n.acc.buffer.name != "s")
+    following = next(n for n in nodes[first + 1 :] if isinstance(n, Gemm | GemmWait))
+    assert isinstance(following, Gemm) == is_beside
+    assert not kernel.resources.spill_bytes
+    assert "C75" not in kernel.kernels[0].compiled.log
+
+
+def test_zeros_in_the_users_code_are_not_those_that_multiplies_begin_with(hopper, rng):
+    """Sharing a register, they kept the assembler from seeing that no sum is read: it spilt one,
+    and serialised the multiplies."""
+    M, N, K, N2 = 200, 300, 64, 96
+    a, b, d = (operand(rng, shape, BF16) for shape in ((M, K), (N, K), (N, N2)))
+    c = hopper(pair, a, b, d, out=[((M, N2), "float32")], has_zeros=True)
+    parts = [reference(x, b, d, None, 1, BN=N) for x in (a, -a)]
+    bound = (2.0**-8 + N * FLOAT32_STEP) * (parts[0][1] + parts[1][1])
+    assert_near(c, parts[0][0] - parts[1][0], bound)
+    specs = [T.Tensor(x.shape, x.dtype.name) for x in (a, b, d, c)]
+    kernel = pair.compile(*specs, target="sm_90a", has_zeros=True)
+    assert not kernel.resources.spill_bytes
+    assert "C75" not in kernel.kernels[0].compiled.log
+
+
+@tilejit
 def carried(A: T.Tensor, B: T.Tensor, D: T.Tensor, C: T.Tensor, *, kind, BN=64):
     """As chain; what the next factor is made of depends on the sums so far ("sums"), on a value of
     the round ("values"), or on nothing ("nothing")."""

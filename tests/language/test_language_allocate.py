@@ -40,6 +40,12 @@ def test_alloc_gives_its_shape_dtype_and_scope(alloc, what, scope, default):
     assert unnamed.name in (default, "unnamed")
 
 
+def test_statements_that_share_a_line_name_their_own_tiles():
+    with kernel():
+        a = T.alloc_shared((64, 32), "int8"); b = T.alloc_shared((64, 32), "int8")  # noqa: E702  # fmt: skip
+    assert [a.name, b.name] == ["a", "b"]
+
+
 @pytest.mark.parametrize(("alloc", "what", "scope", "default"), ALLOCATORS)
 def test_alloc_outside_a_kernel_is_refused(alloc, what, scope, default):
     with refused(

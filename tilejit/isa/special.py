@@ -229,6 +229,23 @@ HIDE = Instruction(
 )
 
 
+@cache
+def own_zero(dtype: DType) -> Instruction:
+    """A zero of 32 bits that is nothing else's: compilers do not keep it in a register with others
+    of its value (PTX ISA, "mov")."""
+
+    def meaning(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
+        return (np.zeros(lanes.thread.shape, dtype.numpy),)
+
+    return Instruction(
+        name=f"zero.{dtype}",
+        ptx="mov.b32 $d0, 0;",
+        outputs=(dtype,),
+        meaning=meaning,
+        has_effect=False,
+    )
+
+
 def _elected(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
     return ((lanes.thread % WARP == 0).astype(np.uint32),)
 

@@ -357,7 +357,7 @@ def assigned_name(span: Span | None, default: str) -> str:
         return default
     line = linecache.getline(span.filename, span.line)
     before = line.encode()[: span.column].decode(errors="replace")
-    match = _TARGET.match(before)
+    match = _TARGET.match(before.rpartition(";")[2])  # of several statements in a line, its own
     if match:
         return match[1]
     return _tuple_target(line, span.column) or default

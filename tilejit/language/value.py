@@ -189,8 +189,8 @@ class Scalar:
         return int(
             self._number(
                 "Python",
-                "Use `T.serial(x)` for a loop, and sizes that are constants or compile-time "
-                "parameters for tiles.",
+                "Use `T.serial(x)` for a loop, sizes that are constants or compile-time parameters "
+                "for tiles, and to index a list `for x in (0, 1):`, which unrolls.",
             )
         )
 

@@ -23,7 +23,7 @@ from tilejit.isa.instruction import Instruction
 from tilejit.isa.machine import Value
 from tilejit.isa.mma import WARP
 from tilejit.isa.registers import setmaxnreg
-from tilejit.isa.special import ELECT, UNIFORM
+from tilejit.isa.special import ELECT, UNIFORM, own_zero
 from tilejit.layout.shared import SharedLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.matmul import MatmulEmitter
@@ -212,8 +212,8 @@ class KernelEmitter(MatmulEmitter):
         steps = node.k // one.k
         inputs = self._packed(acc, one.acc)
         if node.clear:
-            zero = m.const(0, one.acc_register)
-            inputs = [zero] * len(inputs)
+            # with a zero that other code uses the assembler keeps room for sums that nothing reads
+            inputs = m.issue(own_zero(one.acc_register)) * len(inputs)
         a_offsets: isa_wgmma.Offsets = ()
         is_register = node.a.buffer.scope is Scope.FRAGMENT
         if is_register:

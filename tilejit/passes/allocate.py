@@ -11,6 +11,7 @@ from tilejit.errors import ResourceError
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
 from tilejit.isa import mbarrier
+from tilejit.passes.pressure import crowded
 
 # 128-byte swizzles repeat every 1024 bytes and count from an address with the low bits zero
 # (PTX ISA, "Swizzling modes"); other buffers only need the widest access.
@@ -19,9 +20,9 @@ PLAIN_ALIGN = 16
 
 
 def allocate_memory(kernel: Kernel) -> Kernel:
-    """Decide the offset of each shared buffer and barrier.
+    """Decide the offset of each shared buffer and barrier; note loops that lack registers.
 
-    Needs: shared layouts and slots. Decides: `offsets`, `shared_bytes`.
+    Needs: layouts, slots and roles. Decides: `offsets`, `shared_bytes`.
     Raises ResourceError with the table of who uses what when the target has less.
     """
     assert kernel.target is not None, "select did not run"
@@ -44,7 +45,8 @@ def allocate_memory(kernel: Kernel) -> Kernel:
         end = start + size
     if end > kernel.target.shared_bytes:
         raise _too_much(kernel, sizes, end)
-    return replace(kernel, offsets=offsets, shared_bytes=end)
+    notes = (*kernel.notes, *crowded(kernel))
+    return replace(kernel, offsets=offsets, shared_bytes=end, notes=notes)
 
 
 def _too_much(kernel: Kernel, sizes: list[tuple[Buffer, int, int]], total: int) -> ResourceError:

@@ -15,6 +15,7 @@ from tilejit.ir.expr import Expr, Var, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, If, Let, Load, Node, all_reads, all_writes, walk
 from tilejit.ops.copy import Copy
+from tilejit.passes.pieces import filled_in, misplaced, reads
 
 
 def is_inward(node: Node) -> bool:
@@ -28,33 +29,31 @@ def is_inward(node: Node) -> bool:
 class Feed:
     """Copies whose tiles are first and last used by the same nodes.
 
-    first, last: places of those nodes in the body that the copies stand in.
+    first, last: places of those nodes in the body that the copies, or loops over them, stand in.
+    opened, filled: places where the first and the last of the copies stand.
     """
 
     copies: tuple[Copy, ...]
     first: int
     last: int
+    opened: int
+    filled: int
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        return tuple(copy.dst.buffer for copy in self.copies)
+        return tuple(dict.fromkeys(copy.dst.buffer for copy in self.copies))
 
 
 def feeds(body: Body, brought: Iterable[Node]) -> list[Feed]:
     """The copies of a body that are brought, in groups by their uses."""
-    wanted = set(brought)
-    groups: dict[tuple[int, int], list[Copy]] = {}
-    for node in body:
-        if isinstance(node, Copy) and node in wanted:
-            root = node.dst.buffer
-            users = [n for n, other in enumerate(body) if reads(other, root)]
-            groups.setdefault((users[0], users[-1]), []).append(node)
-    return [Feed(tuple(copies), *place) for place, copies in groups.items()]
-
-
-def reads(node: Node, root: Buffer) -> bool:
-    """Whether the node or anything in it reads the buffer or a view of it."""
-    return any(b.root is root for b in all_reads(node))
+    groups: dict[tuple[int, int], dict[Copy, int]] = {}
+    for place, copy in filled_in(body, set(brought)):
+        users = [n for n, other in enumerate(body) if reads(other, copy.dst.buffer)]
+        groups.setdefault((users[0], users[-1]), {})[copy] = place
+    return [
+        Feed(tuple(places), *used, min(places.values()), max(places.values()))
+        for used, places in groups.items()
+    ]
 
 
 class Reach:
@@ -71,6 +70,7 @@ class Reach:
         self._nodes = list(walk(kernel.body))
         known = {*kernel.block_vars, *(p.var for p in kernel.params)}
         self._visit(kernel.body, known, "")
+        self._join()
 
     def _visit(self, body: Body, known: set[Var], reason: str) -> None:
         """reason: why nothing in the body can be made ahead; known: what a producer knows there."""
@@ -94,6 +94,17 @@ class Reach:
                 for inner in node.bodies:
                     self._visit(inner, known, reason or why)
 
+    def _join(self) -> None:
+        """Pieces of a tile that a producer can make all, or none."""
+        pieces: dict[Buffer, list[Copy]] = {}
+        for copy in self.reasons:
+            if not copy.dst.is_whole and not copy.dst.buffer.is_view:
+                pieces.setdefault(copy.dst.buffer, []).append(copy)
+        for target, copies in pieces.items():
+            why = next((self.reasons[c] for c in copies if self.reasons[c]), "")
+            why = why or misplaced(self.kernel, target, copies)
+            self.reasons |= dict.fromkeys(copies, why)
+
     def _is_constant(self, buffer: Buffer) -> bool:
         if buffer.scope is not Scope.GLOBAL:
             return False
@@ -105,8 +116,10 @@ class Reach:
             return "where it copies from depends on what the block computes"
         if not self._is_constant(copy.src.buffer):
             return f"the kernel writes {copy.src.buffer.name}"
-        if not copy.dst.is_whole or target.is_view:
+        if target.is_view:
             return f"it fills only a part of {target.name}"
+        if not copy.dst.is_whole:
+            return ""  # until it is known what else fills the tile
         inside = {n for child in body[place + 1 :] for n in walk((child,))}
         for node in self._nodes:
             if any(b.root is target for b in node.writes) and node is not copy:

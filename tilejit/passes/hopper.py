@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from tilejit.dtypes import tfloat32
 from tilejit.ir.buffer import Buffer, Scope
@@ -19,6 +20,7 @@ from tilejit.ops.cluster import ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bring import Reach, is_inward
+from tilejit.passes.pieces import round_copies
 from tilejit.passes.registers import GROUP, MAX_THREADS
 from tilejit.passes.tma import misfit, same_bits
 from tilejit.passes.wgmma import choose_wgmma
@@ -56,7 +58,8 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
     fits = {n: _choose(n, kernel, target, viewed, unrounded) for n in gemms}
     atoms = {n: atom for n, atom in fits.items() if isinstance(atom, WgmmaAtom)}
     why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
-    refused = {c: r for c, r in reasons.items() if r and _is_pipelined(c, kernel)}
+    repeated = repeated_copies(kernel)
+    refused = {c: r for c, r in reasons.items() if r and c in repeated}
     if not atoms:  # where it is for want of rounding by TMA, the copies say why
         threads = kernel.num_threads
         fit = [n for n in gemms if isinstance(choose_wgmma(n, kernel, target, threads), WgmmaAtom)]
@@ -65,10 +68,11 @@ def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Broug
         return Brought(reasons=own, gemm_reasons=why)
     general = obstacle or _obstacle(kernel, nodes)
     operands = {r.buffer for n in atoms for r in (n.a, n.b)}
-    is_fed = any(c not in refused for c in pipelined_copies(kernel))
-    if general or not is_fed or any(c.dst.buffer in operands for c in refused):
+    is_fed = any(c not in refused for c in repeated)
+    missed = {c.dst.buffer for c in pipelined_copies(kernel) if c in refused}
+    if general or not is_fed or missed & operands:
         reason = general or "its operands are not brought by TMA"
-        own = dict(refused) if not general else dict.fromkeys(pipelined_copies(kernel), general)
+        own = dict(refused) if not general else dict.fromkeys(repeated, general)
         unrounded = unrounded_tiles(kernel, ())
         kept = {
             n: a
@@ -110,24 +114,31 @@ def unrounded_tiles(kernel: Kernel, brought: Collection[Copy]) -> set[Buffer]:
 
 def _reasons(kernel: Kernel) -> dict[Copy, str]:
     """For every copy from global to shared memory without conversion, why it is not brought."""
-    reach = Reach(kernel).reasons
-    plain = [c for c in reach if same_bits(c.src.buffer, c.dst.buffer)]
-    return {c: misfit(c, kernel) or reach[c] for c in plain}
+    reasons = {c: misfit(c, kernel) or why for c, why in Reach(kernel).reasons.items()}
+    pieces = [c for c in reasons if not c.dst.is_whole]
+    why = {c.dst.buffer: reasons[c] for c in pieces if reasons[c]}
+    reasons |= {c: why[c.dst.buffer] for c in pieces if c.dst.buffer in why}  # all or none
+    return {c: r for c, r in reasons.items() if same_bits(c.src.buffer, c.dst.buffer)}
 
 
 def pipelined_copies(kernel: Kernel) -> list[Copy]:
-    """Plain copies into shared memory that stand in loops with stages."""
-    return [
-        n
-        for loop in walk(kernel.body)
-        if isinstance(loop, For) and _has_stages(loop)
-        for n in loop.body
-        if isinstance(n, Copy) and is_inward(n) and same_bits(n.src.buffer, n.dst.buffer)
-    ]
+    """Plain copies into shared memory that loops with stages make in every round."""
+    return [n for loop in _staged_loops(kernel) for n in loop.body if _is_plain(n)]
 
 
-def _is_pipelined(copy: Copy, kernel: Kernel) -> bool:
-    return copy in pipelined_copies(kernel)
+def repeated_copies(kernel: Kernel) -> list[Copy]:
+    """The same, those that rounds make in branches, and pieces of tiles in loops of a round."""
+    return [n for loop in _staged_loops(kernel) for n in round_copies(loop.body) if _is_plain(n)]
+
+
+def _staged_loops(kernel: Kernel) -> list[For]:
+    return [n for n in walk(kernel.body) if isinstance(n, For) and _has_stages(n)]
+
+
+def _is_plain(node: Node) -> TypeGuard[Copy]:
+    if not isinstance(node, Copy) or not is_inward(node):
+        return False
+    return same_bits(node.src.buffer, node.dst.buffer)
 
 
 def _has_stages(loop: For) -> bool:

@@ -42,6 +42,8 @@ from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
+from tilejit.passes.pieces import only_brings
+from tilejit.passes.pressure import fills, fragments_at, most_words
 from tilejit.passes.registers import consumer_registers
 from tilejit.passes.wgmma import multiply_clocks
 from tilejit.passes.work import work_clocks
@@ -105,45 +107,54 @@ def overlaps(kernel: Kernel, brought: Collection[Node], slots: int = 2) -> dict[
     Needs: atoms, layouts. brought: copies that others make. slots: of what they bring in loops
     whose stages are left open, where that is known.
     """
-    fits = _fits(kernel)
     found: dict[For, Overlap] = {}
     for loop in (n for n in walk(kernel.body) if isinstance(n, For)):
         stages = slots if loop.num_stages is None else loop.num_stages
         if loop.kind is not LoopKind.PIPELINED or stages <= 1 or _brings_inside(loop, brought):
             continue
-        overlap = find_overlap(loop, brought, kernel) if fits else None
-        overlap = overlap or in_order(loop, brought)
+        overlap = find_overlap(loop, brought, kernel) if _fits(loop, kernel) else None
+        overlap = overlap or in_order(loop, brought, kernel)
         if overlap is not None:
             found[loop] = overlap
     return found
 
 
 def _brings_inside(loop: For, brought: Collection[Node]) -> bool:
-    """Whether branches or loops in the loop have copies that others make."""
-    inner = (child for node in loop.body for child in node.bodies)
+    """Whether branches or loops in the loop have copies that others make, and more."""
+    inner = (child for node in loop.body if not only_brings(node, brought) for child in node.bodies)
     return any(n in brought for child in inner for n in walk(child))
 
 
-def in_order(loop: For, brought: Collection[Node]) -> Overlap | None:
+def in_order(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | None:
     """A round of one iteration, in its own order, whose multiplies run beside what does not need
-    them; None where each is needed at once, or nothing else is done meanwhile."""
+    them; None where each is needed at once, nothing else is done meanwhile, or what they hold and
+    what is done take too many registers."""
     if not all(isinstance(n, (*_KNOWN, Atomic)) for n in walk(loop.body)):
         return None
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) < 2 or len(own) != sum(isinstance(n, Gemm) for n in walk(loop.body)):
         return None
-    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
+    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and not only_brings(n, brought)]
     if all(isinstance(n, Gemm | Let | Load) for n in nodes):
+        return None
+    flight = Flight(())
+    flight.add(*nodes)
+    flight.land()
+    if most_words(flight.nodes, loop, kernel) > _most_registers(kernel):
         return None
     return Overlap(tuple((n, False) for n in nodes))
 
 
-def _fits(kernel: Kernel) -> bool:
-    """Whether all fragments fit the registers at once: those that carry values to the next round
-    share none."""
-    size = sum(math.prod(b.extents) * b.dtype.bytes for b in kernel.scoped(Scope.FRAGMENT))
-    most = consumer_registers(kernel.num_threads) - SPARE_REGISTERS
-    return size / 4 / kernel.num_threads <= most
+def _fits(loop: For, kernel: Kernel) -> bool:
+    """Whether all fragments that a loop uses, or that keep values meanwhile, fit the registers at
+    once: those that carry values to the next round share none."""
+    size = sum(math.prod(b.extents) * b.dtype.bytes for b in fragments_at(loop, kernel))
+    return size / 4 / kernel.num_threads <= _most_registers(kernel)
+
+
+def _most_registers(kernel: Kernel) -> int:
+    """Of a thread, for fragments."""
+    return consumer_registers(kernel.num_threads) - SPARE_REGISTERS
 
 
 def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | None:
@@ -154,7 +165,7 @@ def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overla
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) != sum(isinstance(n, Gemm) for n in inside):
         return None
-    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and n not in brought]
+    nodes = [n for n in loop.body if not isinstance(n, GemmWait) and not only_brings(n, brought)]
     rounds = Rounds(nodes, Aliases(kernel), (b for n in brought for b in n.writes))
     parting = _Parting(rounds)
     return parting.by_hand() if loop.order else parting.run()
@@ -299,7 +310,7 @@ class _Parting:
                 for n in users
             )
             is_read = any(old.root in self.reads[n] for n in users)
-            is_whole = any(_fills(n, old) for n in users)  # nothing of the last one's is left
+            is_whole = any(fills(n, old) for n in users)  # nothing of the last one's is left
             if old.scope is Scope.FRAGMENT and is_made and is_whole and not is_read:
                 moved[old] = replace(old, name=f"{old.name}_next")
         atom = CopyAtom(CopyMethod.REGISTERS, 1)
@@ -308,20 +319,6 @@ class _Parting:
             for old, fresh in moved.items()
         ]
         return [*rebuffered(rest, moved), *copies], moved
-
-
-def _fills(node: Node, buffer: Buffer) -> bool:
-    """Whether the node surely writes every element of the buffer, and by no other name."""
-    if any(b.root is buffer and b is not buffer for b in all_writes(node)):
-        return False
-    if isinstance(node, If):
-        return all(any(_fills(n, buffer) for n in body) for body in node.bodies)
-    if isinstance(node, Copy | Fill | Reduce):
-        return node.dst.buffer is buffer and node.dst.is_whole
-    if not isinstance(node, Parallel) or node.extents != buffer.extents:
-        return False
-    stores = [n for n in node.body if isinstance(n, Store) and n.buffer is buffer]
-    return any(n.index == node.vars for n in stores)
 
 
 class Flight:

@@ -46,6 +46,8 @@ from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, operand_words
+from tilejit.passes.bring import is_inward
+from tilejit.passes.pieces import in_round, round_copies
 
 DEFAULT_STAGES = 3
 
@@ -101,7 +103,7 @@ class _Pipeliner:
             if not isinstance(fresh, For) or fresh.kind is not LoopKind.PIPELINED:
                 result.append(fresh)
             elif is_fed(fresh):  # nobody waits there for what the block's threads copy
-                result.append(replace(fresh, body=tuple(map(_waited_for, fresh.body))))
+                result.append(_synchronous(fresh))
             else:
                 result += self.loop(fresh, is_repeated)
         return tuple(result)
@@ -115,7 +117,11 @@ class _Pipeliner:
         if stages is None:
             stages = self.stages_that_fit(split)
         if stages < 2 or not split.ahead:
-            reason = "no copy can run ahead" if stages >= 2 else f"num_stages is {stages}"
+            reason = f"num_stages is {stages}" if split.ahead else "no copy can run ahead"
+            branched = [n for n in in_round(node.body) if n not in node.body and is_inward(n)]
+            filled = dict.fromkeys(b.name for n in branched for b in n.writes)
+            if filled and not split.ahead:
+                reason += f": what fills {', '.join(filled)} stands in a branch"
             self.notes.append(f"{where}: serial, {reason}")
             return [_synchronous(replace(node, kind=LoopKind.SERIAL))]
         names = ", ".join(b.name for b in split.buffers)
@@ -334,7 +340,7 @@ def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer
 
 def is_fed(loop: For) -> bool:
     """True when producers bring what the loop uses: `specialise` sees to it."""
-    return any(isinstance(n, Copy) and n.is_tma for n in loop.body)
+    return any(n.is_tma for n in round_copies(loop.body))
 
 
 # Operand registers worth carrying over the block's meeting: beyond them the accumulator spills.

@@ -60,6 +60,7 @@ from tilejit.passes.manual import (
     started_multiply,
     with_meetings,
 )
+from tilejit.passes.own import own_tiles
 from tilejit.passes.reduce import combined_in_fragment, in_fragments
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
@@ -70,14 +71,14 @@ WIDEST_COPY = 16  # bytes of one cp.async (PTX ISA, "cp.async")
 def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     """Decide the atom of every Gemm and Copy; make explicit what one thread does for all.
 
-    Needs: shapes and dtypes. Decides: `target`, `node.atom`. Also turns a fragment operand that
-    no instruction takes into a copy through shared memory, and an atomic whose old value all
-    threads use into one thread's work and a broadcast.
+    Needs: shapes and dtypes. Decides: `target`, `node.atom`. Also gives loops that fill one tile a
+    tile each, turns a fragment operand that no instruction takes into a copy through shared
+    memory, and an atomic whose old value all threads use into one thread's work and a broadcast.
     Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
     not all threads take.
     """
     check_needs(kernel, target)
-    kernel = with_meetings(_with_thread_vars(kernel))
+    kernel = with_meetings(_with_thread_vars(own_tiles(kernel, target)))
     selector = _Selector(kernel, target)
     body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
     return replace(

@@ -7,7 +7,7 @@ offsets in shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tilejit.dtypes import int32
@@ -49,6 +49,7 @@ from tilejit.passes.epilogue import Staging, stage_stores
 from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.late import after, during, main_loop
 from tilejit.passes.overlap import held_registers, overlaps
+from tilejit.passes.pieces import filled_in, only_brings
 from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.queue import queue_walk, unevenness
 from tilejit.passes.registers import GROUP
@@ -275,7 +276,7 @@ class _Specialiser:
         taken = BARRIER_BYTES + sum(n for b, n in size.items() if b not in fed)
         each = once = 0
         for loop, copies in self._fed_loops(self.kernel.body, None):
-            bytes_ = sum(size[c.dst.buffer] for c in copies)
+            bytes_ = sum(size[b] for b in {c.dst.buffer for c in copies})
             if loop is None:
                 once += bytes_
             elif loop.kind is not LoopKind.PIPELINED:
@@ -297,7 +298,7 @@ class _Specialiser:
         return inside, outside
 
     def _fed_loops(self, body: Body, loop: For | None) -> list[tuple[For | None, list[Copy]]]:
-        mine = [n for n in body if isinstance(n, Copy) and n in self.brought]
+        mine = [copy for _, copy in filled_in(body, self.brought)]
         result = [(loop, mine)] if mine else []
         for node in body:
             inside = node if isinstance(node, For) else loop
@@ -306,17 +307,17 @@ class _Specialiser:
         return result
 
     def _open_channels(self, body: Body, loop: For | None, free: tuple[int, int]) -> None:
-        """A channel for each feed of the body and of all in it. free: slots in loops whose stages
-        are left open, and outside of loops."""
+        """A channel for each feed of the body and of all in it. loop: the innermost one around it.
+        free: slots in loops whose stages are left open, and outside of loops."""
         for feed in feeds(body, self.brought):
             slots = free[1] if loop is None else 1
             if loop is not None and loop.kind is LoopKind.PIPELINED:
                 slots = free[0] if loop.num_stages is None else max(1, loop.num_stages)
             self._open(feed, slots, body)
-        if loop is not None and loop not in self.overlaps:
+        if loop is not None and body is loop.body and loop not in self.overlaps:
             self._defer(body)
         for node in body:
-            inside = node if isinstance(node, For) else None
+            inside = node if isinstance(node, For) else loop
             for inner in node.bodies:
                 self._open_channels(inner, inside, free)
 
@@ -360,53 +361,47 @@ class _Specialiser:
             return  # the assembler takes the registers of sums that nothing reads for other things
         held = held_registers(gemms)
         others = [n for n in body if not isinstance(n, Gemm | GemmWait)]
+        others = [n for n in others if not only_brings(n, self.brought)]
         if not channels or not gemms or any(touches(n, held) for n in others):
             return
         operands = {r.buffer.root for g in gemms for r in (g.a, g.b)}
-        made = [n for n in others if n not in self.channels]
-        if any(b.root in operands for n in made for b in all_writes(n)):
+        if any(b.root in operands for n in others for b in all_writes(n)):
             return
         if all(c.by_group and c.slots > 1 for c in channels):
             for channel in channels:
                 channel.is_deferred = True
 
     def _channels_in(self, body: Body) -> list[Channel]:
-        mine = [self.channels[n] for n in body if isinstance(n, Copy) and n in self.channels]
+        mine = [self.channels[copy] for _, copy in filled_in(body, self.channels)]
         return list(dict.fromkeys(mine))
 
     # ---- the producer -----------------------------------------------------------------------
 
-    def produce(self, body: Body) -> Body:
-        """What of the body brings tiles, and what that needs."""
+    def produce(self, body: Body, outer: Mapping[Channel, Var] | None = None) -> Body:
+        """What of the body brings tiles, and what that needs. outer: slots that are being filled
+        around it."""
         result: list[Node] = []
-        slot_of: dict[Channel, Var] = {}
-        for node in body:
+        channels, slot_of = self._channels_in(body), dict(outer or {})
+        for place, node in enumerate(body):
+            for channel in (c for c in channels if c.feed.opened == place):
+                opened, slot_of[channel], parity = channel.turn(channel.fed)
+                free, slot = binary("xor", parity, const(1)), slot_of[channel]
+                span = channel.feed.copies[0].span
+                wait = BarrierWait(barrier=channel.empty, slot=slot, parity=free, span=span)
+                result += [*opened, wait]
             if isinstance(node, Copy) and node in self.channels:
                 channel = self.channels[node]
-                if node is channel.feed.copies[0]:
-                    opened, slot_of[channel], parity = channel.turn(channel.fed)
-                    free = binary("xor", parity, const(1))
-                    result += [
-                        *opened,
-                        BarrierWait(
-                            barrier=channel.empty,
-                            slot=slot_of[channel],
-                            parity=free,
-                            span=node.span,
-                        ),
-                    ]
                 result.append(self._filling(node, channel, slot_of[channel]))
-                if node is channel.feed.copies[-1]:
-                    result.append(
-                        BarrierArrive(barrier=channel.full, slot=slot_of[channel], span=node.span)
-                    )
-                    result += counted(channel.fed)
             elif isinstance(node, Let | Load):
                 result.append(node)
             elif isinstance(node, For | If):
-                inner = [self.produce(child) for child in node.bodies]
+                inner = [self.produce(child, slot_of) for child in node.bodies]
                 if any(isinstance(n, Copy) for child in inner for n in walk(child)):
                     result.append(_serial(node).with_bodies(*inner))
+            for channel in (c for c in channels if c.feed.filled == place):
+                span, slot = node.span, slot_of[channel]
+                result.append(BarrierArrive(barrier=channel.full, slot=slot, span=span))
+                result += counted(channel.fed)
         return tuple(result)
 
     def _filling(self, copy: Copy, channel: Channel, slot: Var) -> Node:
@@ -457,6 +452,8 @@ class _Specialiser:
         """The node with consumers' bodies, and what follows a loop that leaves slots late."""
         if not node.bodies or isinstance(node, Gemm):
             return [node]
+        if only_brings(node, self.channels):
+            return []
         loop = node if isinstance(node, For) else None
         if loop is not None and loop in self.overlaps:
             return self._overlapped(loop)

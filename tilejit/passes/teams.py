@@ -34,6 +34,8 @@ def team_count(kernel: Kernel, brought: Sequence[Copy]) -> int:
         return 1
     if set(kernel.shared) - {c.dst.buffer for c in brought}:
         return 1
+    if not all(c.dst.is_whole for c in brought):
+        return 1  # how often a piece is brought is not how often its tile is
     gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
     if not gemms or not all(n.is_async for n in gemms) or reduces_between(kernel):
         return 1
