@@ -28,6 +28,7 @@ from tilejit.ir.node import (
     Load,
     LoopKind,
     Node,
+    OneThread,
     Parallel,
     Store,
     While,
@@ -37,6 +38,7 @@ from tilejit.ir.node import (
 )
 from tilejit.ir.rounds import Rounds, by_hand
 from tilejit.ir.substitution import rebuffered
+from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.ops.copy import Copy, Fill
@@ -50,6 +52,9 @@ from tilejit.passes.work import work_clocks
 
 SPARE_REGISTERS = 24  # of a thread besides its fragments, in a loop whose rounds overlap
 _QUIET = (Scope.FRAGMENT, Scope.SHARED, Scope.VAR)
+_LEAVING = (
+    ControlOp.STORE_WAIT_READ, ControlOp.STORE_WAIT, ControlOp.FENCE_ASYNC, ControlOp.STORE_COMMIT,
+)  # fmt: skip
 _KNOWN = (Let, Load, Store, Copy, Fill, Gemm, GemmWait, Parallel, Reduce, If, For, While)
 
 
@@ -129,7 +134,7 @@ def in_order(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | 
     """A round of one iteration, in its own order, whose multiplies run beside what does not need
     them; None where each is needed at once, nothing else is done meanwhile, or what they hold and
     what is done take too many registers."""
-    if not all(isinstance(n, (*_KNOWN, Atomic)) for n in walk(loop.body)):
+    if not all(isinstance(n, (*_KNOWN, Atomic)) or _leaves(n) for n in walk(loop.body)):
         return None
     own = [n for n in loop.body if isinstance(n, Gemm) and n.is_async]
     if len(own) < 2 or len(own) != sum(isinstance(n, Gemm) for n in walk(loop.body)):
@@ -143,6 +148,13 @@ def in_order(loop: For, brought: Collection[Node], kernel: Kernel) -> Overlap | 
     if most_words(flight.nodes, loop, kernel) > _most_registers(kernel):
         return None
     return Overlap(tuple((n, False) for n in nodes))
+
+
+def _leaves(node: Node) -> bool:
+    """Whether it belongs to results that leave by bulk copies, which no multiply is part of."""
+    if isinstance(node, Control):
+        return node.op in _LEAVING
+    return isinstance(node, OneThread) or (isinstance(node, SyncThreads) and node.inserted)
 
 
 def _fits(loop: For, kernel: Kernel) -> bool:
