@@ -32,7 +32,8 @@ class Plan:
     """How rows are divided: BM of them in a block, or one among `blocks` blocks.
 
     resident: blocks of a multiprocessor at once. stages: rows that are brought or computed at a
-    time; 0 for blocks that have one group of rows each.
+    time; 0 for blocks that have one group of rows each. kept: how many of W and B stay in shared
+    memory for all rows of a block; the others come from L2 for each.
     """
 
     BM: int
@@ -40,44 +41,58 @@ class Plan:
     blocks: int
     resident: int
     stages: int = 0
+    kept: int = 0
 
     @property
     def workers(self):
-        """Clusters of blocks that run at once; of wide ones one fewer, for their blocks have to be
+        """Clusters of blocks that run at once; of wide ones fewer, for their blocks have to be
         neighbours."""
         at_once = max(1, MULTIPROCESSORS * self.resident // self.blocks)
-        return at_once - at_once // 8 if self.blocks > 2 else at_once
+        if self.blocks <= 2:
+            return at_once
+        return at_once - max(1, at_once // (16 if self.blocks == 8 and self.resident < 4 else 8))
 
     @property
     def options(self):
-        return asdict(self) | {"workers": self.workers if self.stages else 0}
+        options = asdict(self) | {"workers": self.workers if self.stages else 0}
+        return {name: value for name, value in options.items() if name != "kept" or value}
 
 
 def rows_for(N):
     """Rows of a block, a power of two, such that it has at most 8192 elements."""
-    return 1 << (8192 // N).bit_length() - 1
+    return 1 << max(1, 8192 // N).bit_length() - 1
 
 
 def forward_plan(N, name):
-    """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way. The
-    longest rows wait too long for other blocks not to bring the next one."""
+    """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way. Of long
+    rows the next one is brought meanwhile, for there blocks wait for each other."""
     if N <= 8192:
-        return Plan(rows_for(N), 256, 1, 4)
+        has_masks = N & N - 1 and name == "layer_norm"  # which take registers
+        return Plan(rows_for(N), 256, 1, 3 if has_masks else 4)
     if N <= 16384:
         return Plan(1, 512, 1, 2)
     if N <= 65536:
-        return Plan(1, 256, cluster_for(N, 8192), 4, stages=2 if name == "layer_norm" else 0)
-    if name == "layer_norm":
+        if name == "layer_norm":
+            return Plan(1, 256, cluster_for(N, 8192), 3, stages=2, kept=2)
+        return Plan(1, 256, cluster_for(N, 8192), 4)
+    if name == "softmax":
         return Plan(1, 512, cluster_for(N, 16384), 2, stages=2)
-    return Plan(1, 1024, cluster_for(N, 32768), 1, stages=2)
+    return Plan(1, 1024, cluster_for(N, 32768), 1, stages=2, kept=1 if name == "layer_norm" else 0)
 
 
 def backward_plan(N, name):
-    """16 elements a thread: there are two tensors to read, and sums over rows to keep."""
+    """16 elements a thread, of the longest rows 32: there are two tensors to read, and sums over
+    rows to keep, of LayerNorm two."""
+    if name == "layer_norm":
+        if N <= 2048:
+            return Plan(max(1, rows_for(N) // 4), 128, 1, 4, stages=3)
+        if N <= 16384 or (N & N - 1 and N <= MOST // 2):  # masks again
+            return Plan(rows_for(N), 512, cluster_for(N, 8192), 1, stages=3)
+        return Plan(1, 512, cluster_for(N, 16384), 1, stages=3)
     if N > 65536:
-        return Plan(1, 512 if name == "layer_norm" else 1024, cluster_for(N, 16384), 1, stages=2)
+        return Plan(1, 1024 if name == "softmax" else 512, cluster_for(N, 16384), 1, stages=2)
     if N > 4096:
-        return Plan(1, 512, cluster_for(N, 8192), 2, stages=2)
+        return Plan(1, 512, cluster_for(N, 8192), 1 if N % 8 else 2, stages=2)
     if N > 2048:
         return Plan(1, 256, 1, 4, stages=2)
     if name == "softmax":
@@ -195,17 +210,15 @@ def rms_norm(
 
 
 @T.macro
-def layer_norm_rows(x, W, B, Y, MEAN, S, row, column, blocks, eps):
+def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
     """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
     one exchange between the blocks of a cluster, and no difference of large numbers."""
     BM, part = x.shape
     N = Y.shape[1]
     is_ragged = part * blocks != N
     square = T.alloc_fragment((BM, part), "float32")
-    w, b = T.alloc_fragment((part,), W.dtype), T.alloc_fragment((part,), B.dtype)
     mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
-    T.copy(W[column], w)  # on their way while sums are made
-    T.copy(B[column], b)
+    shift = T.alloc_fragment((BM,), "float32")
     T.reduce_sum(x, mean, dim=1)
     for i in T.Parallel(BM):
         mean[i] = mean[i] / T.max(T.min(N - column, part), 1)
@@ -236,14 +249,16 @@ def layer_norm_rows(x, W, B, Y, MEAN, S, row, column, blocks, eps):
     if column == 0:
         T.copy(mean, MEAN[row])
         T.copy(s, S[row])
+    for i in T.Parallel(BM):
+        shift[i] = -mean[i] * s[i]
     for i, j in T.Parallel(BM, part):
-        Y[row + i, column + j] = (x[i, j] - mean[i]) * s[i] * w[j] + b[j]
+        Y[row + i, column + j] = (x[i, j] * s[i] + shift[i]) * w[j] + b[j]
 
 
 @tilejit(fast_math=True)
 def layer_norm(
     X: T.Tensor, W: T.Tensor, B: T.Tensor, Y: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
-    *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1, stages=0, workers=0,
+    *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
 ):  # fmt: skip
     """Y = (X - MEAN) * S * W + B, with the mean and 1 / sqrt(variance + eps) of each row. X, Y:
     (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `softmax`."""
@@ -253,16 +268,30 @@ def layer_norm(
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
+        weights = []
+        for number, tensor in enumerate((W, B)):
+            alloc = T.alloc_shared if number < kept else T.alloc_fragment
+            weights.append(alloc((part,), tensor.dtype))
+            if number < kept:
+                T.copy(tensor[column], weights[number])
+
+        def bring():  # on their way while sums are made
+            for number, tensor in enumerate((W, B)):
+                if number >= kept:
+                    T.copy(tensor[column], weights[number])
+
         if stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
                 T.copy(X[row, column], tile)
                 T.copy(tile, x)
-                layer_norm_rows(x, W, B, Y, MEAN, S, row, column, blocks, eps)
+                bring()
+                layer_norm_rows(x, *weights, Y, MEAN, S, row, column, blocks, eps)
         else:
             T.copy(X[first * BM, column], x)
-            layer_norm_rows(x, W, B, Y, MEAN, S, first * BM, column, blocks, eps)
+            bring()
+            layer_norm_rows(x, *weights, Y, MEAN, S, first * BM, column, blocks, eps)
 
 
 @tilejit(fast_math=True)
@@ -345,11 +374,11 @@ def rms_norm_backward(
                 product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
             T.reduce_sum(product, dot, dim=1)
             T.cluster_reduce(dot)
-            for i in T.Parallel(BM):
-                dot[i] = dot[i] / N
+            for i in T.Parallel(BM):  # DX = s * (g - x * s * dot / N)
+                dot[i] = -s[i] * s[i] * dot[i] / N
             for i, j in T.Parallel(BM, part):
                 g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-                DX[row + i, column + j] = s[i] * (g - x[i, j] * s[i] * dot[i])
+                DX[row + i, column + j] = g * s[i] + x[i, j] * dot[i]
         T.reduce_sum(dw, sums, dim=0)
         T.copy(sums, parts[worker, column])
     add_up(parts, DW, 64)
@@ -375,6 +404,8 @@ def layer_norm_backward(
         dw, db = T.alloc_fragment((BM, part), "float32"), T.alloc_fragment((BM, part), "float32")
         mean, s = T.alloc_shared((BM,), "float32"), T.alloc_shared((BM,), "float32")
         total, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
+        shift = T.alloc_fragment((BM,), "float32")
+        g = T.alloc_fragment((BM, part), "float32")
         sums = T.alloc_fragment((part,), "float32")
         T.copy(W[column], w)
         T.clear(dw)
@@ -385,23 +416,25 @@ def layer_norm_backward(
             T.copy(DY[row, column], dy)
             T.copy(MEAN[row], mean)
             T.copy(S[row], s)
+            for i in T.Parallel(BM):
+                shift[i] = -mean[i] * s[i]
             for i, j in T.Parallel(BM, part):
+                hat = x[i, j] * s[i] + shift[i]
                 db[i, j] += dy[i, j]
-                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-            T.reduce_sum(product, total, dim=1)
-            for i, j in T.Parallel(BM, part):
-                hat = (x[i, j] - mean[i]) * s[i]
                 dw[i, j] += dy[i, j] * hat
-                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
+                g[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+                product[i, j] = g[i, j] * hat
+            T.reduce_sum(g, total, dim=1)
             T.reduce_sum(product, dot, dim=1)
             T.cluster_reduce(total)
             T.cluster_reduce(dot)
-            for i in T.Parallel(BM):
-                total[i], dot[i] = total[i] / N, dot[i] / N
+            for i in T.Parallel(BM):  # DX = s * (g - total / N - hat * dot / N)
+                dot[i] = -s[i] * dot[i] / N
+                shift[i] = shift[i] * dot[i] - s[i] * total[i] / N
+                dot[i] = s[i] * dot[i]
             for i, j in T.Parallel(BM, part):
-                hat = (x[i, j] - mean[i]) * s[i]
-                g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-                DX[row + i, column + j] = s[i] * (g - total[i] - hat * dot[i])
+                gradient = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+                DX[row + i, column + j] = gradient * s[i] + (x[i, j] * dot[i] + shift[i])
         T.reduce_sum(dw, sums, dim=0)
         T.copy(sums, w_parts[worker, column])
         T.reduce_sum(db, sums, dim=0)

@@ -40,8 +40,8 @@ class Tensors:
             torch.full((M,), torch.nan, dtype=torch.float32, device="cuda") for _ in range(2)
         )
 
-    def forward(self, name: str, plan: rows.Plan) -> Callable[[], Any]:
-        knobs = plan.options
+    def forward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
+        knobs = plan.options | more
         if name == "softmax":
             return lambda: rows.softmax(self.x, self.y, **knobs)
         if name == "rms_norm":
