@@ -50,7 +50,8 @@ class Plan:
         at_once = max(1, MULTIPROCESSORS * self.resident // self.blocks)
         if self.blocks <= 2:
             return at_once
-        return at_once - max(1, at_once // (16 if self.blocks == 8 and self.resident < 4 else 8))
+        share = 0.08 if self.blocks == 8 and self.resident < 4 else 0.125
+        return at_once - max(1, round(share * at_once))
 
     @property
     def options(self):
@@ -64,20 +65,23 @@ def rows_for(N):
 
 
 def forward_plan(N, name):
-    """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way. Of long
-    rows the next one is brought meanwhile, for there blocks wait for each other."""
+    """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way; of long
+    rows 64 and 512. Of the longest, whose weights would come from L2 for each row anew, the next
+    row is brought meanwhile, and one weight stays."""
+    has_masks = N & N - 1 != 0  # which take registers
     if N <= 8192:
-        has_masks = N & N - 1 and name == "layer_norm"  # which take registers
-        return Plan(rows_for(N), 256, 1, 3 if has_masks else 4)
-    if N <= 16384:
-        return Plan(1, 512, 1, 2)
-    if N <= 65536:
-        if name == "layer_norm":
-            return Plan(1, 256, cluster_for(N, 8192), 3, stages=2, kept=2)
-        return Plan(1, 256, cluster_for(N, 8192), 4)
+        return Plan(rows_for(N), 256, 1, 3 if has_masks and name != "softmax" else 4)
     if name == "softmax":
-        return Plan(1, 512, cluster_for(N, 16384), 2, stages=2)
-    return Plan(1, 1024, cluster_for(N, 32768), 1, stages=2, kept=1 if name == "layer_norm" else 0)
+        if N <= 16384:
+            return Plan(1, 256, 2, 4)
+        most, resident = (8192, 5) if N <= 65536 else (16384, 3)
+        return Plan(1, 256, cluster_for(N, most), resident - has_masks)
+    if N <= 16384:
+        return Plan(1, 256, 1, 2)
+    if N <= 32768 and name == "rms_norm":
+        return Plan(1, 256, 2, 2)
+    kept = 1 if name == "layer_norm" else 0
+    return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept)
 
 
 def backward_plan(N, name):
@@ -164,14 +168,26 @@ def softmax(
             softmax_rows(x, Y, first * BM, column, is_ragged)
 
 
+def kept_weights(tensors, part, column, kept):
+    """A function for each tensor, of a column of the block's part; the first `kept` tensors come to
+    shared memory here and now."""
+
+    def function(tensor, is_kept):
+        if not is_kept:
+            return lambda j: tensor[column + j]
+        tile = T.alloc_shared((part,), tensor.dtype)
+        T.copy(tensor[column], tile)
+        return lambda j: tile[j]
+
+    return [function(tensor, number < kept) for number, tensor in enumerate(tensors)]
+
+
 @T.macro
-def rms_norm_rows(x, W, Y, S, row, column, eps):
+def rms_norm_rows(x, w, Y, S, row, column, eps):
     BM, part = x.shape
     N = Y.shape[1]
     square = T.alloc_fragment((BM, part), "float32")
-    w = T.alloc_fragment((part,), W.dtype)
     s = T.alloc_fragment((BM,), "float32")
-    T.copy(W[column], w)  # on its way while sums are made
     for i, j in T.Parallel(BM, part):
         square[i, j] = T.cast(x[i, j], "float32") * T.cast(x[i, j], "float32")
     T.reduce_sum(square, s, dim=1)
@@ -181,13 +197,13 @@ def rms_norm_rows(x, W, Y, S, row, column, eps):
     if column == 0:
         T.copy(s, S[row])
     for i, j in T.Parallel(BM, part):
-        Y[row + i, column + j] = x[i, j] * s[i] * w[j]
+        Y[row + i, column + j] = x[i, j] * s[i] * w(j)
 
 
 @tilejit(fast_math=True)
 def rms_norm(
     X: T.Tensor, W: T.Tensor, Y: T.Tensor, S: T.Tensor,
-    *, eps=1e-6, BM=1, threads=256, blocks=1, resident=1, stages=0, workers=0,
+    *, eps=1e-6, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
 ):  # fmt: skip
     """S = 1 / sqrt(mean(X * X) + eps) of each row, Y = X * S * W. X, Y: (M, N); W: (N,); S: (M,)
     float32. Rows are divided as by `softmax`."""
@@ -197,16 +213,17 @@ def rms_norm(
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
+        (w,) = kept_weights((W,), part, column, kept)
         if stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
                 T.copy(X[row, column], tile)
                 T.copy(tile, x)
-                rms_norm_rows(x, W, Y, S, row, column, eps)
+                rms_norm_rows(x, w, Y, S, row, column, eps)
         else:
             T.copy(X[first * BM, column], x)
-            rms_norm_rows(x, W, Y, S, first * BM, column, eps)
+            rms_norm_rows(x, w, Y, S, first * BM, column, eps)
 
 
 @T.macro
@@ -252,7 +269,7 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
     for i in T.Parallel(BM):
         shift[i] = -mean[i] * s[i]
     for i, j in T.Parallel(BM, part):
-        Y[row + i, column + j] = (x[i, j] * s[i] + shift[i]) * w[j] + b[j]
+        Y[row + i, column + j] = (x[i, j] * s[i] + shift[i]) * w(j) + b(j)
 
 
 @tilejit(fast_math=True)
@@ -268,29 +285,16 @@ def layer_norm(
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
-        weights = []
-        for number, tensor in enumerate((W, B)):
-            alloc = T.alloc_shared if number < kept else T.alloc_fragment
-            weights.append(alloc((part,), tensor.dtype))
-            if number < kept:
-                T.copy(tensor[column], weights[number])
-
-        def bring():  # on their way while sums are made
-            for number, tensor in enumerate((W, B)):
-                if number >= kept:
-                    T.copy(tensor[column], weights[number])
-
+        weights = kept_weights((W, B), part, column, kept)
         if stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
                 T.copy(X[row, column], tile)
                 T.copy(tile, x)
-                bring()
                 layer_norm_rows(x, *weights, Y, MEAN, S, row, column, blocks, eps)
         else:
             T.copy(X[first * BM, column], x)
-            bring()
             layer_norm_rows(x, *weights, Y, MEAN, S, first * BM, column, blocks, eps)
 
 
