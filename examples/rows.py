@@ -80,6 +80,8 @@ def forward_plan(N, name):
         return Plan(1, 256, 1, 2)
     if N <= 32768 and name == "rms_norm":
         return Plan(1, 256, 2, 2)
+    if name == "rms_norm" and N <= 65536 and not has_masks:
+        return Plan(2, 512, cluster_for(N, 16384), 1, stages=2, kept=1)
     kept = 1 if name == "layer_norm" else 0
     return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept)
 
