@@ -33,7 +33,8 @@ class Plan:
 
     resident: blocks of a multiprocessor at once. stages: rows that are brought or computed at a
     time; 0 for blocks that have one group of rows each. kept: how many of W and B stay in shared
-    memory for all rows of a block; the others come from L2 for each.
+    memory for all rows of a block; the others come from L2 for each. turns: clusters for each that
+    runs at once: multiprocessors are not equally fast, and who is done first takes the next.
     """
 
     BM: int
@@ -42,9 +43,15 @@ class Plan:
     resident: int
     stages: int = 0
     kept: int = 0
+    turns: int = 1
 
     @property
     def workers(self):
+        """Clusters that go through the rows, `turns` for each that runs at once."""
+        return self.turns * self.at_once
+
+    @property
+    def at_once(self):
         """Clusters of blocks that run at once; of wide ones fewer, for their blocks have to be
         neighbours."""
         at_once = max(1, MULTIPROCESSORS * self.resident // self.blocks)
@@ -56,6 +63,7 @@ class Plan:
     @property
     def options(self):
         options = asdict(self) | {"workers": self.workers if self.stages else 0}
+        del options["turns"]
         return {name: value for name, value in options.items() if name != "kept" or value}
 
 
@@ -80,10 +88,9 @@ def forward_plan(N, name):
         return Plan(1, 256, 1, 2)
     if N <= 32768 and name == "rms_norm":
         return Plan(1, 256, 2, 2)
-    if name == "rms_norm" and N <= 65536 and not has_masks:
-        return Plan(2, 512, cluster_for(N, 16384), 1, stages=2, kept=1)
-    kept = 1 if name == "layer_norm" else 0
-    return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept)
+    kept = 1 if name == "layer_norm" or N <= 65536 else 0
+    turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
+    return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept, turns=turns)
 
 
 def backward_plan(N, name):
