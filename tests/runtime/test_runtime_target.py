@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import tilejit.language as T
@@ -43,10 +45,11 @@ def product(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BN=T.auto(128, 64, 32)):
 
 
 def test_kernels_are_chosen_and_kept_for_the_chip():
-    """Memory that is faster is not what a flat product waits for any more."""
+    """A flat product waits for memory, and less for faster memory."""
     specs = [T.Tensor(shape, "bfloat16") for shape in ((16, 4096), (6144, 4096), (16, 6144))]
     usual = product.compile(*specs, target=H100)
     faster = product.compile(*specs, target=measured(H100, 132, 4.917e12, 60 << 20))
     assert usual is not faster
     assert "bound by memory" in usual.explain()
-    assert "bound by bringing tiles" in faster.explain()
+    estimates = [re.search(r"estimated ([\d.]+) us", k.explain())[1] for k in (usual, faster)]
+    assert float(estimates[1]) < 0.85 * float(estimates[0])
