@@ -114,3 +114,21 @@ def test_what_is_surely_in_the_tensor_is_no_constant():
 
 def test_other_chips_need_nothing_hidden():
     assert hidden(filled, target="sm_80") == 0
+
+
+def test_stores_to_tensors_whose_extents_the_call_knows_are_none_of_its_business():
+    @tilejit
+    def product(B: T.Tensor, C: T.Tensor[[T.dynamic("M"), T.dynamic("N")], T.float32]):
+        with T.Kernel(1, threads=128):
+            b = T.alloc_shared((32, 32), BF16)
+            p = T.alloc_fragment((64, 32), BF16)
+            acc = T.alloc_fragment((64, 32), "float32")
+            T.copy(B, b)
+            T.fill(p, 1)
+            T.gemm(p, b, acc, clear_accum=True)
+            for i, j in T.Parallel(64, 32):
+                C[i, j] = acc[i, j]
+
+    kernel = product.compile(T.Tensor((32, 32), BF16), target="sm_90a")
+    fills = [n for n in walk(kernel.kernels[0].planned.body) if isinstance(n, Fill)]
+    assert [n.value.op for n in fills] == ["hidden"]

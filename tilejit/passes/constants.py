@@ -139,7 +139,7 @@ class _Search:
 
     def _parallel(self, node: Parallel, state: State) -> State:
         for inner in node.body:
-            if isinstance(inner, Store) and inner.index == node.vars:
+            if isinstance(inner, Store) and _is_held(inner.buffer) and inner.index == node.vars:
                 is_all = inner.buffer.extents == node.extents
                 sites = self._stored(inner)
                 state = self._written(inner, inner.buffer, sites, state, is_all)
