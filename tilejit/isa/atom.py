@@ -106,3 +106,9 @@ class WgmmaAtom:
     def __str__(self) -> str:
         each = f", {self.rows}x{self.columns} each" if self.rows * self.columns > 1 else ""
         return f"{self.wgmma.name} on {self.groups_m}x{self.groups_n} warpgroups{each}"
+
+    def registers_of(self, row: int | None) -> slice:
+        """The accumulator's registers that a row of each warpgroup's instructions writes, or, of
+        None, all rows."""
+        each = self.columns * self.wgmma.acc_registers
+        return slice(0, self.rows * each) if row is None else slice(row * each, (row + 1) * each)

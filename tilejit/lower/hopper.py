@@ -203,6 +203,7 @@ class KernelEmitter(MatmulEmitter):
 
     def emit_wgmma(self, node: Gemm, atom: WgmmaAtom, point: Point) -> None:
         m, one = self.m, atom.wgmma
+        rows = atom.rows if node.row is None else 1
         acc = self.state[node.acc.buffer]
         group = self._warpgroup(atom.groups_m * atom.groups_n)
         down = arith("floordiv", group, atom.groups_n)
@@ -210,7 +211,10 @@ class KernelEmitter(MatmulEmitter):
         row = arith("mul", down, node.m // atom.groups_m)
         column = arith("mul", across, node.n // atom.groups_n)
         steps = node.k // one.k
-        inputs = self._packed(acc, one.acc)
+        mine = slice(0, len(acc)) if node.row is None else atom.registers_of(node.row)
+        if node.row is not None:
+            row = arith("add", row, node.row * one.m)
+        inputs = self._packed(acc[mine], one.acc)
         if node.clear:
             # with a zero that other code uses the assembler keeps room for sums that nothing reads
             inputs = m.issue(own_zero(one.acc_register)) * len(inputs)
@@ -220,7 +224,7 @@ class KernelEmitter(MatmulEmitter):
             inputs += self._left_words(node, atom)
         else:
             side = _Side(self.kernel.shared[node.a.buffer], not node.transpose_a)
-            a_offsets = side.offsets(atom.rows, one.m, steps, one.k)
+            a_offsets = side.offsets(rows, one.m, steps, one.k)
             inputs.append(self._descriptor(node.a, side, row, point))
         side = _Side(self.kernel.shared[node.b.buffer], node.transpose_b)
         b_offsets = side.offsets(atom.columns, one.n, steps, one.k)
@@ -229,7 +233,7 @@ class KernelEmitter(MatmulEmitter):
             inputs.append(m.const(0, uint32))
         record = isa_wgmma.wgmma_sequence(
             one,
-            rows=atom.rows,
+            rows=rows,
             columns=atom.columns,
             steps=steps,
             a_offsets=a_offsets,
@@ -242,7 +246,7 @@ class KernelEmitter(MatmulEmitter):
         words = m.issue(record, inputs)
         if one.acc is float16:  # taking two elements out of a register is touching it
             words = m.issue(isa_wgmma.wait_group(0, (one.acc_register,) * len(words)), words)
-        acc[:] = self._unpacked(words, one.acc)
+        acc[mine] = self._unpacked(words, one.acc)
 
     def _warpgroup(self, groups: int) -> Expr:
         """The number of the thread's warpgroup, in a uniform register: so are the descriptors that
@@ -286,7 +290,10 @@ class KernelEmitter(MatmulEmitter):
         return m.binary("or", wide, m.const(side.descriptor, uint64), uint64)
 
     def emit_gemm_wait(self, node: GemmWait) -> None:
-        """Wait, and make everything in flight depend on it."""
+        """Wait, and make everything that is over depend on it."""
+        if node.gemm is not None:
+            self._wait_for_row(node, node.gemm)
+            return
         parts: list[tuple[Buffer, list[Value], DType]] = []
         for buffer in node.registers:
             packed = self._state_words(buffer)
@@ -297,6 +304,13 @@ class KernelEmitter(MatmulEmitter):
         for buffer, values, dtype in parts:
             mine, flat = flat[: len(values)], flat[len(values) :]
             self._keep_words(buffer, mine, dtype)
+
+    def _wait_for_row(self, node: GemmWait, gemm: Gemm) -> None:
+        """The same for a row of instructions; the others may still be on their way."""
+        assert isinstance(gemm.atom, WgmmaAtom) and gemm.row is not None
+        held, row = self.state[gemm.acc.buffer], gemm.atom.registers_of(gemm.row)
+        kinds = (gemm.atom.wgmma.acc,) * len(held[row])
+        held[row] = self.m.issue(isa_wgmma.wait_group(node.pending, kinds), held[row])
 
     def _state_words(self, buffer: Buffer) -> tuple[list[Value], DType]:
         """A fragment's registers as an instruction has them."""

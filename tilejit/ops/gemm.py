@@ -40,6 +40,8 @@ class Gemm(Node):
         the node starts, and those of `following` (the next iteration's a and b) when it ends.
         They are loaded while the last step is multiplied, after `meanwhile` has waited for them.
     filling: decided by `pipeline`: the copies that run ahead, issued before the first step.
+    row: decided by `tail`: of the instructions of each warpgroup along m, the only one that is
+        issued; None for all.
     """
 
     a: Region
@@ -55,6 +57,7 @@ class Gemm(Node):
     following: tuple[Region, Region] | None = None
     meanwhile: Body = ()
     filling: Body = ()
+    row: int | None = None
 
     @property
     def m(self) -> int:
@@ -131,6 +134,8 @@ class Gemm(Node):
         if self.clear:
             text += ", clear_accum=True"
         comment = f"  # {self.atom}" if self.atom else ""
+        if self.row is not None:
+            comment += f"; row {self.row} of each"
         if self.following:
             ahead = ", ".join(names.region(region) for region in self.following)
             comment += f"; loads {ahead} before its last step"
@@ -144,11 +149,13 @@ class GemmWait(Node):
 
     registers: decided by `sync`: the fragments that multiplies in flight may read or change.
     operands: shared memory that the multiplies which are over then have read until now.
+    gemm: decided by `tail`: the multiply whose row is complete, where that is all that is.
     """
 
     pending: int
     registers: tuple[Buffer, ...] = ()
     operands: tuple[Buffer, ...] = ()
+    gemm: Gemm | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -159,7 +166,8 @@ class GemmWait(Node):
         return self.registers
 
     def show(self, names: Names) -> str:
-        return f"T.wait_wgmma({self.pending})"
+        comment = "" if self.gemm is None else f"  # row {self.gemm.row} of each"
+        return f"T.wait_wgmma({self.pending}){comment}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

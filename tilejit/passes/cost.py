@@ -27,6 +27,7 @@ from tilejit.passes.registers import (
     consumer_registers,
     launch_registers,
 )
+from tilejit.passes.tail import rows_in_turn
 from tilejit.passes.teams import FEWEST_TILES, reduces_between
 from tilejit.passes.trim import rows_there
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
@@ -46,6 +47,7 @@ STEP_CLOCKS = 270  # and for each 128 bytes of K
 ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
 ROW_BYTES = 128  # of a box, which TMA brings at once
 ROW_CLOCKS = 1.85  # that it takes for one, long or short
+ROW_SHARE = 0.007  # slower, for each row of instructions of a warpgroup but the first
 ABSENT_CLOCKS = 5.0  # for one that lies outside of the tensor
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
@@ -312,7 +314,8 @@ class _Planner:
                 rows = size / row * each if node.is_tma else 0.0
                 return _Work(brought=size * share, rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
-                return _Work(clocks=size / STORE_BYTES)
+                rows = rows_in_turn(self.kernel, node)  # all but the last leave meanwhile
+                return _Work(clocks=size / STORE_BYTES / rows)
         if isinstance(node, Parallel):
             touched = [n.buffer for n in walk(node.body) if isinstance(n, Load | Store)]
             size = sum(b.dtype.bytes for b in touched if b.scope is Scope.GLOBAL)
@@ -337,7 +340,8 @@ class _Planner:
     def gemm(self, node: Gemm) -> _Work:
         chip, operand = self.target.chip, node.a.buffer.dtype
         if isinstance(node.atom, WgmmaAtom):
-            return _Work(tensor=multiply_clocks(node), read=_operand_bytes(node, node.atom))
+            clocks = multiply_clocks(node) * (1 + ROW_SHARE * (node.atom.rows - 1))
+            return _Work(tensor=clocks, read=_operand_bytes(node, node.atom))
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
         rate = chip.tensor_macs * (1 if self.is_unpacked(node) else _speed(operand))

@@ -14,7 +14,7 @@ from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, cast, index
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import For, Load, Node, OneThread, Parallel, Store, rewrite, walk
+from tilejit.ir.node import Body, For, Load, Node, OneThread, Parallel, Store, rewrite, walk
 from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.layout.shared import SharedLayout
@@ -31,16 +31,31 @@ MOST_STRIPS = 2
 FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
 
 
+@dataclass(frozen=True)
+class Strips:
+    """The nodes that store an accumulator, strip by strip.
+
+    width: columns of a strip. places: of each, in a warpgroup's part of the accumulator: the number
+    of the instruction along m, the strip's along n.
+    """
+
+    copy: Copy
+    width: int
+    places: tuple[tuple[int, int], ...]
+    nodes: tuple[Body, ...]
+
+
 @dataclass
 class Staging:
     """A kernel whose accumulators leave through shared memory.
 
-    buffers: the strips there, written by warpgroups of their own. late: the copy that is left for
-        the next tile's time.
+    buffers: the strips there, written by warpgroups of their own. strips: of copies that are stored
+        at once. late: the copy that is left for the next tile's time.
     """
 
     kernel: Kernel
     buffers: list[Buffer] = field(default_factory=list)
+    strips: list[Strips] = field(default_factory=list)
     late: Late | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -140,11 +155,12 @@ class _Stager:
         self.staging.notes.append(note)
         if is_repeated and len(strips) == buffer.extents[0]:
             return self._at_once(node, buffer, atom, width, strips)
-        return tuple(
-            n
+        nodes = [
+            tuple(self._strip(node, buffer, atom, width, number, place))
             for number, place in enumerate(strips)
-            for n in self._strip(node, buffer, atom, width, number, place)
-        )
+        ]
+        self.staging.strips.append(Strips(node, width, tuple(strips), tuple(nodes)))
+        return tuple(n for strip in nodes for n in strip)
 
     def _by_threads(self, node: Copy, reason: str) -> Node:
         """The copy as threads make it."""

@@ -84,7 +84,7 @@ def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
     if tiles < FEWEST_TILES * kernel.target.chip.multiprocessors:
         return False
     loop = main_loop(kernel.body)
-    if loop is None or _rounds(loop) < strips or _values(kernel, copy.dst) is None:
+    if loop is None or rounds_of(loop) < strips or _values(kernel, copy.dst) is None:
         return False
     brought = [n for n in walk(kernel.body) if isinstance(n, Copy) and n.is_tma and is_inward(n)]
     if loop in overlaps(kernel, brought, slots=2):  # as there are where two fit
@@ -118,7 +118,7 @@ def _free_at(body: Body) -> int | None:
     return None
 
 
-def _rounds(loop: For) -> int:
+def rounds_of(loop: For) -> int:
     """How often the loop runs, if that is known."""
     start, stop = int_value(loop.start), int_value(loop.stop)
     if start is None or stop is None or loop.step < 0:
@@ -193,7 +193,7 @@ def _opened(late: Late, loop: For, region: Region, has_before: Var) -> list[Node
             )
         )
     rest = replace(loop, start=const(start + late.strips * loop.step, loop.start.dtype))
-    return [*result, rest] if _rounds(rest) else result
+    return [*result, rest] if rounds_of(rest) else result
 
 
 def _elsewhere(late: Late, kernel: Kernel, walked: Walk, visit: Expr) -> tuple[list[Node], Region]:

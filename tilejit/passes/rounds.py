@@ -44,7 +44,7 @@ def overlapped(
     if not overlap.part(True):
         return [replace(serial, body=part({False: {}}))]
     runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
-    mine: dict[Var, Expr] = {v: _again(v) for n in overlap.repeated for v in n.defines}
+    mine: dict[Var, Expr] = {v: again(v) for n in overlap.repeated for v in n.defines}
     following = cast(arith("add", loop.var, loop.step), dtype)
     last = cast(_last(loop), dtype)
     opening = part({True: {loop.var: cast(loop.start, dtype)}})
@@ -166,7 +166,8 @@ def _turn_barrier(group: Expr, is_arrival: bool) -> SyncThreads:
     return SyncThreads(inserted=True, number=number, threads=2 * GROUP, is_arrival=is_arrival)
 
 
-def _again(var: Var) -> Var:
+def again(var: Var) -> Var:
+    """Another variable of the same name and range."""
     return Var(var.name, var.dtype, var.kind, var.low, var.high)
 
 

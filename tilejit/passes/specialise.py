@@ -54,6 +54,7 @@ from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.queue import queue_walk, unevenness
 from tilejit.passes.registers import GROUP
 from tilejit.passes.rounds import first_turn, overlapped
+from tilejit.passes.tail import Tail, find_tail, row_by_row, shortened
 from tilejit.passes.teams import team_count, times
 from tilejit.passes.tiles import Walk, is_same_along, tile_walk, visit_number
 from tilejit.passes.trim import emptied, rows_there, trimmed
@@ -108,6 +109,9 @@ class _Specialiser:
         for overlap in self.overlaps.values():
             fragments.update((b, fragments[old]) for old, b in overlap.moved.items())
         self.kernel = replace(self.kernel, fragments=fragments)
+        self.tail = None
+        if self.teams == 1:
+            self.tail = find_tail(self.kernel, self.staging.strips, brought, self.overlaps)
         self.uneven = unevenness(self.kernel)
         self.rows = self._trims()  # of tiles that are longer than the tensor
         self.turning = 0  # warpgroups that take turns in a loop
@@ -264,6 +268,11 @@ class _Specialiser:
         if up:
             self.notes.append(f"registers: {up} a consumer thread, {down} a producer thread")
         self.notes += self.staging.notes
+        if self.tail is not None:
+            self.notes.append(
+                f"the last iterations of the loop at {self.tail.loop.span} multiply one row of "
+                "instructions after the other, each stored while the next is multiplied"
+            )
 
     # ---- channels ---------------------------------------------------------------------------
 
@@ -429,6 +438,8 @@ class _Specialiser:
                 continue
             if isinstance(node, GemmWait) and deferred:
                 continue
+            if self.tail is not None and node in self.tail.passed:
+                continue  # they stand where the loop ends
             for channel in (c for c in channels if c.feed.first == place):
                 opened, slot_of[channel], parity = channel.turn(channel.used)
                 wait = BarrierWait(
@@ -457,18 +468,30 @@ class _Specialiser:
         loop = node if isinstance(node, For) else None
         if loop is not None and loop in self.overlaps:
             return self._overlapped(loop)
+        if self.tail is not None and loop is self.tail.loop:
+            return self._with_tail(loop, self.tail)
         inner = [self.consume(child, loop) for child in node.bodies]
         fresh = _serial(node).with_bodies(*inner)
-        if loop is None or not any(c.is_deferred for c in self._channels_in(loop.body)):
-            return [fresh]
-        deferred = [c for c in self._channels_in(loop.body) if c.is_deferred]
+        return [fresh] if loop is None else [fresh, *self._left_late(loop)]
+
+    def _with_tail(self, loop: For, tail: Tail) -> list[Node]:
+        channels = self._channels_in(loop.body)
+        short, rounds = shortened(tail, channels)
+        steady = _serial(short).with_bodies(self.consume(loop.body, loop))
+        result = [steady, *self._left_late(short)]
+        for channel in channels:
+            channel.is_deferred = False  # the last slots are left together
+        last = self.consume(loop.body, loop)
+        return [*result, *row_by_row(tail, rounds, last, channels)]
+
+    def _left_late(self, loop: For) -> list[Node]:
+        """What follows a loop that leaves slots late."""
+        if not any(c.is_deferred for c in self._channels_in(loop.body)):
+            return []
         registers = held_registers([n for n in loop.body if isinstance(n, Gemm)])
         ran = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
-        result: list[Node] = [
-            fresh,
-            GemmWait(pending=0, registers=registers, span=node.span),
-        ]
-        for channel in deferred:
+        result: list[Node] = [GemmWait(pending=0, registers=registers, span=loop.span)]
+        for channel in (c for c in self._channels_in(loop.body) if c.is_deferred):
             loaded, last = channel.before()
             result += [*loaded, *channel.leave(last, ran)]
         return result

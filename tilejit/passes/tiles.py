@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
 from tilejit.ir.analysis import divisor
-from tilejit.ir.buffer import Scope
+from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index, int_value, variables
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, Role, walk
+from tilejit.ir.node import Body, For, Let, Load, LoopKind, Node, Role, Store, While, walk
 from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
@@ -47,10 +47,13 @@ class Walk:
         self.blocks = Var("blocks", int32, VarKind.SCALAR, index(1), index(MAX_BLOCKS))
 
     def around(self, body: Body, role: Role | None = None, visit: Var | None = None) -> Body:
-        """The loop over a block's tiles around the work for one; of a role with teams, each takes
-        its turn. visit: a variable for the number of the block's tile."""
+        """The loop over a block's tiles around the work for one; without a role, of the thread that
+        brings what they need; of a role with teams, each takes its turn. visit: a variable for the
+        number of the block's tile."""
         if not body:
             return body
+        if role is None:
+            return self._from_tile_to_tile(body)
         visits = self.visits()
         opened: list[Node] = []
         if visit is None:
@@ -72,6 +75,26 @@ class Walk:
             span=self.kernel.span,
         )
         return (loop,)
+
+    def _from_tile_to_tile(self, body: Body) -> Body:
+        """The loop of the thread that brings tiles. It asks for no number of tiles: to divide by
+        the number of blocks takes longer than all else that is done before a first copy."""
+        at = (index(0),)
+        unit = Buffer(name="produced_unit", shape=(index(1),), dtype=int32, scope=Scope.VAR)
+        loaded = Var("unit", int32, VarKind.VALUE, index(0))
+        following = arith("add", loaded, self._step())
+        loop = While(
+            test=(Load(out=loaded, buffer=unit, index=at),),
+            condition=arith("lt", loaded, self._total()),
+            body=(
+                *self.decode(loaded, self.units(), {}),
+                *body,
+                Store(buffer=unit, index=at, value=following),
+            ),
+            is_tiles=True,
+            span=self.kernel.span,
+        )
+        return Store(buffer=unit, index=at, value=self._first()), loop
 
     def visits(self) -> Expr:
         """How many tiles the block computes."""

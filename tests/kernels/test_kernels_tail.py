@@ -1,0 +1,284 @@
+"""Results that leave row by row while the last products are worked out: the numbers are the same,
+and what cannot be parted so is not."""
+
+from __future__ import annotations
+
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from products import FLOAT32_STEP, assert_near, assert_product, explained, operand, stored
+
+import tilejit.language as T
+from tilejit import tilejit
+from tilejit.passes import late
+from tilejit.runtime import frame
+
+BF16 = ml_dtypes.bfloat16
+E4M3 = ml_dtypes.float8_e4m3fn
+ROWS = "multiply one row of instructions after the other"
+
+
+@pytest.fixture(autouse=True)
+def large_grids(monkeypatch):
+    """No results of small grids wait for another tile; the simulator has a few blocks."""
+    monkeypatch.setattr(late, "FEWEST_TILES", 1 << 30)
+
+
+@tilejit
+def matmul(
+    A: T.Tensor, B: T.Tensor, C: T.Tensor, *,
+    BM=256, BN=64, BK=32, stages=None, threads=256, tA=False, tB=False, accum="float32",
+    policy=None, cluster=None, split=None,
+):  # fmt: skip
+    M, N = C.shape
+    K = A.shape[0] if tA else A.shape[1]
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads, cluster=cluster) as (bx, by):
+        a = T.alloc_shared((BK, BM) if tA else (BM, BK), A.dtype)
+        b = T.alloc_shared((BN, BK) if tB else (BK, BN), B.dtype)
+        acc = T.alloc_fragment((BM, BN), accum)
+        T.clear(acc)
+        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=stages, split=split):
+            if tA:
+                T.copy(A[k * BK, by * BM], a)
+            else:
+                T.copy(A[by * BM, k * BK], a)
+            if tB:
+                T.copy(B[bx * BN, k * BK], b)
+            else:
+                T.copy(B[k * BK, bx * BN], b)
+            T.gemm(a, b, acc, transpose_A=tA, transpose_B=tB, policy=policy or 0)
+        T.copy(acc, C[by * BM, bx * BN])
+
+
+def leaves(kernel, *arguments, **constants):
+    return ROWS in explained(kernel, *arguments, **constants)
+
+
+def check(
+    hopper, rng, size, *, is_parted=True, dtype=BF16, out=BF16, tA=False, tB=False, **constants
+):
+    M, N, K = size
+    a, b = operand(rng, (M, K), dtype), operand(rng, (K, N), dtype)
+    arrays = stored(a, tA), stored(b, tB)
+    c = hopper(matmul, *arrays, out=[((M, N), out)], tA=tA, tB=tB, **constants)
+    assert_product(c, a, b, accum=constants.get("accum", "float32"))
+    assert leaves(matmul, *arrays, c, tA=tA, tB=tB, **constants) == is_parted
+
+
+# ---- tiles, loops and rings ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
+@pytest.mark.parametrize("threads, BM", [(256, 256), (256, 384), (384, 384)], ids=str)
+def test_results_of_any_layout_are_right(hopper, rng, layout, threads, BM):
+    tA, tB = (side == "t" for side in layout)
+    check(hopper, rng, (BM + 40, 136, 136), tA=tA, tB=tB, BM=BM, threads=threads)
+
+
+@pytest.mark.parametrize("size", [(8, 8, 64), (264, 136, 104), (129, 72, 104)], ids=str)
+def test_ragged_results_are_right(hopper, rng, size):
+    check(hopper, rng, size)
+
+
+@pytest.mark.parametrize("stages", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("trips", range(1, 8))
+def test_loops_of_any_length_are_right(hopper, rng, trips, stages):
+    check(hopper, rng, (256, 64, 32 * trips), stages=stages)
+
+
+@pytest.mark.parametrize("columns", [16, 64, 96, 128, 192])
+def test_rows_of_any_width_are_right(hopper, rng, columns):
+    check(hopper, rng, (256, 2 * columns, 128), BN=columns)
+
+
+@pytest.mark.parametrize("tiles", range(1, 6))
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_blocks_of_any_number_of_tiles_are_right(hopper, rng, monkeypatch, tiles, blocks):
+    monkeypatch.setattr(frame, "SIMULATED_BLOCKS", blocks)
+    check(hopper, rng, (256 * tiles, 64, 128))
+
+
+@pytest.mark.parametrize("policy", [T.GemmWarpPolicy.FullRow, T.GemmWarpPolicy.FullCol])
+def test_warpgroups_beside_each_other_are_right(hopper, rng, policy):
+    check(hopper, rng, (256, 128, 160), BN=128, policy=policy)
+
+
+@pytest.mark.parametrize("dtype, out, accum", [
+    (BF16, np.float32, "float32"),
+    (np.float16, np.float16, "float32"),
+    (np.int8, np.int32, "int32"),
+    (E4M3, BF16, "float32"),
+])  # fmt: skip
+def test_dtypes_are_right(hopper, rng, dtype, out, accum):
+    check(hopper, rng, (264, 96, 160), dtype=dtype, out=out, accum=accum, tB=True)
+
+
+def test_clusters_share_tiles_that_leave_so(hopper, rng):
+    check(hopper, rng, (512, 128, 160), cluster=2)
+
+
+# ---- what is done to elements before they are stored --------------------------------------------
+
+
+@tilejit
+def finished(
+    A: T.Tensor, B: T.Tensor, bias: T.Tensor, R: T.Tensor, C: T.Tensor, *, kind, BN=64, BK=32,
+):  # fmt: skip
+    BM = 256
+    M, K = A.shape
+    N = C.shape[1]
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=256) as (bx, by):
+        a, b = T.alloc_shared((BM, BK), A.dtype), T.alloc_shared((BK, BN), B.dtype)
+        acc = T.alloc_fragment((BM, BN), "float32")
+        other = T.alloc_fragment((BM, BN), "float32")
+        small = T.alloc_fragment((BM, BN), C.dtype)
+        row, length = T.alloc_fragment((BN,), "float32"), T.alloc_fragment((BM,), "float32")
+        T.clear(acc)
+        for k in T.Pipelined(T.ceildiv(K, BK)):
+            T.copy(A[by * BM, k * BK], a)
+            T.copy(B[k * BK, bx * BN], b)
+            T.gemm(a, b, acc)
+        if kind == "bias":
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] = T.max(acc[i, j] + bias[bx * BN + j], 0)
+        if kind == "bias in a fragment":
+            T.copy(bias[bx * BN], row)
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] = T.max(acc[i, j] + row[j], 0)
+        if kind == "residual":
+            for i, j in T.Parallel(BM, BN):
+                small[i, j] = acc[i, j] + R[by * BM + i, bx * BN + j]
+        if kind == "steps":
+            T.copy(acc, other)
+            for i, j in T.Parallel(BM, BN):
+                other[i, j] = other[i, j] + bias[bx * BN + j]
+            for i, j in T.Parallel(BM, BN):
+                if other[i, j] < 0:
+                    other[i, j] = 0
+        if kind == "sum":
+            T.reduce_sum(acc, length, dim=1)
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] = acc[i, j] + length[i]
+        if kind == "neighbours":
+            for i, j in T.Parallel(BM, BN):
+                R[by * BM + i, bx * BN + j] = acc[i, j]
+        if kind == "residual":
+            T.copy(small, C[by * BM, bx * BN])
+        elif kind == "steps":
+            T.copy(other, C[by * BM, bx * BN])
+        else:
+            T.copy(acc, C[by * BM, bx * BN])
+
+
+@pytest.mark.parametrize("size", [(256, 64, 128), (300, 104, 160)], ids=str)
+@pytest.mark.parametrize("kind, is_parted", [
+    ("bias", True), ("bias in a fragment", True), ("residual", True), ("steps", True),
+    ("sum", False), ("neighbours", False),
+])  # fmt: skip
+def test_what_is_done_to_elements_first_is_right(hopper, rng, kind, is_parted, size):
+    M, N, K = size
+    a, b = operand(rng, (M, K), BF16), operand(rng, (K, N), BF16)
+    bias = rng.standard_normal(N).astype(np.float32)
+    residual = operand(rng, (M, N), BF16)
+    c = hopper(finished, a, b, bias, residual, out=[((M, N), BF16)], kind=kind)
+    wide_a, wide_b, add = (x.astype(np.float64) for x in (a, b, bias))
+    exact, sizes = wide_a @ wide_b, np.abs(wide_a) @ np.abs(wide_b)
+    if kind in ("bias", "bias in a fragment", "steps"):
+        exact, sizes = np.maximum(exact + add, 0), sizes + np.abs(add)
+    elif kind == "residual":
+        exact, sizes = exact + residual.astype(np.float64), sizes + np.abs(residual.astype(float))
+    elif kind == "sum":
+        padded = exact.copy()
+        tiles = [padded[:, n : n + 64].sum(1, keepdims=True) for n in range(0, N, 64)]
+        sums = np.concatenate([np.repeat(t, 64, 1) for t in tiles], 1)[:, :N]
+        exact, sizes = exact + sums, sizes * 66
+    assert_near(c, exact, 2 * K * FLOAT32_STEP * sizes)
+    assert leaves(finished, a, b, bias, residual, c, kind=kind) == is_parted
+
+
+# ---- what is not parted -------------------------------------------------------------------------
+
+
+def test_one_row_of_instructions_is_not_parted(hopper, rng):
+    check(hopper, rng, (128, 64, 128), BM=128, is_parted=False)
+
+
+def test_a_warpgroup_alone_is_not_held_up(hopper, rng):
+    check(hopper, rng, (128, 64, 128), BM=128, threads=128, is_parted=False)
+
+
+def test_sums_of_16_bits_are_not_parted(hopper, rng):
+    check(hopper, rng, (256, 64, 64), dtype=np.float16, out=np.float16, accum="float16",
+          is_parted=False)  # fmt: skip
+
+
+def test_a_loop_that_blocks_share_is_right(hopper, rng):
+    M, N, K = 256, 64, 256
+    a, b = operand(rng, (M, K), BF16), operand(rng, (K, N), BF16)
+    c = hopper(matmul, a, b, out=[((M, N), BF16)], split=2)
+    assert_product(c, a, b)
+
+
+def test_loops_of_unknown_length_are_right(hopper, rng):
+    M, N = T.dynamic("M"), T.dynamic("N")
+    K = T.dynamic("K")
+
+    @tilejit
+    def open_matmul(
+        A: T.Tensor((M, K), BF16), B: T.Tensor((K, N), BF16), C: T.Tensor((M, N), BF16)
+    ):
+        with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 256), threads=256) as (bx, by):
+            a, b = T.alloc_shared((256, 32), BF16), T.alloc_shared((32, 64), BF16)
+            acc = T.alloc_fragment((256, 64), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 32)):
+                T.copy(A[by * 256, k * 32], a)
+                T.copy(B[k * 32, bx * 64], b)
+                T.gemm(a, b, acc)
+            T.copy(acc, C[by * 256, bx * 64])
+
+    for k in (64, 160):
+        a, b = operand(rng, (256, k), BF16), operand(rng, (k, 64), BF16)
+        c = hopper(open_matmul, a, b, out=[((256, 64), BF16)])
+        assert_product(c, a, b)
+
+
+# ---- the choice and the machine code ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("BM, BN, threads", [(256, 128, 256), (256, 192, 256), (256, 256, 512)])
+def test_a_row_is_stored_between_the_next_rows_products(BM, BN, threads):
+    spec = T.Tensor((2048, 2048), "bfloat16")
+    kernel = matmul.compile(
+        spec, spec, spec, target="sm_90a", BM=BM, BN=BN, BK=64, threads=threads, tB=True
+    ).kernels[0]
+    assert ROWS in kernel.explain()
+    assert (kernel.resources.spill_bytes, kernel.resources.stack_bytes) == (0, 0)
+    assert "C75" not in kernel.compiled.log
+    order = re.findall(r"HGMMA|STSM|UTMASTG", kernel.sass)
+    first, last = order.index("UTMASTG"), len(order) - 1 - order[::-1].index("HGMMA")
+    assert first < last, "all is stored after the last product"
+
+
+def test_the_choice_knows_what_leaves_early():
+    """A grid of one tile a block takes the tile whose rows leave one after the other."""
+
+    @tilejit
+    def chosen(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BM=T.auto(128, 256), BN=T.auto(256, 128)):
+        M, K = A.shape
+        N = C.shape[1]
+        with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM)) as (bx, by):
+            a, b = T.alloc_shared((BM, 64), A.dtype), T.alloc_shared((64, BN), B.dtype)
+            acc = T.alloc_fragment((BM, BN), "float32")
+            T.clear(acc)
+            for k in T.Pipelined(T.ceildiv(K, 64)):
+                T.copy(A[by * BM, k * 64], a)
+                T.copy(B[k * 64, bx * BN], b)
+                T.gemm(a, b, acc)
+            T.copy(acc, C[by * BM, bx * BN])
+
+    for size, tile in ((2048, "BM=256, BN=128"), (16384, "BM=128, BN=256")):
+        spec = T.Tensor((size, size), "bfloat16")
+        assert tile in chosen.compile(spec, spec, spec, target="sm_90a").explain().split("\n")[1]
