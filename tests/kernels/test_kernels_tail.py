@@ -85,7 +85,7 @@ def test_ragged_results_are_right(hopper, rng, size):
 @pytest.mark.parametrize("stages", [None, 1, 2, 3, 5])
 @pytest.mark.parametrize("trips", range(1, 8))
 def test_loops_of_any_length_are_right(hopper, rng, trips, stages):
-    check(hopper, rng, (256, 64, 32 * trips), stages=stages)
+    check(hopper, rng, (256, 64, 32 * trips), stages=stages, is_parted=stages != 1)
 
 
 @pytest.mark.parametrize("columns", [16, 64, 96, 128, 192])
@@ -222,8 +222,7 @@ def test_a_loop_that_blocks_share_is_right(hopper, rng):
 
 
 def test_loops_of_unknown_length_are_right(hopper, rng):
-    M, N = T.dynamic("M"), T.dynamic("N")
-    K = T.dynamic("K")
+    M, N, K = T.dynamic("M, N, K")
 
     @tilejit
     def open_matmul(
@@ -248,7 +247,7 @@ def test_loops_of_unknown_length_are_right(hopper, rng):
 # ---- the choice and the machine code ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("BM, BN, threads", [(256, 128, 256), (256, 192, 256), (256, 256, 512)])
+@pytest.mark.parametrize("BM, BN, threads", [(256, 128, 256), (256, 192, 256)])
 def test_a_row_is_stored_between_the_next_rows_products(BM, BN, threads):
     spec = T.Tensor((2048, 2048), "bfloat16")
     kernel = matmul.compile(
