@@ -36,6 +36,7 @@ from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.reduction import spread
 from tilejit.layout.shared import SharedLayout
 from tilejit.layout.trade import before_trade, quad_trade
+from tilejit.ops.cluster import ClusterGather
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
@@ -96,6 +97,7 @@ class _Inference:
         self.loops = [loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None]
         self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
         self.reductions = [node for node in walk(kernel.body) if isinstance(node, Reduce)]
+        self.gathers = [node for node in walk(kernel.body) if isinstance(node, ClusterGather)]
 
     def run(self) -> None:
         for node in self.gemms:
@@ -109,7 +111,10 @@ class _Inference:
                     self.layouts[region.buffer] = wanted
                     self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
-        for buffer in sorted(undecided, key=lambda b: (-math.prod(b.extents), -len(b.extents))):
+        gathered = {n.dst.buffer for n in self.gathers}  # follow what is sent
+        for buffer in sorted(
+            undecided, key=lambda b: (b in gathered, -math.prod(b.extents), -len(b.extents))
+        ):
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
                 self.spread()
@@ -129,8 +134,8 @@ class _Inference:
                         self.layouts[buffer] = layout
 
     def spread(self) -> None:
-        """Give fragments the layout of the loops that index them, and results of reductions that of
-        what is reduced."""
+        """Give fragments the layout of the loops that index them, results of reductions that of
+        what is reduced, and what is gathered that of the block's own part."""
         changed = True
         while changed:
             changed = False
@@ -143,6 +148,19 @@ class _Inference:
                 if self.taken_at_once(node.dst.buffer) is None:
                     self.layouts[node.dst.buffer] = found
                     changed = True
+            for gather in self.gathers:
+                changed |= self.spread_gather(gather)
+
+    def spread_gather(self, node: ClusterGather) -> bool:
+        """Threads that hold an element hold those of all blocks, where they have the registers."""
+        own, buffer = self.layouts.get(node.src.buffer), node.dst.buffer
+        if own is None or own.flat or buffer in self.layouts:
+            return False
+        layout = own.lengthened(buffer.extents[-1])
+        if _words(buffer, layout) > MAX_WORDS:
+            return False
+        self.layouts[buffer] = layout
+        return True
 
     def taken_at_once(self, buffer: Buffer) -> int | None:
         """Of reductions' results that come through shared memory, and that nothing wants beside
