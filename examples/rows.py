@@ -5,7 +5,7 @@ python examples/rows.py --bench    time them beside copies of as many bytes (row
                                    GPU and torch)
 
 A row is read once and stays on the chip: in the registers of one block, or, where they are too few,
-of a cluster of blocks that combine their sums by T.cluster_reduce and tell each other their means by
+of a cluster of blocks that combine their sums by T.cluster_reduce, or tell each other theirs by
 T.cluster_gather. Gradients with respect to weights are summed over the rows of a block in
 registers, and over blocks by a second kernel, always in the same order. All maths is float32.
 """
@@ -238,7 +238,8 @@ def rms_norm(
 @T.macro
 def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
     """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
-    one exchange between the blocks of a cluster, and no difference of large numbers."""
+    one exchange between the blocks of a cluster, and no difference of large numbers. Blocks weigh
+    as much as they have of a full part."""
     BM, part = x.shape
     N = Y.shape[1]
     is_ragged = part * blocks != N

@@ -196,6 +196,35 @@ def test_layouts_that_something_else_decides(hopper, rng):
     w = rng.integers(-9, 10, (16, 4)).astype(np.float32)
     c = hopper(kernel, a, w, out=[((4, 16, 4), np.float32)])
     assert (c == expected(a, 4) * (w + 1)).all()
+    specs = (T.Tensor(x.shape, "float32") for x in (a, w, c))
+    assert kernel.compile(*specs, target="sm_90a").ptx.count("ld.shared") == 1
+
+
+def test_more_than_a_thread_has_registers_for(hopper, rng):
+    """Columns of a product: a thread has 64 of 256; of 8 blocks that would be 512 registers."""
+
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, C: T.Tensor):
+        with T.Kernel(A.shape[0], threads=128, cluster=8) as block:
+            a, b = T.alloc_shared((64, 16), "float16"), T.alloc_shared((16, 256), "float16")
+            acc = T.alloc_fragment((64, 256), "float32")
+            own = T.alloc_fragment((256,), "float32")
+            all_ = T.alloc_fragment((256, 8), "float32")
+            T.copy(A[block, 0, 0], a)
+            T.copy(B, b)
+            T.clear(acc)
+            T.gemm(a, b, acc)
+            T.reduce_sum(acc, own, dim=0)
+            T.cluster_gather(own, all_)
+            T.copy(all_, C[block, 0, 0])
+
+    a = rng.integers(-2, 3, (8, 64, 16)).astype(np.float16)
+    b = rng.integers(-2, 3, (16, 256)).astype(np.float16)
+    c = hopper(kernel, a, b, out=[((8, 256, 8), np.float32)])
+    sums = (a.astype(np.float64) @ b.astype(np.float64)).sum(1)
+    assert (c == expected(sums, 8)).all()
+    specs = (T.Tensor(x.shape, str(x.dtype)) for x in (a, b, c))
+    assert kernel.compile(*specs, target="sm_90a").resources.spill_bytes == 0
 
 
 def test_in_a_branch_that_all_blocks_of_a_cluster_take(hopper, rng):

@@ -97,7 +97,7 @@ class _Inference:
         self.loops = [loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None]
         self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
         self.reductions = [node for node in walk(kernel.body) if isinstance(node, Reduce)]
-        self.gathers = [node for node in walk(kernel.body) if isinstance(node, ClusterGather)]
+        self.results = [n for n in walk(kernel.body) if isinstance(n, Reduce | ClusterGather)]
 
     def run(self) -> None:
         for node in self.gemms:
@@ -111,10 +111,9 @@ class _Inference:
                     self.layouts[region.buffer] = wanted
                     self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
-        gathered = {n.dst.buffer for n in self.gathers}  # follow what is sent
-        for buffer in sorted(
-            undecided, key=lambda b: (b in gathered, -math.prod(b.extents), -len(b.extents))
-        ):
+        last = {n.dst.buffer for n in self.results if isinstance(n, ClusterGather)}
+        undecided.sort(key=lambda b: (b in last, -math.prod(b.extents), -len(b.extents)))
+        for buffer in undecided:
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
                 self.spread()
@@ -141,26 +140,13 @@ class _Inference:
             changed = False
             for loop in self.loops:
                 changed |= self.spread_loop(loop)
-            for node in self.reductions:
-                found = result_layout(node, self.layouts)
-                if found is None or node.dst.buffer in self.layouts:
+            for node in self.results:
+                found, result = result_layout(node, self.layouts), node.dst.buffer
+                if found is None or result in self.layouts or _words(result, found) > MAX_WORDS:
                     continue
-                if self.taken_at_once(node.dst.buffer) is None:
-                    self.layouts[node.dst.buffer] = found
+                if self.taken_at_once(result) is None:
+                    self.layouts[result] = found
                     changed = True
-            for gather in self.gathers:
-                changed |= self.spread_gather(gather)
-
-    def spread_gather(self, node: ClusterGather) -> bool:
-        """Threads that hold an element hold those of all blocks, where they have the registers."""
-        own, buffer = self.layouts.get(node.src.buffer), node.dst.buffer
-        if own is None or own.flat or buffer in self.layouts:
-            return False
-        layout = own.lengthened(buffer.extents[-1])
-        if _words(buffer, layout) > MAX_WORDS:
-            return False
-        self.layouts[buffer] = layout
-        return True
 
     def taken_at_once(self, buffer: Buffer) -> int | None:
         """Of reductions' results that come through shared memory, and that nothing wants beside

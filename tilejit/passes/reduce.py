@@ -1,5 +1,5 @@
 """Reductions: tiles that are no fragments go through fragments, and axes that span warps through
-shared memory.
+shared memory; what blocks exchange likewise.
 
 Knows what a reduction asks of its fragments' layouts. Does not know PTX.
 """
@@ -72,10 +72,17 @@ def _copy(source: Region, target: Region, node: Node) -> Copy:
     return Copy(src=source, dst=target, atom=atom, span=node.span)
 
 
-def result_layout(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> FragmentLayout | None:
-    """Where the result is, once it is known where its elements are."""
+def result_layout(
+    node: Reduce | ClusterGather, layouts: Mapping[Buffer, FragmentLayout]
+) -> FragmentLayout | None:
+    """Where the result is, once it is known where its elements are; what is gathered is where the
+    block's own part is."""
     source = layouts.get(node.src.buffer)
-    return None if source is None or source.flat else node.reduction(source).result
+    if source is None or source.flat:
+        return None
+    if isinstance(node, ClusterGather):
+        return source.lengthened(node.dst.shape[-1])
+    return node.reduction(source).result
 
 
 def parts_at_once(into: Iterable[Reduce], layouts: Mapping[Buffer, FragmentLayout]) -> int | None:
