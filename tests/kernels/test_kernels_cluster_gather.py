@@ -176,6 +176,48 @@ def test_statistics_of_rows_longer_than_a_block(hopper, rng, blocks):
     assert "goes through shared memory" not in text
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_rows_that_are_brought_meanwhile(hopper, rng, rows, stages):
+    """Two exchanges a round beside copies that run ahead: each row less the mean of its blocks'
+    greatest elements, and how many of the blocks' sums are beneath their mean."""
+
+    @tilejit
+    def kernel(A: T.Tensor, C: T.Tensor, D: T.Tensor, *, stages=2):
+        M, N = A.shape
+        with T.Kernel(4, threads=32, cluster=4) as rank:
+            tile, x = T.alloc_shared((N // 4,), "float32"), T.alloc_fragment((N // 4,), "float32")
+            most, total = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "float32")
+            mosts = T.alloc_fragment((1, 4), "float32")
+            totals = T.alloc_fragment((1, 4), "float32")
+            mean, count = T.alloc_fragment((1,), "float32"), T.alloc_fragment((1,), "int32")
+            less = T.alloc_fragment((1, 4), "int32")
+            for row in T.Pipelined(M, num_stages=stages):
+                T.copy(A[row, rank * (N // 4)], tile)
+                T.copy(tile, x)
+                T.reduce_max(x, most, dim=0)
+                T.reduce_sum(x, total, dim=0)
+                T.cluster_gather(most, mosts)
+                T.cluster_gather(total, totals)
+                T.reduce_sum(mosts, mean, dim=1)
+                T.cluster_reduce(total)
+                for i, c in T.Parallel(1, 4):
+                    less[i, c] = T.if_then_else(totals[i, c] * 4 < total[i], 1, 0)
+                T.reduce_sum(less, count, dim=1)
+                for j in T.Parallel(N // 4):
+                    C[row, rank * (N // 4) + j] = x[j] - mean[0] / 4
+                T.copy(count, D[row, rank])
+
+    a = rng.integers(-9, 10, (rows, 256)).astype(np.float32)
+    out = [(a.shape, np.float32), ((rows, 4), np.int32)]
+    c, d = hopper(kernel, a, out=out, stages=stages)
+    parts = a.reshape(rows, 4, 64)
+    assert (c == a - parts.max(2).mean(1, keepdims=True)).all()
+    sums = parts.sum(2)
+    beneath = (4 * sums < sums.sum(1, keepdims=True)).sum(1, keepdims=True)
+    assert (d == beneath).all()
+
+
 def test_layouts_that_something_else_decides(hopper, rng):
     """Each thread takes what it holds, wherever that is."""
 
