@@ -5,9 +5,9 @@ python examples/rows.py --bench    time them beside copies of as many bytes (row
                                    GPU and torch)
 
 A row is read once and stays on the chip: in the registers of one block, or, where they are too few,
-of a cluster of blocks that combine their sums by T.cluster_reduce. Gradients with respect to
-weights are summed over the rows of a block in registers, and over blocks by a second kernel, always
-in the same order. All maths is float32.
+of a cluster of blocks that combine their sums by T.cluster_reduce, or tell each other theirs by
+T.cluster_gather. Gradients with respect to weights are summed over the rows of a block in
+registers, and over blocks by a second kernel, always in the same order. All maths is float32.
 """
 
 from __future__ import annotations
@@ -238,40 +238,47 @@ def rms_norm(
 @T.macro
 def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
     """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
-    one exchange between the blocks of a cluster, and no difference of large numbers."""
+    one exchange between the blocks of a cluster, and no difference of large numbers. Blocks weigh
+    as much as they have of a full part."""
     BM, part = x.shape
     N = Y.shape[1]
     is_ragged = part * blocks != N
+
+    def columns(c):
+        """How many of the row block c has."""
+        return T.max(T.min(N - c * part, part), 0) if is_ragged else part
+
     square = T.alloc_fragment((BM, part), "float32")
     mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
     shift = T.alloc_fragment((BM,), "float32")
     T.reduce_sum(x, mean, dim=1)
     for i in T.Parallel(BM):
-        mean[i] = mean[i] / T.max(T.min(N - column, part), 1)
+        mean[i] = mean[i] / T.max(columns(column // part), 1)
     for i, j in T.Parallel(BM, part):
         off = x[i, j] - mean[i]
         if is_ragged:
             off = T.if_then_else(column + j < N, off, 0.0)
         square[i, j] = off * off
     T.reduce_sum(square, s, dim=1)
+    for i in T.Parallel(BM):
+        s[i] = s[i] / part
     if blocks > 1:
         means = T.alloc_fragment((BM, blocks), "float32")
+        squares = T.alloc_fragment((BM, blocks), "float32")
         share = T.alloc_fragment((BM, blocks), "float32")
+        T.cluster_gather(mean, means)
+        T.cluster_gather(s, squares)
         for i, c in T.Parallel(BM, blocks):
-            means[i, c] = T.if_then_else(c * part == column, mean[i], 0.0)
-        T.cluster_reduce(means)
-        T.cluster_reduce(s)
-        for i, c in T.Parallel(BM, blocks):
-            share[i, c] = means[i, c] * T.max(T.min(N - c * part, part), 0)
+            share[i, c] = means[i, c] * (columns(c) / part)
         T.reduce_sum(share, mean, dim=1)
         for i in T.Parallel(BM):
-            mean[i] = mean[i] / N
+            mean[i] = mean[i] * (part / N)
         for i, c in T.Parallel(BM, blocks):
             off = means[i, c] - mean[i]
-            share[i, c] = off * off * T.max(T.min(N - c * part, part), 0)
-        T.reduce_sum(share, s, dim=1, clear=False)
+            share[i, c] = squares[i, c] + off * off * (columns(c) / part)
+        T.reduce_sum(share, s, dim=1)
     for i in T.Parallel(BM):
-        s[i] = T.rsqrt(s[i] / N + eps)
+        s[i] = T.rsqrt(s[i] * (part / N) + eps)
     if column == 0:
         T.copy(mean, MEAN[row])
         T.copy(s, S[row])

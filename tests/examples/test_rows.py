@@ -80,6 +80,26 @@ def test_infinities_and_nans_stay_in_their_rows(hopper_executor, name, blocks):
     assert rows.agree(y, wanted)
 
 
+@pytest.mark.parametrize("N, blocks", [(256, 1), (257, 1), (512, 2), (256, 4), (201, 4), (203, 8)])
+def test_statistics_of_layer_norm_are_exact_where_sums_of_squares_would_not_be(
+    hopper_executor, N, blocks
+):
+    """Rows far from zero, of blocks far from each other, and with all that varies in the last
+    columns, of which the last block may have few."""
+    rng = np.random.default_rng(N)
+    x = rng.standard_normal((4, N))
+    x[0] += 1e3
+    x[1] += 1e3 * (np.arange(N) * blocks // N)
+    x[2] = 500
+    x[2, -3:] = -1e3, 2e3, 1e4
+    x = x.astype(np.float32)
+    one = np.ones(N, np.float32)
+    _, mean, s = rows.forward("layer_norm", x, one, one, plan(blocks=blocks))
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(mean, wide.mean(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(s, 1 / np.sqrt(wide.var(1) + rows.EPS["layer_norm"]), rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", rows.NAMES)
 def test_gradients_are_the_same_bits_in_every_run(hopper_executor, name):
     rng = np.random.default_rng(5)

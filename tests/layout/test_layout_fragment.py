@@ -217,6 +217,18 @@ def test_same_places_is_only_said_of_layouts_whose_threads_hold_the_same(layouts
         assert holding(one) == holding(other)
 
 
+@quick
+@given(digit_layouts(), st.integers(1, 6))
+def test_lengthened_holds_all_of_the_new_dimension_where_the_element_was(layout, extent):
+    longer = layout.lengthened(extent)
+    assert longer.shape == (*layout.shape, extent) and longer.vector % extent == 0
+    assert longer.project(range(len(layout.shape))).same_places(layout)
+    for t, r in itertools.product(range(layout.threads), range(layout.registers)):
+        at = layout.coordinates(t, r)
+        found = [longer.coordinates(t, r * extent + c) for c in range(extent)]
+        assert found == [(*at, c) for c in range(extent)]
+
+
 def test_split_thread_digits_are_the_same_places_as_one_digit():
     whole = FragmentLayout((16, 2), ((thread(16, 1),), (register(2, 1),)), 16)
     split = FragmentLayout((16, 2), ((thread(4, 4), thread(4, 1)), (register(2, 1),)), 16)

@@ -181,6 +181,7 @@ from tilejit.language.proxy import (
     ptr,
 )
 from tilejit.language.reduce import (
+    cluster_gather,
     cluster_reduce,
     reduce,
     reduce_absmax,
@@ -286,6 +287,7 @@ __all__ = [
     "clear",
     "cluster_arrive",
     "cluster_arrive_relaxed",
+    "cluster_gather",
     "cluster_reduce",
     "cluster_sync",
     "cluster_wait",

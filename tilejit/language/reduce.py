@@ -1,4 +1,5 @@
-"""`T.reduce` and its kin: one value of all elements of a tile along an axis.
+"""`T.reduce` and its kin: one value of all elements of a tile along an axis, and what the blocks of
+a cluster make of their tiles.
 
 Knows shapes, dtypes and scopes. Does not know threads: passes find out who holds what.
 """
@@ -18,12 +19,19 @@ from tilejit.errors import (
     caller_span,
 )
 from tilejit.ir.buffer import Buffer, Region, Scope
-from tilejit.language.extents import is_integer, shape_text
+from tilejit.language.extents import count, is_integer, shape_text
 from tilejit.language.gemm import refuse
-from tilejit.language.regions import Start, as_side
+from tilejit.language.regions import Start, as_side, dropped
 from tilejit.language.where import tile_op
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterGather, ClusterReduce
+from tilejit.ops.copy import Copy
 from tilejit.ops.reduce import Reduce, ReduceKind, result_shapes
+
+# what to do instead, by an argument's role
+_DETOURS = {
+    "`out`": "Reduce to a fragment, and copy that with T.copy.",
+    "the destination": "Gather to a fragment, and copy that with T.copy.",
+}
 
 
 def reduce(
@@ -198,6 +206,57 @@ def cluster_reduce(buffer: Any, reduce_type: str = "sum", nan_propagate: bool = 
         trace.add(ClusterReduce(tile=tile, kind=kind, keeps_nan=keeps_nan, span=caller_span()))
 
 
+def cluster_gather(src: Any, dst: Any) -> None:
+    """Bring the tiles of all blocks of the cluster to each of them: `dst[..., r]` = `src` of the
+    block whose `T.block_rank_in_cluster()` is r.
+
+    Elements go through distributed shared memory (PTX ISA, "st.async"), bit by bit as they are.
+    All threads of all blocks of the cluster come here equally often. Exchanges that stand one after
+    the other, these and `cluster_reduce`, wait for the other blocks once, where none of them sends
+    what one before it makes. In kernels without `T.Kernel(cluster=...)` it is a copy.
+
+    Args:
+        src: a tile in a fragment or shared memory.
+        dst: a tile of `src`'s dtype in a fragment or shared memory, of `src`'s shape with one
+            dimension more at the end: the blocks of the cluster, 1 without clusters. Where nothing
+            else decides a fragment's layout, threads that hold an element of `src` hold those of
+            all blocks, so it can be used beside `src` in T.Parallel, and be reduced along its last
+            dimension, without leaving registers.
+
+    Raises:
+        ShapeError: `dst` has another shape.
+        DTypeError: the dtypes differ.
+        ArgumentError, ArgumentTypeError: anything else about an argument.
+        TraceError: outside a kernel, inside T.Parallel or a T.ws, or in a branch that not all
+            threads take.
+    """
+    what = "T.cluster_gather"
+    trace = tile_op(what)
+    source, target = _tile(what, src, "the source"), _tile(what, dst, "the destination")
+    blocks = math.prod(trace.cluster)
+    related = [_origin(source.buffer), _origin(target.buffer)]
+    if target.shape != (*source.shape, blocks):
+        raise ShapeError(
+            f"{what}: `{source.buffer.name}` is {shape_text(source.shape)} in each of "
+            f"{count(blocks, 'block')} of a cluster, so the destination is "
+            f"{shape_text((*source.shape, blocks))}, but `{target.buffer.name}` is "
+            f"{shape_text(target.shape)}.",
+            related=related,
+        )
+    if target.buffer.dtype is not source.buffer.dtype:
+        raise DTypeError(
+            f"{what}: `{source.buffer.name}` is {source.buffer.dtype}, "
+            f"but `{target.buffer.name}` is {target.buffer.dtype}.",
+            related=related,
+            hint=f'Allocate `{target.buffer.name}` as "{source.buffer.dtype}".',
+        )
+    if blocks > 1:
+        trace.add(ClusterGather(src=source, dst=target, span=caller_span()))
+    else:
+        alike = dropped(target, {target.kept[-1]})
+        trace.add(Copy(src=source, dst=alike, span=caller_span()))
+
+
 def _reduce(
     what: str,
     buffer: Any,
@@ -255,9 +314,7 @@ def _tile(what: str, x: Any, role: str) -> Region:
         raise ArgumentError(
             f"{what}: {role} is in {scope.words}, but it has to be in a fragment or shared memory.",
             related=[_origin(owner)],
-            hint="Copy it to a fragment with T.copy first."
-            if role != "`out`"
-            else "Reduce to a fragment, and copy that with T.copy.",
+            hint=_DETOURS.get(role, "Copy it to a fragment with T.copy first."),
         )
     return side
 

@@ -185,6 +185,16 @@ class FragmentLayout:
         dims = _renumber([self.dims[d] for d in keep])
         return FragmentLayout(tuple(self.shape[d] for d in keep), dims, self.threads)
 
+    def lengthened(self, extent: int) -> FragmentLayout:
+        """The layout of a fragment with one dimension more, the last: a thread that holds an
+        element here holds all `extent` there."""
+        assert not self.flat, "flat layout"
+        wider = tuple(
+            tuple(register(d.size, d.stride * extent) if d.place == REGISTER else d for d in dim)
+            for dim in self.dims
+        )
+        return FragmentLayout((*self.shape, extent), (*wider, (register(extent, 1),)), self.threads)
+
     def split(self, axis: int, inner: int) -> FragmentLayout:
         """The same places with a dimension written as two, the second of extent `inner`."""
         assert not self.flat and self.shape[axis] % inner == 0, f"{self} by {inner}"

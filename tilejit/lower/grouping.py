@@ -36,7 +36,7 @@ from tilejit.ir.sync import (
     SyncThreads,
 )
 from tilejit.isa.atom import CopyMethod
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce, Step
@@ -71,6 +71,8 @@ def defines_all(node: Node, key: Key) -> bool:
         return node.carried is key
     if isinstance(node, Reduce):
         return key in node.writes and node.dst.is_whole and key not in node.reads
+    if isinstance(node, ClusterExchange):
+        return key in node.writes and node.result.is_whole and key not in node.reads
     if isinstance(node, Store):
         return node.buffer is key and math.prod(key.extents) == 1
     return False
@@ -144,6 +146,9 @@ def call_name(nodes: Body) -> str:
     if isinstance(node, ClusterReduce):
         what = "reduce" if node.step is Step.WHOLE else node.step.value
         return f"cluster_{what}_{node.kind}_{node.tile.buffer.name}"
+    if isinstance(node, ClusterGather):
+        what = "gather" if node.step is Step.WHOLE else node.step.value
+        return f"cluster_{what}_{node.src.buffer.name}_{node.dst.buffer.name}"
     if isinstance(node, SyncThreads):
         return "sync"
     written = dict.fromkeys(b.name for n in walk(nodes) for b in n.writes)

@@ -8,10 +8,11 @@ of a pair compute the same, so all copies of a result are equal.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from tilejit.dtypes import DType, int32, uint32, uint64
+from tilejit.dtypes import DType, int32, uint8, uint16, uint32, uint64
 from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
 from tilejit.ir.node import Node
 from tilejit.isa import cluster as isa_cluster
@@ -23,8 +24,10 @@ from tilejit.layout.reduction import Reduction, shared_out
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterReduce
 from tilejit.ops.reduce import Reduce, Step, identity
+
+_BITS = {8: uint8, 16: uint16}
 
 
 class ReduceEmitter(TileEmitter):
@@ -34,9 +37,9 @@ class ReduceEmitter(TileEmitter):
         if isinstance(node, Reduce):
             with self.scope():
                 self.emit_reduce(node)
-        elif isinstance(node, ClusterReduce):
+        elif isinstance(node, ClusterExchange):
             with self.scope():
-                self.emit_cluster_reduce(node)
+                self.emit_exchange(node)
         else:
             super().emit_tile(node, points)
 
@@ -169,64 +172,85 @@ class ReduceEmitter(TileEmitter):
 
     # ---- between blocks ---------------------------------------------------------------------
 
-    def emit_cluster_reduce(self, node: ClusterReduce) -> None:
+    def emit_exchange(self, node: ClusterExchange) -> None:
         """Each block sends its elements to all blocks of the cluster; all read what has come."""
-        layout = self.kernel.fragments[node.tile.buffer]
         assert node.barrier is not None and node.slot is not None, "exchanges are not planned"
-        parts = thread_part(layout, self.thread)
-        places = [coordinates(layout, parts, r) for r in range(layout.registers)]
-        exist = [self.bounds(layout, at) for at in places]
         come = self.barrier_address(node.barrier, node.slot, self.single().points[0])
         if node.step is not Step.TAKE:
-            self._announce_and_send(node, come, places, exist)
+            self._announce_and_send(node, come)
         if node.step is not Step.SEND:
-            self._take(node, come, places, exist)
+            self._take(node, come)
 
-    def _announce_and_send(
-        self,
-        node: ClusterReduce,
-        come: Value,
-        places: list[tuple[Expr, ...]],
-        exist: list[Value | None],
-    ) -> None:
-        m, dtype, buffer = self.m, node.accumulator, node.tile.buffer
-        values = m.cast(self.state[buffer], buffer.dtype, dtype)
-        if node.kind.is_absolute and dtype.is_signed:
-            values = [m.unary("abs", v, dtype) for v in values]
-        size = math.prod(node.tile.shape) * self.kernel.cluster_size * dtype.bytes
+    def _places(self, layout: FragmentLayout) -> Iterator[tuple[tuple[Expr, ...], Value | None]]:
+        """Coordinates of each register's element, and whether it exists."""
+        parts = thread_part(layout, self.thread)
+        for register in range(layout.registers):
+            at = coordinates(layout, parts, register)
+            yield at, self.bounds(layout, at)
+
+    def _announce_and_send(self, node: ClusterExchange, come: Value) -> None:
+        m, dtype, buffer = self.m, node.sent_as, node.given.buffer
+        held, layout = self.state[buffer], self.kernel.fragments[buffer]
+        if isinstance(node, ClusterReduce):
+            values = m.cast(held, buffer.dtype, dtype)
+            if node.kind.is_absolute and dtype.is_signed:
+                values = [m.unary("abs", v, dtype) for v in values]
+        else:
+            values = self._widened(held, buffer.dtype)
+        places = list(self._places(layout))
+        size = math.prod(node.given.shape) * self.kernel.cluster_size * dtype.bytes
         expected = [come, m.const(size, uint32)]
         m.issue(isa_mbarrier.ARRIVE_EXPECT, expected, self.inside_first_thread())
-        layout = self.kernel.fragments[buffer]
-        self._send(node, layout, come, list(zip(places, values, exist, strict=True)))
+        elements = [(at, v, inside) for (at, inside), v in zip(places, values, strict=True)]
+        self._send(node, layout, come, elements)
 
-    def _take(
-        self,
-        node: ClusterReduce,
-        come: Value,
-        places: list[tuple[Expr, ...]],
-        exist: list[Value | None],
-    ) -> None:
-        m, dtype, scratch, buffer = self.m, node.accumulator, node.scratch, node.tile.buffer
+    def _take(self, node: ClusterExchange, come: Value) -> None:
+        m, dtype, scratch, buffer = self.m, node.sent_as, node.scratch, node.result.buffer
         assert scratch is not None and node.slot is not None and node.parity is not None
         (parity,) = m.cast([self.index_value(node.parity, 32)[0]], int32, uint32)
         m.issue(isa_mbarrier.wait_parity(self.target), [come, parity])
-        results = []
-        for at, inside in zip(places, exist, strict=True):
-            start: tuple[Expr, ...] = (node.slot, *at, index(0))
-            loaded = m.load(self.address(scratch, start), dtype, self.kernel.cluster_size, inside)
-            results.append(self._tree(node, loaded))
-        self.state[buffer][:] = m.cast(results, dtype, buffer.dtype)
+        layout = self.kernel.fragments[buffer]
+        results: list[Value] = []
+        if isinstance(node, ClusterReduce):
+            for at, inside in self._places(layout):
+                place = self.address(scratch, (node.slot, *at, index(0)))
+                loaded = m.load(place, dtype, self.kernel.cluster_size, inside)
+                results.append(self._tree(node, loaded))
+            self.state[buffer][:] = m.cast(results, dtype, buffer.dtype)
+            return
+        for at, inside in itertools.islice(self._places(layout), None, None, layout.vector):
+            place = self.address(scratch, (node.slot, *at))
+            results += m.load(place, dtype, layout.vector, inside)
+        self.state[buffer][:] = self._narrowed(results, buffer.dtype)
+
+    def _widened(self, values: Sequence[Value], dtype: DType) -> list[Value]:
+        """Elements of fewer than 32 bits as uint32, others as they are."""
+        if dtype.bits >= 32:
+            return list(values)
+        if dtype.is_float:
+            bits = _BITS[dtype.bits]
+            return self._widened([self.m.bitcast(v, dtype, bits) for v in values], bits)
+        return self.m.cast(values, dtype, uint32)
+
+    def _narrowed(self, values: Sequence[Value], dtype: DType) -> list[Value]:
+        """The inverse of `_widened`."""
+        if dtype.bits >= 32:
+            return list(values)
+        if dtype.is_float:
+            bits = _BITS[dtype.bits]
+            return [self.m.bitcast(v, bits, dtype) for v in self._narrowed(values, bits)]
+        return self.m.cast(values, uint32, dtype)
 
     def _send(
         self,
-        node: ClusterReduce,
+        node: ClusterExchange,
         layout: FragmentLayout,
         come: Value,
         elements: list[tuple[tuple[Expr, ...], Value, Value | None]],
     ) -> None:
         """Store elements at the block's number in the memory of every block, whose barriers count
         them. Threads that hold copies of an element divide the blocks among them."""
-        m, blocks, dtype = self.m, self.kernel.cluster_size, node.accumulator
+        m, blocks, dtype = self.m, self.kernel.cluster_size, node.sent_as
         assert node.scratch is not None and node.slot is not None, "exchanges are not planned"
         word = uint32 if dtype.bits == 32 else uint64
         own_rank = Var("rank", int32, VarKind.VALUE, index(0), index(blocks - 1))

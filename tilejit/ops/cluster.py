@@ -1,11 +1,12 @@
-"""Tiles of all blocks of a cluster made one."""
+"""Tiles of all blocks of a cluster made one, or brought together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tilejit.dtypes import DType
+from tilejit.dtypes import DType, uint32
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr
 from tilejit.ir.kernel import Kernel
@@ -15,38 +16,54 @@ from tilejit.ops.reduce import ReduceKind, Step, accumulator
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ClusterReduce(Node):
-    """tile = the tiles of all blocks of the cluster, combined element by element, in all of them.
-
-    tile: after `select` a whole fragment, updated in place.
-    keeps_nan: a NaN among the elements makes `max` and `min` NaN; else they pass over NaNs.
+class ClusterExchange(Node):
+    """Each block of the cluster sends a tile to all of them, and makes a result of what has come.
 
     Decided by `exchange`:
     scratch: shared memory where the blocks leave their elements, (slots, *tile's shape, blocks).
     barrier, slot, parity: a barrier for each slot, perhaps shared with neighbours, that completes
         when the elements of all blocks have come; the slot that is used, and the parity of that
         phase.
-    step: what this node does of it; nothing touches the tile between the two.
-
-    Elements are converted to `accumulator` first and the result to the tile's dtype last.
+    step: what this node does of it; nothing touches the result between the two.
     """
 
-    tile: Region
-    kind: ReduceKind
-    keeps_nan: bool = False
     scratch: Buffer | None = None
     barrier: Buffer | None = None
     slot: Expr | None = None
     parity: Expr | None = None
     step: Step = Step.WHOLE
 
+    call: ClassVar[str]  # the user's spelling
+
+    @property
+    def given(self) -> Region:
+        """What each block sends."""
+        raise NotImplementedError
+
+    @property
+    def result(self) -> Region:
+        """What each block has in the end."""
+        raise NotImplementedError
+
+    @property
+    def sent_as(self) -> DType:
+        """The dtype of what is under way, of 32 or 64 bits."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What is done, in a word or two, with the tiles' names."""
+        raise NotImplementedError
+
     @property
     def reads(self) -> tuple[Buffer, ...]:
-        return (self.tile.buffer, *self._scratch)
+        given = () if self.step is Step.TAKE else (self.given.buffer,)
+        return (*given, *self._scratch)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        return (self.tile.buffer, *self._scratch)
+        result = () if self.step is Step.SEND else (self.result.buffer,)
+        return (*result, *self._scratch)
 
     @property
     def _scratch(self) -> tuple[Buffer, ...]:
@@ -55,32 +72,110 @@ class ClusterReduce(Node):
     @property
     def exprs(self) -> tuple[Expr, ...]:
         turn = tuple(e for e in (self.slot, self.parity) if e is not None)
-        return (*self.tile.starts, *turn)
+        return (*(e for region in self.regions for e in region.starts), *turn)
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        return (self.tile,)
+        return tuple(dict.fromkeys((self.given, self.result)))
+
+    def problems(self) -> Iterator[str]:
+        for region in self.regions:
+            if region.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
+                yield f"has `{region.buffer.name}` in {region.buffer.scope.value}"
+
+    def _shown(self, text: str) -> str:
+        step = "" if self.step is Step.WHOLE else f", {self.step}"
+        comment = f"  # through {self.scratch.name}{step}" if self.scratch is not None else ""
+        return f"{self.call}({text}){comment}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClusterReduce(ClusterExchange):
+    """tile = the tiles of all blocks of the cluster, combined element by element, in all of them.
+
+    tile: after `select` a whole fragment, updated in place.
+    keeps_nan: a NaN among the elements makes `max` and `min` NaN; else they pass over NaNs.
+
+    Elements are converted to `accumulator` first and the result to the tile's dtype last.
+    """
+
+    tile: Region
+    kind: ReduceKind
+    keeps_nan: bool = False
+
+    call = "T.cluster_reduce"
+
+    @property
+    def given(self) -> Region:
+        return self.tile
+
+    @property
+    def result(self) -> Region:
+        return self.tile
 
     @property
     def accumulator(self) -> DType:
         """The dtype in which elements are combined."""
         return accumulator(self.tile.buffer.dtype, self.tile.buffer.dtype)
 
-    def problems(self) -> Iterator[str]:
-        if self.tile.buffer.scope not in (Scope.SHARED, Scope.FRAGMENT):
-            yield f"has `tile` in {self.tile.buffer.scope.value}"
+    @property
+    def sent_as(self) -> DType:
+        return self.accumulator
+
+    @property
+    def title(self) -> str:
+        return f"cluster_reduce {self.kind} {self.tile.buffer.name}"
 
     def show(self, names: Names) -> str:
-        text = f'{names.region(self.tile)}, "{self.kind}"'
-        if self.keeps_nan:
-            text += ", nan_propagate=True"
-        step = "" if self.step is Step.WHOLE else f", {self.step}"
-        comment = f"  # through {self.scratch.name}{step}" if self.scratch is not None else ""
-        return f"T.cluster_reduce({text}){comment}"
+        nan = ", nan_propagate=True" if self.keeps_nan else ""
+        return self._shown(f'{names.region(self.tile)}, "{self.kind}"{nan}')
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClusterGather(ClusterExchange):
+    """dst[..., r] = src of the cluster's block r, in all blocks.
+
+    src: a tile; after `select` a whole fragment.
+    dst: (*src's shape, blocks), of the same dtype; after `select` a whole fragment.
+
+    Bits stay as they are; elements of fewer than 32 are sent as uint32.
+    """
+
+    src: Region
+    dst: Region
+
+    call = "T.cluster_gather"
+
+    @property
+    def given(self) -> Region:
+        return self.src
+
+    @property
+    def result(self) -> Region:
+        return self.dst
+
+    @property
+    def sent_as(self) -> DType:
+        dtype = self.src.buffer.dtype
+        return dtype if dtype.bits >= 32 else uint32
+
+    @property
+    def title(self) -> str:
+        return f"cluster_gather {self.src.buffer.name} -> {self.dst.buffer.name}"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.dst.shape[:-1] != self.src.shape:
+            yield f"gathers {self.src.shape} to {self.dst.shape}"
+        if self.dst.buffer.dtype is not self.src.buffer.dtype:
+            yield f"gathers {self.src.buffer.dtype} to {self.dst.buffer.dtype}"
+
+    def show(self, names: Names) -> str:
+        return self._shown(f"{names.region(self.src)}, {names.region(self.dst)}")
 
 
 def meets_late(kernel: Kernel) -> bool:
     """Whether the threads of a cluster that have made their barriers need not wait for each other
-    before the first T.cluster_reduce: nothing else uses barriers."""
-    own = {n.barrier for n in walk(kernel.body) if isinstance(n, ClusterReduce)}
+    before the first exchange: nothing else uses barriers."""
+    own = {n.barrier for n in walk(kernel.body) if isinstance(n, ClusterExchange)}
     return all(b in own for b in kernel.scoped(Scope.BARRIER) if not b.is_view)

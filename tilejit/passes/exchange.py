@@ -1,4 +1,4 @@
-"""Tiles that the blocks of a cluster combine: where they go through, and who waits for whom.
+"""Tiles that the blocks of a cluster exchange: where they go through, and who waits for whom.
 
 Knows barriers that count bytes, the cluster's barrier and how often nodes execute. Does not know
 PTX or layouts.
@@ -6,7 +6,7 @@ PTX or layouts.
 Every block sends its elements to the shared memory of all, and waits at a barrier of its own until
 the bytes of all have come. A block that is ahead may send what comes next while another one still
 waits: it goes elsewhere, to the other of two slots, and no block gets further ahead, for it needs
-what that other one sends. Neighbouring reductions all send before any waits.
+what that other one sends. Neighbouring exchanges all send before any waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tilejit.ir.expr import Expr, Var, VarKind, arith, const, index, int_value
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Load, Node, Store, While, walk
 from tilejit.ir.sync import Control, ControlOp
-from tilejit.ops.cluster import ClusterReduce, meets_late
+from tilejit.ops.cluster import ClusterExchange, meets_late
 from tilejit.ops.reduce import Step
 
 SLOTS = 2
@@ -28,12 +28,12 @@ _BARRIER = (ControlOp.CLUSTER_ARRIVE, ControlOp.CLUSTER_ARRIVE_RELAXED, ControlO
 
 
 def plan_exchanges(kernel: Kernel) -> Kernel:
-    """Decide the memory, the barriers and the slots of T.cluster_reduce.
+    """Decide the memory, the barriers and the slots of T.cluster_reduce and T.cluster_gather.
 
     Needs: tiles in fragments. Decides: `scratch`, `barrier`, `slot` and `parity` of the nodes, and
     where the block's threads wait until all blocks of the cluster have begun: as late as they can.
     """
-    if not any(isinstance(n, ClusterReduce) for n in walk(kernel.body)):
+    if not any(isinstance(n, ClusterExchange) for n in walk(kernel.body)):
         return kernel
     planner = _Planner(kernel.cluster_size)
     body = planner.visit(kernel.body, is_repeated=False)
@@ -61,7 +61,7 @@ def _with_wait(body: Body, wait: Node) -> Body:
 
 def _is_of_cluster(node: Node) -> bool:
     is_control = isinstance(node, Control) and node.op in _BARRIER
-    return is_control or isinstance(node, ClusterReduce)
+    return is_control or isinstance(node, ClusterExchange)
 
 
 class _Planner:
@@ -72,10 +72,10 @@ class _Planner:
 
     def visit(self, body: Body, *, is_repeated: bool) -> Body:
         result: list[Node] = []
-        together: list[ClusterReduce] = []
+        together: list[ClusterExchange] = []
         for node in body:
-            if isinstance(node, ClusterReduce):
-                if any(node.tile.buffer is other.tile.buffer for other in together):
+            if isinstance(node, ClusterExchange):
+                if any(node.given.buffer is other.result.buffer for other in together):
                     result += self.planned(together, is_repeated)
                     together = []
                 together.append(node)
@@ -89,12 +89,12 @@ class _Planner:
         result += self.planned(together, is_repeated)
         return tuple(result)
 
-    def planned(self, nodes: Sequence[ClusterReduce], is_repeated: bool) -> list[Node]:
-        """Neighbours of different tiles, which share their turns and a barrier."""
+    def planned(self, nodes: Sequence[ClusterExchange], is_repeated: bool) -> list[Node]:
+        """Neighbours that send what none of them makes, which share their turns and a barrier."""
         if not nodes:
             return []
         slots, span = SLOTS if is_repeated else 1, nodes[0].span
-        name = "_".join(n.tile.buffer.name for n in nodes)
+        name = "_".join(n.given.buffer.name for n in nodes)
         barrier = Buffer(
             name=f"{name}_come",
             shape=(index(slots),),
@@ -124,16 +124,13 @@ class _Planner:
             fresh = [replace(n, step=step) for step in (Step.SEND, Step.TAKE) for n in fresh]
         return [*before, *fresh, *after]
 
-    def scratch(self, node: ClusterReduce, slots: int) -> Buffer:
+    def scratch(self, node: ClusterExchange, slots: int) -> Buffer:
         """Memory for the elements of all blocks."""
-        name = node.tile.buffer.name
-        self.notes.append(
-            f"cluster_reduce {node.kind} {name}: {self.blocks} blocks through shared memory"
-        )
+        self.notes.append(f"{node.title}: {self.blocks} blocks through shared memory")
         return Buffer(
-            name=f"{name}_blocks",
-            shape=tuple(index(n) for n in (slots, *node.tile.shape, self.blocks)),
-            dtype=node.accumulator,
+            name=f"{node.given.buffer.name}_blocks",
+            shape=tuple(index(n) for n in (slots, *node.given.shape, self.blocks)),
+            dtype=node.sent_as,
             scope=Scope.SHARED,
             span=node.span,
         )

@@ -16,7 +16,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, LoopKind, Node, Roles, While, walk
 from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.isa.atom import WgmmaAtom
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterExchange
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bring import Reach, is_inward
@@ -161,8 +161,8 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
         return "the kernel orders asynchronous work itself"
     if any(isinstance(n, SyncThreads) and n.number is not None for n in nodes):
         return "the kernel names hardware barriers itself"
-    if any(isinstance(n, ClusterReduce) for n in nodes):
-        return "all threads of a cluster's blocks reduce tiles together"
+    if any(isinstance(n, ClusterExchange) for n in nodes):
+        return "all threads of a cluster's blocks exchange tiles"
     if kernel.threads[1:] != (1, 1):
         return "the block's threads have more than one dimension"
     if kernel.num_threads + GROUP > MAX_THREADS:

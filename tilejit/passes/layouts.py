@@ -36,6 +36,7 @@ from tilejit.layout.fragment import FragmentLayout, blocked, replicated
 from tilejit.layout.reduction import spread
 from tilejit.layout.shared import SharedLayout
 from tilejit.layout.trade import before_trade, quad_trade
+from tilejit.ops.cluster import ClusterGather
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm, GemmWait, acc_layout, held_operands
@@ -96,6 +97,7 @@ class _Inference:
         self.loops = [loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None]
         self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
         self.reductions = [node for node in walk(kernel.body) if isinstance(node, Reduce)]
+        self.results = [n for n in walk(kernel.body) if isinstance(n, Reduce | ClusterGather)]
 
     def run(self) -> None:
         for node in self.gemms:
@@ -109,7 +111,9 @@ class _Inference:
                     self.layouts[region.buffer] = wanted
                     self.spread()
         undecided = [b for b in self.kernel.scoped(Scope.FRAGMENT) if b not in self.layouts]
-        for buffer in sorted(undecided, key=lambda b: (-math.prod(b.extents), -len(b.extents))):
+        last = {n.dst.buffer for n in self.results if isinstance(n, ClusterGather)}
+        undecided.sort(key=lambda b: (b in last, -math.prod(b.extents), -len(b.extents)))
+        for buffer in undecided:
             if buffer not in self.layouts:
                 self.layouts[buffer] = self.default(buffer)
                 self.spread()
@@ -129,19 +133,19 @@ class _Inference:
                         self.layouts[buffer] = layout
 
     def spread(self) -> None:
-        """Give fragments the layout of the loops that index them, and results of reductions that of
-        what is reduced."""
+        """Give fragments the layout of the loops that index them, results of reductions that of
+        what is reduced, and what is gathered that of the block's own part."""
         changed = True
         while changed:
             changed = False
             for loop in self.loops:
                 changed |= self.spread_loop(loop)
-            for node in self.reductions:
-                found = result_layout(node, self.layouts)
-                if found is None or node.dst.buffer in self.layouts:
+            for node in self.results:
+                found, result = result_layout(node, self.layouts), node.dst.buffer
+                if found is None or result in self.layouts or _words(result, found) > MAX_WORDS:
                     continue
-                if self.taken_at_once(node.dst.buffer) is None:
-                    self.layouts[node.dst.buffer] = found
+                if self.taken_at_once(result) is None:
+                    self.layouts[result] = found
                     changed = True
 
     def taken_at_once(self, buffer: Buffer) -> int | None:

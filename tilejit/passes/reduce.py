@@ -1,5 +1,5 @@
 """Reductions: tiles that are no fragments go through fragments, and axes that span warps through
-shared memory.
+shared memory; what blocks exchange likewise.
 
 Knows what a reduction asks of its fragments' layouts. Does not know PTX.
 """
@@ -16,7 +16,7 @@ from tilejit.ir.node import Body, Node
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.reduction import Reduction
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterGather, ClusterReduce
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.reduce import Reduce
@@ -24,8 +24,8 @@ from tilejit.ops.reduce import Reduce
 WIDEST_BYTES = 16  # of a thread's load (PTX ISA, "ld")
 
 
-def in_fragments(node: Reduce) -> list[Node]:
-    """The reduction of a whole fragment to a whole fragment, with the copies that it takes."""
+def in_fragments(node: Reduce | ClusterGather) -> list[Node]:
+    """The node from a whole fragment to a whole fragment, with the copies that it takes."""
     before: list[Node] = []
     after: list[Node] = []
     source, target = node.src, node.dst
@@ -33,8 +33,8 @@ def in_fragments(node: Reduce) -> list[Node]:
         source = _fragment_for(source, "held")
         before.append(_copy(node.src, source, node))
     if not _is_fragment(target):
-        target = _fragment_for(target, "reduced")
-        if not node.clear:
+        target = _fragment_for(target, "reduced" if isinstance(node, Reduce) else "gathered")
+        if isinstance(node, Reduce) and not node.clear:
             before.append(_copy(node.dst, target, node))
         after.append(_copy(target, node.dst, node))
     return [*before, replace(node, src=source, dst=target), *after]
@@ -72,10 +72,17 @@ def _copy(source: Region, target: Region, node: Node) -> Copy:
     return Copy(src=source, dst=target, atom=atom, span=node.span)
 
 
-def result_layout(node: Reduce, layouts: Mapping[Buffer, FragmentLayout]) -> FragmentLayout | None:
-    """Where the result is, once it is known where its elements are."""
+def result_layout(
+    node: Reduce | ClusterGather, layouts: Mapping[Buffer, FragmentLayout]
+) -> FragmentLayout | None:
+    """Where the result is, once it is known where its elements are; what is gathered is where the
+    block's own part is."""
     source = layouts.get(node.src.buffer)
-    return None if source is None or source.flat else node.reduction(source).result
+    if source is None or source.flat:
+        return None
+    if isinstance(node, ClusterGather):
+        return source.lengthened(node.dst.shape[-1])
+    return node.reduction(source).result
 
 
 def parts_at_once(into: Iterable[Reduce], layouts: Mapping[Buffer, FragmentLayout]) -> int | None:

@@ -44,7 +44,7 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, WgmmaAtom
 from tilejit.isa.mma import MMA, WARP, find_mma
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, as_parallel, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
@@ -133,7 +133,7 @@ class _Selector:
                 result += self.copy(node, is_pipelined)
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
-            elif isinstance(node, Reduce):
+            elif isinstance(node, Reduce | ClusterGather):
                 result += in_fragments(node)
             elif isinstance(node, ClusterReduce):
                 result += combined_in_fragment(node)
@@ -365,7 +365,7 @@ def needs_all_threads(node: Node) -> bool:
         return not is_private(node) and not is_started
     if isinstance(node, SyncThreads):
         return node.number is None
-    kinds = Gemm | GemmWait | Parallel | Reduce | ClusterReduce
+    kinds = Gemm | GemmWait | Parallel | Reduce | ClusterExchange
     return isinstance(node, kinds) or is_aligned(node)
 
 
@@ -384,9 +384,9 @@ def refuse_in_roles(node: Roles) -> None:
         TraceError: a role's threads would meet those of other blocks without the block's others.
     """
     for inner in walk((node,)):
-        if isinstance(inner, ClusterReduce):
+        if isinstance(inner, ClusterExchange):
             raise TraceError(
-                "T.cluster_reduce needs all threads of the block, but it stands in a T.ws.",
+                f"{inner.call} needs all threads of the block, but it stands in a T.ws.",
                 span=inner.span,
                 hint="Move it out of the T.ws.",
             )
@@ -394,12 +394,13 @@ def refuse_in_roles(node: Roles) -> None:
 
 def _spelling(node: Node) -> str:
     names = {Copy: "T.copy", Fill: "T.fill", Gemm: "T.gemm", Parallel: "T.Parallel",
-             ClusterReduce: "T.cluster_reduce",
              GemmWait: "T.wait_wgmma", SyncThreads: "T.sync_threads"}  # fmt: skip
     if isinstance(node, Gemm) and node.is_async:
         return "T.wgmma_gemm"
     if isinstance(node, Reduce):
         return f"T.reduce_{node.kind}"
+    if isinstance(node, ClusterExchange):
+        return node.call
     return names.get(type(node)) or spelling(node)
 
 

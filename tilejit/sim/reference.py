@@ -51,7 +51,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce, Step
@@ -65,7 +65,7 @@ from tilejit.sim.reference_memory import (
     holds_everywhere,
     holds_nowhere,
 )
-from tilejit.sim.reference_reduce import cluster_reduced, parts_of, reduced, taken
+from tilejit.sim.reference_reduce import exchanged, parts_of, reduced, taken
 from tilejit.sim.reference_state import BlockState
 from tilejit.sim.reference_sync import Cluster, Meetings
 from tilejit.sim.reference_values import (
@@ -126,6 +126,7 @@ class _Executor(Meetings):
     def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster) -> None:
         super().__init__(kernel, state, cluster)
         self.beside = waiting_branches(kernel.body)
+        self.under_way: dict[Buffer | None, list[Array]] = {}  # what exchanges have sent
         self.begun: set[If] = set()  # run by the branch before them already
         self.actions: dict[type[Node], Callable[[Any], None]] = {
             For: self.run_for,
@@ -139,7 +140,8 @@ class _Executor(Meetings):
             Fill: self.run_fill,
             Gemm: self.run_gemm,
             Reduce: self.run_reduce,
-            ClusterReduce: self.run_cluster_reduce,
+            ClusterReduce: self.run_exchange,
+            ClusterGather: self.run_exchange,
             BarrierArrive: self.run_arrive,
             BarrierWait: self.run_wait,
             SyncThreads: self.run_sync,
@@ -418,12 +420,13 @@ class _Executor(Meetings):
             return
         self.state.write(node.dst, reduced(node, self.state.read(node.src), old))
 
-    def run_cluster_reduce(self, node: ClusterReduce) -> None:
-        self.need_all_threads("T.cluster_reduce")
-        if node.step is Step.TAKE:
-            return  # with what was sent
-        parts = self.exchange(node, self.state.read(node.tile).copy())
-        self.state.write(node.tile, cluster_reduced(node, parts))
+    def run_exchange(self, node: ClusterExchange) -> None:
+        self.need_all_threads(node.call)
+        if node.step is not Step.TAKE:
+            parts = self.exchange(node, self.state.read(node.given).copy())
+            self.under_way.setdefault(node.scratch, []).append(exchanged(node, parts))
+        if node.step is not Step.SEND:
+            self.state.write(node.result, self.under_way[node.scratch].pop(0))
 
 
 def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:

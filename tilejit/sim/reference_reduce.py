@@ -1,4 +1,4 @@
-"""Reductions of the reference executor.
+"""Reductions and exchanges of the reference executor.
 
 Knows in which dtype elements are combined and how NaNs count. Does not know threads.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterReduce
 from tilejit.ops.reduce import Reduce, identity
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
 
@@ -53,8 +53,10 @@ def _finished(node: Reduce, result: Array, old: Array | None) -> Array:
     return cast_array(result, dtype, target)
 
 
-def cluster_reduced(node: ClusterReduce, parts: Sequence[Array]) -> Array:
-    """The tiles of all blocks, combined in the order of the blocks."""
+def exchanged(node: ClusterExchange, parts: Sequence[Array]) -> Array:
+    """The tiles of all blocks, combined in the order of the blocks or side by side."""
+    if not isinstance(node, ClusterReduce):
+        return np.stack(parts, axis=-1)
     source, dtype = node.tile.buffer.dtype, node.accumulator
     values = cast_array(np.stack(parts), source, dtype)
     return cast_array(_all(node, _counting(node, values)), dtype, source)

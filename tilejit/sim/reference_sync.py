@@ -26,6 +26,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
+from tilejit.ops.cluster import ClusterExchange
 from tilejit.ops.scalar import Array
 from tilejit.sim.reference_memory import holds_everywhere
 from tilejit.sim.reference_state import BlockState, Phases
@@ -262,7 +263,7 @@ class Meetings:
                     hint="Let all threads of all blocks come to the cluster's barrier.",
                 )
 
-    def exchange(self, node: Node, own: Array) -> list[Array]:
+    def exchange(self, node: ClusterExchange, own: Array) -> list[Array]:
         """What each block of the cluster has at the node, once all have come there."""
         rank = self.cluster.members.index(self)
         exchanges = self.cluster.exchanges
@@ -275,7 +276,7 @@ class Meetings:
             mine.parts[rank] = own
         if mine.node is not node or not self.wait_until(lambda: len(mine.parts) == blocks):
             raise SimulationError(
-                "The blocks of the cluster do not come to T.cluster_reduce together.",
+                f"The blocks of the cluster do not come to {node.call} together.",
                 span=node.span,
                 notes=[f"{len(mine.parts)} of {blocks} blocks have come."],
                 hint="Let all blocks of a cluster come to it equally often.",
