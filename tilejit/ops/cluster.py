@@ -26,7 +26,8 @@ class ClusterReduce(Node):
     barrier, slot, parity: a barrier for each slot, perhaps shared with neighbours, that completes
         when the elements of all blocks have come; the slot that is used, and the parity of that
         phase.
-    step: what this node does of it; nothing touches the tile between the two.
+    step: what this node does of it. To send reads the tile, to take writes it anew: a block's own
+        elements come back with the others'.
 
     Elements are converted to `accumulator` first and the result to the tile's dtype last.
     """
@@ -42,10 +43,14 @@ class ClusterReduce(Node):
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
+        if self.step is Step.TAKE:
+            return self._scratch
         return (self.tile.buffer, *self._scratch)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
+        if self.step is Step.SEND:
+            return self._scratch
         return (self.tile.buffer, *self._scratch)
 
     @property

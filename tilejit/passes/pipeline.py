@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_
+from tilejit.errors import Span
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
@@ -39,6 +40,7 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.ir.parts import common_buffers, each_part
+from tilejit.ir.substitution import substituted
 from tilejit.ir.sync import AsyncCommit, AsyncWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.isa.mma import WARP, operand_word
@@ -46,8 +48,12 @@ from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, operand_words
+from tilejit.passes.around import around_exchanges, exchanged, with_moved
 from tilejit.passes.bring import is_inward
+from tilejit.passes.exchange import FEWEST_STAGES
+from tilejit.passes.overlap import Overlap
 from tilejit.passes.pieces import in_round, round_copies
+from tilejit.passes.skew import Mapping, skewed
 
 DEFAULT_STAGES = 3
 
@@ -105,10 +111,12 @@ class _Pipeliner:
             elif is_fed(fresh):  # nobody waits there for what the block's threads copy
                 result.append(_synchronous(fresh))
             else:
-                result += self.loop(fresh, is_repeated)
+                assert isinstance(node, For), "a loop stays one"
+                result += self.loop(fresh, node, is_repeated)
         return tuple(result)
 
-    def loop(self, node: For, is_repeated: bool) -> list[Node]:
+    def loop(self, node: For, old: For, is_repeated: bool) -> list[Node]:
+        """old: the same in the kernel as it was."""
         where = f"pipelined loop at {node.span}" if node.span else "pipelined loop"
         if node.order:
             self.notes.append(f"{where}: order and stage are for asynchronous multiplies")
@@ -128,7 +136,23 @@ class _Pipeliner:
         self.notes.append(f"{where}: {stages} slots of {names}")
         # the last round of the time before may still read the slots that are filled first
         meeting = [SyncThreads(inserted=True, span=node.span)] if is_repeated else []
+        overlap = self.overlap(old, split, stages, where)
+        if overlap is not None:
+            return [*meeting, *self.expand_overlapped(node, split, stages, overlap)]
         return [*meeting, *self.expand(node, split, stages)]
+
+    def overlap(self, node: For, split: _Split, stages: int, where: str) -> Overlap | None:
+        """How the loop's rounds overlap around exchanges between blocks, if it has any."""
+        names = ", ".join(dict.fromkeys(n.tile.buffer.name for n in exchanged(split.rest)))
+        if not names:
+            return None
+        found = around_exchanges(node, split.rest, stages, self.kernel)
+        if isinstance(found, str):
+            self.notes.append(f"{where}: rounds wait for T.cluster_reduce of {names}: {found}")
+            return None
+        self.notes.append(f"{where}: rounds overlap around T.cluster_reduce of {names}")
+        self.fragments.update(with_moved(self.kernel, found).fragments)
+        return found
 
     # ---- what may run ahead -----------------------------------------------------------------
 
@@ -226,21 +250,10 @@ class _Pipeliner:
         """Prologue: fill all slots but one. Each iteration: wait for its slot, meet (everyone has
         then left the slot used before), start filling that one, work on its own."""
         slotted = {b: self.with_slots(b, stages) for b in split.buffers}
+        prologue, fill = self.fills(node, split, slotted, stages)
         iteration = self.iteration(node)
-        prologue: list[Node] = []
-        for s in range(stages - 1):
-            value = arith("add", node.start, s * node.step)
-            filled = self.ahead_at(split, node, slotted, value, index(s))
-            prologue += [*self.guarded(node, value, filled), AsyncCommit(span=node.span)]
-        later = arith("add", node.var, (stages - 1) * node.step)
-        next_slot = arith("floormod", arith("add", iteration, stages - 1), stages)
-        filled = self.ahead_at(split, node, slotted, self.existing(node, later), next_slot)
         own = arith("floormod", iteration, stages)
-        arrival: Body = (
-            AsyncWait(pending=stages - 2, span=node.span),
-            SyncThreads(inserted=True, span=node.span),
-        )
-        fill: Body = (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
+        arrival = _arrival(stages - 2, node.span)
         work = [_synchronous(into_slot(n, slotted, own)) for n in split.rest]
         if carries_operands(split):
             following = arith("floormod", arith("add", iteration, 1), stages)
@@ -262,6 +275,50 @@ class _Pipeliner:
             body = (*arrival, *fill, *work)
         steady = replace(node, kind=LoopKind.SERIAL, body=body, num_stages=0)
         return [*prologue, steady, AsyncWait(pending=0, span=node.span)]
+
+    def fills(
+        self, node: For, split: _Split, slotted: dict[Buffer, Buffer], stages: int
+    ) -> tuple[list[Node], Body]:
+        """What fills all slots but one before the loop, and what each iteration fills of the one
+        that the iteration before it has left."""
+        prologue: list[Node] = []
+        for s in range(stages - 1):
+            value = arith("add", node.start, s * node.step)
+            filled = self.ahead_at(split, node, slotted, value, index(s))
+            prologue += [*self.guarded(node, value, filled), AsyncCommit(span=node.span)]
+        later = arith("add", node.var, (stages - 1) * node.step)
+        next_slot = arith("floormod", arith("add", self.iteration(node), stages - 1), stages)
+        filled = self.ahead_at(split, node, slotted, self.existing(node, later), next_slot)
+        return prologue, (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
+
+    def expand_overlapped(
+        self, node: For, split: _Split, stages: int, overlap: Overlap
+    ) -> list[Node]:
+        """The same where a round uses its own slot and the next one's. Each waits for the latter;
+        of three slots the third is filled before that, so that something is always on its way."""
+        slotted = {b: self.with_slots(b, stages) for b in split.buffers}
+        prologue, fill = self.fills(node, split, slotted, stages)
+        own = arith("floormod", self.iteration(node), stages)
+        meeting = SyncThreads(inserted=True, span=node.span)
+        if stages > FEWEST_STAGES:
+            start: Body = (*_arrival(stages - 3, node.span), *fill)
+        else:
+            start = (meeting, *fill, *_arrival(stages - 2, node.span))
+
+        def part(mapping: Mapping) -> Body:
+            nodes: list[Node] = []
+            for n, is_ahead in overlap.order:
+                if is_ahead in mapping:
+                    fresh = _synchronous(into_slot(n, slotted, own))
+                    nodes += substituted((fresh,), mapping[is_ahead])
+            return tuple(nodes)
+
+        return [
+            *prologue,
+            *_arrival(stages - 2, node.span),
+            *skewed(node, overlap, part, lambda mapping: (*start, *part(mapping)), part),
+            AsyncWait(pending=0, span=node.span),
+        ]
 
     def operand_registers(self, node: Node) -> Buffer:
         """Registers that carry a multiply's operands from one iteration to the next."""
@@ -321,6 +378,11 @@ class _Pipeliner:
         if int_value(exists) is not None and exists.dtype is bool_:
             return body if int_value(exists) else ()
         return (If(condition=exists, then=body, span=node.span),)
+
+
+def _arrival(pending: int, span: Span | None) -> Body:
+    """Where all threads know that all but the last so many copies have come."""
+    return AsyncWait(pending=pending, span=span), SyncThreads(inserted=True, span=span)
 
 
 def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer, SharedLayout]:

@@ -420,10 +420,10 @@ class _Executor(Meetings):
 
     def run_cluster_reduce(self, node: ClusterReduce) -> None:
         self.need_all_threads("T.cluster_reduce")
-        if node.step is Step.TAKE:
-            return  # with what was sent
-        parts = self.exchange(node, self.state.read(node.tile).copy())
-        self.state.write(node.tile, cluster_reduced(node, parts))
+        if node.step is not Step.TAKE:
+            self.send(node, node.scratch, self.state.read(node.tile).copy())
+        if node.step is not Step.SEND:
+            self.state.write(node.tile, cluster_reduced(node, self.take(node.scratch)))
 
 
 def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:

@@ -1,0 +1,173 @@
+"""Which nodes of a loop run an iteration ahead, around exchanges between the blocks of a cluster.
+
+Knows what nodes use and change, and when what is sent may be taken. Does not know how slots are
+filled, nor who fills them.
+
+What a block sends takes its time to arrive, and blocks are not equally fast. So the nodes of an
+iteration are parted in two, as those around multiplies are (`overlap`): what makes and sends a tile
+runs ahead, and what takes it, with all that needs it, comes a round later. A round sends for the
+next iteration first and takes for its own last, so that an exchange has a whole round.
+
+Fragments that both parts use are two: the part that runs ahead has its own, which goes to the
+other's registers when that part is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from tilejit.ir.aliases import Aliases
+from tilejit.ir.buffer import Buffer, Scope, whole
+from tilejit.ir.kernel import Kernel
+from tilejit.ir.node import Atomic, Body, For, If, Let, Load, Node, Parallel, Store, While, walk
+from tilejit.ir.rounds import Rounds
+from tilejit.ir.substitution import rebuffered
+from tilejit.isa.atom import CopyAtom, CopyMethod
+from tilejit.ops.cluster import ClusterReduce
+from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.gemm import Gemm
+from tilejit.ops.reduce import Reduce, Step
+from tilejit.passes.exchange import FEWEST_STAGES, sends_ahead
+from tilejit.passes.overlap import SPARE_REGISTERS, Overlap
+from tilejit.passes.pressure import made_anew, most_words, needed_by
+from tilejit.passes.registers import launch_registers
+
+MORE_WORDS = 4  # of a thread, which a round of two parts may take beyond one of a single part
+_KNOWN = (
+    Let, Load, Store, Atomic, Copy, Fill, Gemm, Parallel, Reduce, ClusterReduce, If, For, While,
+)  # fmt: skip
+
+
+def exchanged(nodes: Body) -> list[ClusterReduce]:
+    """The exchanges among a loop's nodes and in them."""
+    return [n for n in walk(nodes) if isinstance(n, ClusterReduce) and n.step is not Step.SEND]
+
+
+def around_exchanges(loop: For, nodes: Body, slots: int, kernel: Kernel) -> Overlap | str:
+    """How rounds of a loop overlap around its exchanges, or why they do not.
+
+    nodes: of the loop's body, besides those that fill slots. Needs: layouts, exchanges' steps.
+    """
+    if slots < FEWEST_STAGES:
+        return f"they need {FEWEST_STAGES} slots"
+    if loop.order:
+        return "it has an order by hand"
+    other = next((n for n in walk(nodes) if not isinstance(n, _KNOWN)), None)
+    if other is not None or any(isinstance(n, Gemm) and n.is_async for n in nodes):
+        return "it orders asynchronous work or threads itself"
+    exchanges = [n for n in walk(nodes) if isinstance(n, ClusterReduce)]
+    if not all(n in nodes and sends_ahead(n) for n in exchanges):
+        return "they stand in a branch or loop, or their tiles are large"
+    overlap = _Parting(nodes, kernel).run()
+    if isinstance(overlap, Overlap) and not _fits(overlap, loop, nodes, kernel):
+        return "registers are too few for two rounds' values"
+    return overlap
+
+
+def with_moved(kernel: Kernel, overlap: Overlap) -> Kernel:
+    """The kernel with the layouts of fragments that are of the part ahead."""
+    fresh = {b: kernel.fragments[old] for old, b in overlap.moved.items()}
+    return replace(kernel, fragments={**kernel.fragments, **fresh})
+
+
+def _fits(overlap: Overlap, loop: For, nodes: Body, kernel: Kernel) -> bool:
+    """Whether the values of two rounds take no more registers than there are, or hardly more than
+    those of one."""
+    own = most_words(nodes, loop, kernel)
+    both = most_words([n for n, _ in overlap.order], loop, with_moved(kernel, overlap))
+    threads = kernel.num_threads * kernel.given.min_blocks
+    return both <= max(launch_registers(threads) - SPARE_REGISTERS, own + MORE_WORDS)
+
+
+class _Parting:
+    """Parts the nodes of an iteration in two: of a round, those ahead come first."""
+
+    def __init__(self, nodes: Body, kernel: Kernel) -> None:
+        self.rounds = Rounds(nodes, Aliases(kernel))
+        self.nodes = self.rounds.nodes
+        steps = [n for n in nodes if isinstance(n, ClusterReduce)]
+        # what goes through slots of its own is no matter of order
+        self.kept_apart = {b.root for n in steps for b in (n.scratch, n.barrier) if b is not None}
+        used = [b for n in walk(nodes) for b in (*n.reads, *n.writes)]
+        viewed = {b.root for b in used if b is not b.root}
+        own = (b for b in used if b.scope is Scope.FRAGMENT and b is b.root and b not in viewed)
+        self.own = dict.fromkeys(own)  # of which there can be two
+        self.sources = {n: self._sources(n) for n in nodes}
+
+    def run(self) -> Overlap | str:
+        late = self.late()
+        ahead = [n for n in self.nodes if n not in late]
+        if not any(isinstance(n, ClusterReduce) for n in ahead):
+            return "what they send depends on what they give, or both use the same memory"
+        repeated = self.rounds.repeated(late)
+        last = [n for n in self.nodes if n in late or n in repeated]
+        moved = self.moved(ahead, late)
+        kept = [old for old in moved if self.is_found(old, last)]
+        begun = [old for old in moved if self.is_found(old, ahead)]
+        order = [
+            *((n, True) for n in rebuffered(ahead, moved)),
+            *((n, False) for n in last),
+            *((_copy(moved[old], old), True) for old in kept),
+        ]
+        return Overlap(tuple(order), moved, tuple(_copy(old, moved[old]) for old in begun))
+
+    def late(self) -> set[Node]:
+        """What takes tiles, and what cannot run before that."""
+        late: set[Node] = {
+            n for n in self.nodes if isinstance(n, ClusterReduce) and n.step is Step.TAKE
+        }
+        grown = True
+        while grown:
+            grown = False
+            for node in self.nodes:
+                if node not in late and any(self.follows(node, other) for other in late):
+                    late.add(node)
+                    grown = True
+        return late
+
+    def follows(self, node: Node, late: Node) -> bool:
+        """Whether a node cannot come an iteration ahead of a late one: it uses what that one makes,
+        or makes anew what that one still uses, and it is no fragment of which there can be two."""
+        rounds = self.rounds
+        if late in self.sources[node] or rounds.uses[node] & set(late.defines):
+            return True
+        if set(node.defines) & rounds.uses[late] and not rounds.is_repeatable(node):
+            return True
+        reads, writes = rounds.reads[node], rounds.writes[node]
+        touched = rounds.reads[late] | rounds.writes[late]
+        fixed = (writes & touched | reads & rounds.writes[late]) - self.own.keys() - self.kept_apart
+        is_after = rounds.place[node] > rounds.place[late]
+        return bool(fixed) or (is_after and bool(writes & touched & self.own.keys()))
+
+    def _sources(self, node: Node) -> set[Node]:
+        """The nodes that make what the node finds in fragments, in its iteration or in the one
+        before."""
+        place = self.rounds.place[node]
+        earlier = [*reversed(self.nodes[:place]), *reversed(self.nodes[place:])]
+        found: set[Node] = set()
+        for buffer in needed_by(node) & self.own.keys():
+            for other in earlier:
+                if buffer in self.rounds.writes[other]:
+                    found.add(other)
+                if buffer in made_anew(other):
+                    break
+        return found
+
+    def is_found(self, buffer: Buffer, nodes: Sequence[Node]) -> bool:
+        """Whether the first of the nodes that touches a fragment needs what it holds."""
+        touch = (n for n in nodes if buffer in self.rounds.reads[n] | self.rounds.writes[n])
+        first = next(touch)
+        return buffer not in made_anew(first)
+
+    def moved(self, ahead: Collection[Node], late: Collection[Node]) -> dict[Buffer, Buffer]:
+        """Fragments that nodes ahead write and late ones use, and what the former use instead."""
+        written = {b for n in ahead for b in self.rounds.writes[n]}
+        used = {b for n in late for b in self.rounds.reads[n] | self.rounds.writes[n]}
+        both = [b for b in self.own if b in written & used]
+        return {old: replace(old, name=f"{old.name}_next") for old in both}
+
+
+def _copy(source: Buffer, target: Buffer) -> Copy:
+    atom = CopyAtom(CopyMethod.REGISTERS, 1)
+    return Copy(src=whole(source), dst=whole(target), atom=atom, span=target.span)
