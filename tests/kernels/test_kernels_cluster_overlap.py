@@ -138,7 +138,8 @@ def test_the_graph_means_the_same_after_every_pass(rng, stages):
 
 @tilejit
 def counting(A: T.Tensor, B: T.Tensor, C: T.Tensor, LAST: T.Tensor, *, stages=3, M=6):
-    """B: sums of rows; C: of all rows so far, of the block alone; LAST: both after the loop."""
+    """B: sums of rows; C: these and the sum of all rows so far, of the block alone; LAST: both
+    after the loop."""
     N = A.shape[1] // 2
     with T.Kernel(2, threads=32, cluster=2) as block:
         tile = T.alloc_shared((N,), "float32")
@@ -155,7 +156,8 @@ def counting(A: T.Tensor, B: T.Tensor, C: T.Tensor, LAST: T.Tensor, *, stages=3,
                 total[i] = own[i]
             T.cluster_reduce(total)
             T.copy(total, B[block, r])
-            T.copy(so_far, C[block, r])
+            for i in T.Parallel(1):
+                C[block, r + i] = total[i] + so_far[i]
         T.copy(total, LAST[block, 0])
         T.copy(so_far, LAST[block, 1])
 
@@ -168,11 +170,37 @@ def test_sums_that_run_ahead_and_are_read_late(hopper, rng, M):
     b, c, last = hopper(counting, a, out=out, M=M)
     halves = a[:M].reshape(M, 2, 17).sum(2).T
     assert M == 0 or (b == halves.sum(0)).all()
-    assert M == 0 or (c == 5 + halves.cumsum(1)).all()
+    assert M == 0 or (c == halves.sum(0) + 5 + halves.cumsum(1)).all()
     assert (last[:, 0] == (halves.sum(0)[-1] if M else 7)).all()
     assert (last[:, 1] == 5 + halves.sum(1)).all()
     text = explained(counting, (6, 34), (2, 6), (2, 6), (2, 2)).explain()
     assert f"{OVERLAP} total" in text
+
+
+def test_registers_that_are_used_again_after_the_exchange(hopper, rng):
+    """What stands there must not run ahead, though it needs no result."""
+
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, stages=3):
+        M, N = A.shape[0], A.shape[1] // 2
+        with T.Kernel(2, threads=32, cluster=2) as block:
+            one, two = T.alloc_shared((N,), "float32"), T.alloc_shared((N,), "float32")
+            x, total = T.alloc_fragment((N,), "float32"), T.alloc_fragment((1,), "float32")
+            for r in T.Pipelined(M, num_stages=stages):
+                T.copy(A[r, block * N], one)
+                T.copy(A[M - 1 - r, block * N], two)
+                T.copy(one, x)
+                T.reduce_sum(x, total, dim=0)
+                T.cluster_reduce(total)
+                for j in T.Parallel(N):
+                    B[r, block * N + j] = x[j] * total[0]
+                T.copy(two, x)
+                T.copy(x, C[r, block * N])
+
+    a = rng.integers(-9, 10, (6, 66)).astype(np.float32)
+    b, c = hopper(kernel, a, out=[(a.shape, a.dtype)] * 2)
+    assert (b == a * a.sum(1, keepdims=True)).all() and (c == a[::-1]).all()
+    assert f"{OVERLAP} total" in explained(kernel, a.shape, a.shape, a.shape).explain()
 
 
 @tilejit
