@@ -60,8 +60,8 @@ def explained(kernel, *shapes, dtype="float32", **constants):
     return kernel.compile(*specs, target="sm_90a", **constants)
 
 
-def check_centred(hopper, rng, M, N, workers=2, BM=1, **more):
-    a = rng.integers(-9, 10, (M, N)).astype(np.float32)
+def check_centred(hopper, rng, M, N, workers=2, BM=1, dtype=np.float32, **more):
+    a = rng.integers(-9, 10, (M, N)).astype(dtype)
     out = [((M, N), np.float32), ((workers, N), np.float32)]
     b, sums = hopper(centred, a, out=out, workers=workers, BM=BM, **more)
     wide = a.astype(np.float64)
@@ -86,6 +86,22 @@ def test_rows_of_any_width_in_clusters_of_any_size(hopper, rng, M, N, blocks, BM
 
 def test_more_workers_than_rows(hopper, rng):
     check_centred(hopper, rng, 2, 40, workers=4)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("M, N, BM", [(1, 37, 1), (2, 37, 1), (9, 37, 1), (7, 13, 2), (8, 130, 1)])
+def test_tiles_that_threads_fill_themselves(hopper, rng, M, N, BM, stages):
+    """Rows that begin at odd multiples of two bytes."""
+    check_centred(hopper, rng, M, N, BM=BM, dtype=np.float16, stages=stages, threads=32)
+    text = explained(centred, (64, 511), (64, 511), (2, 511), dtype="float16").explain()
+    assert "no copy can run ahead" in text and "serial" not in text
+    assert f"{OVERLAP} mean, with two of tile" in text
+
+
+def test_two_tiles_need_room():
+    shapes = ((64, 131071), (64, 131071), (2, 131071))
+    text = explained(centred, *shapes, dtype="float16", threads=1024).explain()
+    assert "rounds wait for T.cluster_reduce of mean: shared memory is too small for two" in text
 
 
 @pytest.mark.parametrize("stages, says", [(2, "they need 3 slots"), (3, ""), (4, "")])
@@ -262,6 +278,46 @@ def test_two_exchanges_side_by_side(hopper, rng):
     body = kernel.source.split("while ")[1].split("is_true")[0]
     names = ["send_min_least", "send_max_most", "take_min_least", "take_max_most"]
     assert sorted(names, key=body.index) == names
+
+
+@tilejit
+def scaled(A: T.Tensor, S: T.Tensor, B: T.Tensor, SPREAD: T.Tensor, *, stages=3, blocks=2):
+    """B = A * S / sum(A * S) along rows; SPREAD = the same of A times the row's last element that
+    the block has: tiles that come asynchronously, by the block's threads, and that it makes."""
+    M, N = A.shape
+    part = N // blocks
+    with T.Kernel(blocks, threads=32, cluster=blocks) as block:
+        tile, own = T.alloc_shared((part,), A.dtype), T.alloc_shared((part,), "float32")
+        s = T.alloc_shared((1,), S.dtype)
+        x, total = T.alloc_fragment((part,), "float32"), T.alloc_fragment((1,), "float32")
+        for r in T.Pipelined(M, num_stages=stages):
+            T.copy(A[r, block * part], tile)
+            T.copy(S[r], s)
+            for j in T.Parallel(part):
+                own[j] = tile[j] * s[0]
+            T.copy(own, x)
+            T.reduce_sum(x, total, dim=0)
+            T.cluster_reduce(total)
+            for j in T.Parallel(part):
+                B[r, block * part + j] = tile[j] * s[0] / total[0]
+            for j in T.Parallel(part):
+                SPREAD[r, block * part + j] = own[j] * own[part - 1] / total[0]
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 8])
+def test_tiles_of_all_kinds(hopper, rng, M):
+    a = rng.integers(1, 9, (M, 66)).astype(np.float32)
+    s = rng.integers(1, 9, M).astype(np.float16)
+    b, spread = hopper(scaled, a, s, out=[(a.shape, a.dtype)] * 2)
+    own = a.astype(np.float64) * s[:, None]
+    total = own.sum(1, keepdims=True)
+    np.testing.assert_allclose(b, own / total, rtol=1e-6)
+    last = own.reshape(M, 2, 33)[:, :, -1].repeat(33, axis=1)
+    np.testing.assert_allclose(spread, own * last / total, rtol=1e-6)
+    specs = (T.Tensor((8, 66), "float32"), T.Tensor((8,), "float16"))
+    kernel = scaled.compile(*specs, specs[0], specs[0], target="sm_90a")
+    assert f"{OVERLAP} total, with two of s, own" in kernel.explain()
+    assert "3 slots of tile" in kernel.explain()
 
 
 # ---- where rounds must stay one after the other --------------------------------------------------

@@ -65,11 +65,13 @@ class Overlap:
 
     moved: fragments that nodes ahead use in place of those that the others still use.
     before: what gives them their values before the first iteration.
+    pairs: tiles in shared memory of which the two parts of a round use one each, in turn.
     """
 
     order: tuple[tuple[Node, bool], ...]
     moved: dict[Buffer, Buffer] = field(default_factory=dict)
     before: Body = ()
+    pairs: tuple[Buffer, ...] = ()
 
     def part(self, is_ahead: bool) -> list[Node]:
         return [n for n, ahead in self.order if ahead is is_ahead]

@@ -51,23 +51,23 @@ def _beside(
     place = next(k for k, n in enumerate(body) if any(m is loop for m in walk((n,))))
     node, rest = body[place], body[place + 1 :]
     before = before | _fragments(_used(body[:place]))
-    after = wanted_by(rest) | after - _used(rest)
+    after = _wanted(rest) | after - _used(rest)
     if node is loop:
         return before, after
     (inner,) = (b for b in node.bodies if any(m is loop for m in walk(b)))
     if isinstance(node, For | While) and not is_over_tiles(node):  # it comes again
         before |= _fragments(_used(inner))
-        after |= wanted_by(inner)
+        after |= _wanted(inner)
     return _beside(inner, loop, before, after)
 
 
-def wanted_by(body: Body) -> set[Buffer]:
+def _wanted(body: Body) -> set[Buffer]:
     """The fragments that a body uses before it surely makes them anew."""
     made: set[Buffer] = set()
     found: set[Buffer] = set()
     for node in body:
         inner = node.bodies if isinstance(node, For | While | If | Part) else ()
-        needed = set().union(*map(wanted_by, inner)) if inner else needed_by(node)
+        needed = set().union(*map(_wanted, inner)) if inner else _needed(node)
         found |= needed - made
         made |= made_anew(node)
     return found
@@ -91,7 +91,7 @@ def most_words(nodes: Sequence[Node], loop: For, kernel: Kernel) -> float:
     used = _fragments(_used(loop.body))
     through = before & ended - used
     size = {b: f.registers * b.dtype.bytes / 4 for b, f in kernel.fragments.items()}
-    read, made = [needed_by(n) for n in nodes], [made_anew(n) for n in nodes]
+    read, made = [_needed(n) for n in nodes], [made_anew(n) for n in nodes]
     after = ended & used
     wanted = [after] * len(nodes)
     live = after
@@ -143,7 +143,7 @@ def _is_plain(body: Body) -> bool:
     return multiplies and not any(isinstance(n, Gemm | For) for n in inner)
 
 
-def needed_by(node: Node) -> set[Buffer]:
+def _needed(node: Node) -> set[Buffer]:
     """Fragments of which a node needs what they held before."""
     if isinstance(node, Gemm):
         sums = [] if node.clear and node.acc.is_whole else [node.acc.buffer]
