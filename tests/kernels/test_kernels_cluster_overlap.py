@@ -320,6 +320,67 @@ def test_tiles_of_all_kinds(hopper, rng, M):
     assert "3 slots of tile" in kernel.explain()
 
 
+@tilejit
+def keeping(A: T.Tensor, B: T.Tensor, LAST: T.Tensor, *, reads_last=False, stages=3):
+    """B = the sum of the rows so far, times the sum of the row; LAST = the last row, or nothing."""
+    M, N = A.shape[0], A.shape[1] // 2
+    with T.Kernel(2, threads=32, cluster=2) as block:
+        tile, keep = T.alloc_shared((N,), A.dtype), T.alloc_shared((N,), "float32")
+        x, total = T.alloc_fragment((N,), "float32"), T.alloc_fragment((1,), "float32")
+        for r in T.Pipelined(M, num_stages=stages):
+            T.copy(A[r, block * N], tile)
+            T.copy(tile, x)
+            if r == 0:
+                T.clear(keep)
+            for j in T.Parallel(N):
+                keep[j] += tile[j]
+            T.reduce_sum(x, total, dim=0)
+            T.cluster_reduce(total)
+            for j in T.Parallel(N):
+                B[r, block * N + j] = keep[j] * total[0] + 0 * tile[j]
+        if reads_last:
+            T.copy(tile, x)
+            T.copy(x, LAST[0, block * N])
+
+
+@pytest.mark.parametrize("reads_last", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_tiles_that_keep_something_are_one(hopper, rng, dtype, reads_last):
+    a = rng.integers(-9, 10, (6, 66)).astype(dtype)
+    out = [((6, 66), np.float32), ((1, 66), np.float32)]
+    b, last = hopper(keeping, a, out=out, reads_last=reads_last)
+    assert (b == a.astype(np.float64).cumsum(0) * a.sum(1, dtype=np.float64, keepdims=True)).all()
+    assert (last == a[-1:]).all() or not reads_last
+    specs = (T.Tensor((6, 66), dtype), T.Tensor((6, 66), "float32"), T.Tensor((1, 66), "float32"))
+    text = keeping.compile(*specs, target="sm_90a", reads_last=reads_last).explain()
+    assert (OVERLAP in text) != reads_last and "keep" not in text.partition("two of")[2]
+
+
+def test_tiles_that_roles_read_are_one(hopper, rng):
+    @tilejit
+    def kernel(A: T.Tensor, B: T.Tensor, LAST: T.Tensor, *, stages=3):
+        M, N = A.shape[0], A.shape[1] // 2
+        with T.Kernel(2, threads=256, cluster=2) as block:
+            tile = T.alloc_shared((N,), "float16")
+            x, total = T.alloc_fragment((N,), "float32"), T.alloc_fragment((1,), "float32")
+            for r in T.Pipelined(M, num_stages=stages):
+                T.copy(A[r, block * N], tile)
+                T.copy(tile, x)
+                T.reduce_sum(x, total, dim=0)
+                T.cluster_reduce(total)
+                for j in T.Parallel(N):
+                    B[r, block * N + j] = tile[j] * total[0]
+            with T.ws(1):
+                T.copy(tile, LAST[0, block * N])
+
+    a = rng.integers(-9, 10, (5, 66)).astype(np.float16)
+    b, last = hopper(kernel, a, out=[((5, 66), np.float32), ((1, 66), np.float16)])
+    assert (b == a * a.sum(1, dtype=np.float64, keepdims=True)).all() and (last == a[-1:]).all()
+    specs = T.Tensor(a.shape, "float16"), T.Tensor((5, 66), "float32"), T.Tensor((1, 66), "float16")
+    text = kernel.compile(*specs, target="sm_90a").explain()
+    assert "threads in other roles use tile" in text
+
+
 # ---- where rounds must stay one after the other --------------------------------------------------
 
 

@@ -127,17 +127,17 @@ class _Pipeliner:
         asked = DEFAULT_STAGES if stages is None else stages
         if stages is None:
             stages = self.stages_that_fit(split)
-        # the last round of the time before may still read the slots that are filled first
-        meeting = [SyncThreads(inserted=True, span=node.span)] if is_repeated else []
         if stages < 2 or not split.ahead:
             overlap = None if split.ahead else self.overlap(old, split, asked, where)
             serial = "" if overlap else "serial, "
             self.notes.append(f"{where}: {serial}{self.obstacle(node, split, stages)}")
             if overlap is None:
                 return [_synchronous(replace(node, kind=LoopKind.SERIAL))]
-            return [*meeting, *self.expand_overlapped(node, split, stages, overlap)]
+            return self.expand_overlapped(node, split, stages, overlap)
         names = ", ".join(b.name for b in split.buffers)
         self.notes.append(f"{where}: {stages} slots of {names}")
+        # the last round of the time before may still read the slots that are filled first
+        meeting = [SyncThreads(inserted=True, span=node.span)] if is_repeated else []
         overlap = self.overlap(old, split, stages, where)
         if overlap is not None:
             return [*meeting, *self.expand_overlapped(node, split, stages, overlap)]
@@ -158,7 +158,9 @@ class _Pipeliner:
         if not names:
             return None
         found = around_exchanges(node, split.rest, stages, self.kernel)
-        if isinstance(found, Overlap) and not self.holds(split, stages, found.pairs):
+        if isinstance(found, Overlap) and self.common & set(found.pairs):
+            found = f"threads in other roles use {_names(found.pairs)}"
+        elif isinstance(found, Overlap) and not self.holds(split, stages, found.pairs):
             found = f"shared memory is too small for two of {_names(found.pairs)}"
         if isinstance(found, str):
             self.notes.append(f"{where}: rounds wait for T.cluster_reduce of {names}: {found}")
