@@ -126,6 +126,7 @@ class _Executor(Meetings):
     def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster) -> None:
         super().__init__(kernel, state, cluster)
         self.beside = waiting_branches(kernel.body)
+        self.under_way: dict[Buffer | None, list[Array]] = {}  # what exchanges have sent
         self.begun: set[If] = set()  # run by the branch before them already
         self.actions: dict[type[Node], Callable[[Any], None]] = {
             For: self.run_for,
@@ -421,9 +422,10 @@ class _Executor(Meetings):
     def run_cluster_reduce(self, node: ClusterReduce) -> None:
         self.need_all_threads("T.cluster_reduce")
         if node.step is not Step.TAKE:
-            self.send(node, node.scratch, self.state.read(node.tile).copy())
+            parts = self.exchange(node, self.state.read(node.tile).copy())
+            self.under_way.setdefault(node.scratch, []).append(cluster_reduced(node, parts))
         if node.step is not Step.SEND:
-            self.state.write(node.tile, cluster_reduced(node, self.take(node.scratch)))
+            self.state.write(node.tile, self.under_way[node.scratch].pop(0))
 
 
 def waiting_branches(body: Body) -> dict[If, tuple[If, ...]]:

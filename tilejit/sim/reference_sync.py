@@ -70,13 +70,10 @@ class Cluster:
 
 @dataclass
 class Exchange:
-    """What the blocks of a cluster have left for each other at a node, by rank, and which of them
-    have taken it. through: the memory where it is."""
+    """What the blocks of a cluster have left for each other at a node, by rank."""
 
     node: Node
-    through: Buffer | None
     parts: dict[int, Array] = field(default_factory=dict)
-    taken: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -265,33 +262,22 @@ class Meetings:
                     hint="Let all threads of all blocks come to the cluster's barrier.",
                 )
 
-    def send(self, node: Node, through: Buffer | None, own: Array) -> None:
-        """Leave for the blocks of the cluster what this one has at the node. through: the memory
-        where it goes, if that is known."""
+    def exchange(self, node: Node, own: Array) -> list[Array]:
+        """What each block of the cluster has at the node, once all have come there."""
         rank = self.cluster.members.index(self)
         exchanges = self.cluster.exchanges
         mine = next((e for e in exchanges if rank not in e.parts), None)
         if mine is None:
-            mine = Exchange(node, through)
+            mine = Exchange(node)
             exchanges.append(mine)
-        if mine.node is not node:
-            raise self._apart(mine)
-        mine.parts[rank] = own
-
-    def take(self, through: Buffer | None) -> list[Array]:
-        """What each block of the cluster has sent, the first of what this one has not taken yet."""
-        rank, blocks = self.cluster.members.index(self), len(self.cluster.members)
-        sent = (e for e in self.cluster.exchanges if e.through is through and rank in e.parts)
-        mine = next(e for e in sent if rank not in e.taken)
-        mine.taken.add(rank)
-        if not self.wait_until(lambda: len(mine.parts) == blocks):
-            raise self._apart(mine)
+        blocks = len(self.cluster.members)
+        if mine.node is node:
+            mine.parts[rank] = own
+        if mine.node is not node or not self.wait_until(lambda: len(mine.parts) == blocks):
+            raise SimulationError(
+                "The blocks of the cluster do not come to T.cluster_reduce together.",
+                span=node.span,
+                notes=[f"{len(mine.parts)} of {blocks} blocks have come."],
+                hint="Let all blocks of a cluster come to it equally often.",
+            )
         return [mine.parts[r] for r in range(blocks)]
-
-    def _apart(self, exchange: Exchange) -> SimulationError:
-        return SimulationError(
-            "The blocks of the cluster do not come to T.cluster_reduce together.",
-            span=self.values.span,
-            notes=[f"{len(exchange.parts)} of {len(self.cluster.members)} blocks have come."],
-            hint="Let all blocks of a cluster come to it equally often.",
-        )
