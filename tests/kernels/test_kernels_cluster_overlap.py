@@ -17,7 +17,7 @@ from tilejit.runtime.device import use_executor
 from tilejit.runtime.kernel import TileKernel
 
 ARRIVES = Control(op=ControlOp.CLUSTER_ARRIVE_RELAXED)
-OVERLAP = "rounds overlap around T.cluster_reduce of"
+OVERLAP = "rounds overlap around exchanges of"
 
 
 @tilejit
@@ -101,7 +101,7 @@ def test_tiles_that_threads_fill_themselves(hopper, rng, M, N, BM, stages):
 def test_two_tiles_need_room():
     shapes = ((64, 131071), (64, 131071), (2, 131071))
     text = explained(centred, *shapes, dtype="float16", threads=1024).explain()
-    assert "rounds wait for T.cluster_reduce of mean: shared memory is too small for two" in text
+    assert "rounds wait for exchanges of mean: shared memory is too small for two" in text
 
 
 @pytest.mark.parametrize("stages, says", [(2, "they need 3 slots"), (3, ""), (4, "")])
@@ -109,7 +109,7 @@ def test_what_explain_says(stages, says):
     shapes = ((64, 512), (64, 512), (2, 512))
     text = explained(centred, *shapes, stages=stages).explain()
     assert (f"{OVERLAP} mean" in text) == (not says)
-    assert (f"rounds wait for T.cluster_reduce of mean: {says}" in text) == bool(says)
+    assert (f"rounds wait for exchanges of mean: {says}" in text) == bool(says)
 
 
 def test_a_round_sends_for_the_next_one_before_it_takes_for_its_own():
@@ -455,7 +455,7 @@ def test_rounds_that_wait(hopper, rng, how):
         assert (b == halves.sum(0) * {"loop": 2, "large": 16}.get(how, 1)).all()
     text = explained(waiting, (7, 80), (2, 7), how=how).explain()
     assert OVERLAP not in text
-    assert f"rounds wait for T.cluster_reduce of {'large' if how == 'large' else 'total'}" in text
+    assert f"rounds wait for exchanges of {'large' if how == 'large' else 'total'}" in text
     assert REASONS[how] in text
 
 

@@ -163,10 +163,10 @@ class _Pipeliner:
         elif isinstance(found, Overlap) and not self.holds(split, stages, found.pairs):
             found = f"shared memory is too small for two of {_names(found.pairs)}"
         if isinstance(found, str):
-            self.notes.append(f"{where}: rounds wait for T.cluster_reduce of {names}: {found}")
+            self.notes.append(f"{where}: rounds wait for exchanges of {names}: {found}")
             return None
         pairs = f", with two of {_names(found.pairs)}" if found.pairs else ""
-        self.notes.append(f"{where}: rounds overlap around T.cluster_reduce of {names}{pairs}")
+        self.notes.append(f"{where}: rounds overlap around exchanges of {names}{pairs}")
         self.fragments.update(with_moved(self.kernel, found).fragments)
         return found
 
