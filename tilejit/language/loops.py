@@ -217,9 +217,10 @@ def Pipelined(
     """A loop whose copies into shared memory run ahead of its arithmetic.
 
     num_stages: slots of each tile that is filled ahead; 0 is a plain loop, None lets the cost
-        model choose. split: blocks that share the iterations, whose sums are added in a fixed
-        order (split-K); 1 for none, None lets the cost model choose where the stages are left open
-        too.
+        model choose. With three or more, rounds that exchange by T.cluster_reduce overlap: what one
+        sends is made a round before it is taken.
+    split: blocks that share the iterations, whose sums are added in a fixed order (split-K); 1 for
+        none, None lets the cost model choose where the stages are left open too.
     order, stage: a schedule by hand, one entry a statement of the body: its place in a round (-1
         for copies that are made ahead of all), and how many iterations the round is behind it
         there: statements of the lowest stage are those of the next iteration. Two stages besides

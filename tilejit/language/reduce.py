@@ -179,6 +179,8 @@ def cluster_reduce(buffer: Any, reduce_type: str = "sum", nan_propagate: bool = 
     A row that one block has no room for is divided among the blocks of a cluster: each reduces its
     part, and this makes the parts one. Elements go through distributed shared memory (PTX ISA,
     "st.async"). All threads of all blocks of the cluster come here equally often.
+    In the body of a T.Pipelined loop of three stages or more, the tile of the next round is sent
+    before this round's is taken, where the loop computes the same then; `explain()` says so.
     Two runs give the same bits, and so do all blocks. In kernels without `T.Kernel(cluster=...)`
     the block is alone, and the tile stays as it is.
 

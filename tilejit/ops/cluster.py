@@ -24,7 +24,8 @@ class ClusterExchange(Node):
     barrier, slot, parity: a barrier for each slot, perhaps shared with neighbours, that completes
         when the elements of all blocks have come; the slot that is used, and the parity of that
         phase.
-    step: what this node does of it; nothing touches the result between the two.
+    step: what this node does of it. To send reads what is given, to take writes the result anew: a
+        block's own elements come back with the others'.
     """
 
     scratch: Buffer | None = None

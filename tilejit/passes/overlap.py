@@ -63,11 +63,15 @@ class Overlap:
     """The nodes of a round in order. ahead: those of the next iteration; the others are of the
     round's own; a node that defines a value for both is there twice.
 
-    moved: fragments that nodes ahead write in place of an operand that is still read.
+    moved: fragments that nodes ahead use in place of those that the others still use.
+    before: what gives them their values before the first iteration.
+    pairs: tiles in shared memory of which the two parts of a round use one each, in turn.
     """
 
     order: tuple[tuple[Node, bool], ...]
     moved: dict[Buffer, Buffer] = field(default_factory=dict)
+    before: Body = ()
+    pairs: tuple[Buffer, ...] = ()
 
     def part(self, is_ahead: bool) -> list[Node]:
         return [n for n, ahead in self.order if ahead is is_ahead]

@@ -6,9 +6,11 @@ Knows which copies may run ahead and how many slots fit the chip. Does not know 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import bool_
+from tilejit.errors import Span
 from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
@@ -39,6 +41,7 @@ from tilejit.ir.node import (
     walk,
 )
 from tilejit.ir.parts import common_buffers, each_part
+from tilejit.ir.substitution import substituted
 from tilejit.ir.sync import AsyncCommit, AsyncWait, SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.isa.mma import WARP, operand_word
@@ -46,10 +49,15 @@ from tilejit.layout.fragment import FragmentLayout, register, thread
 from tilejit.layout.shared import SharedLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, operand_words
+from tilejit.passes.around import around_exchanges, exchanged, with_moved
 from tilejit.passes.bring import is_inward
+from tilejit.passes.exchange import FEWEST_STAGES
+from tilejit.passes.overlap import Overlap
 from tilejit.passes.pieces import in_round, round_copies
+from tilejit.passes.skew import Mapping, skewed
 
 DEFAULT_STAGES = 3
+SPARE_BYTES = 2048  # of shared memory, for barriers and gaps
 
 
 def pipeline_loops(kernel: Kernel) -> Kernel:
@@ -105,30 +113,72 @@ class _Pipeliner:
             elif is_fed(fresh):  # nobody waits there for what the block's threads copy
                 result.append(_synchronous(fresh))
             else:
-                result += self.loop(fresh, is_repeated)
+                assert isinstance(node, For), "a loop stays one"
+                result += self.loop(fresh, node, is_repeated)
         return tuple(result)
 
-    def loop(self, node: For, is_repeated: bool) -> list[Node]:
+    def loop(self, node: For, old: For, is_repeated: bool) -> list[Node]:
+        """old: the same in the kernel as it was."""
         where = f"pipelined loop at {node.span}" if node.span else "pipelined loop"
         if node.order:
             self.notes.append(f"{where}: order and stage are for asynchronous multiplies")
         split = self.split(node)
         stages = node.num_stages
+        asked = DEFAULT_STAGES if stages is None else stages
         if stages is None:
             stages = self.stages_that_fit(split)
         if stages < 2 or not split.ahead:
-            reason = f"num_stages is {stages}" if split.ahead else "no copy can run ahead"
-            branched = [n for n in in_round(node.body) if n not in node.body and is_inward(n)]
-            filled = dict.fromkeys(b.name for n in branched for b in n.writes)
-            if filled and not split.ahead:
-                reason += f": what fills {', '.join(filled)} stands in a branch"
-            self.notes.append(f"{where}: serial, {reason}")
-            return [_synchronous(replace(node, kind=LoopKind.SERIAL))]
+            overlap = None if split.ahead else self.overlap(old, split, asked, where)
+            serial = "" if overlap else "serial, "
+            self.notes.append(f"{where}: {serial}{self.obstacle(node, split, stages)}")
+            if overlap is None:
+                return [_synchronous(replace(node, kind=LoopKind.SERIAL))]
+            return self.expand_overlapped(node, split, stages, overlap)
         names = ", ".join(b.name for b in split.buffers)
         self.notes.append(f"{where}: {stages} slots of {names}")
         # the last round of the time before may still read the slots that are filled first
         meeting = [SyncThreads(inserted=True, span=node.span)] if is_repeated else []
+        overlap = self.overlap(old, split, stages, where)
+        if overlap is not None:
+            return [*meeting, *self.expand_overlapped(node, split, stages, overlap)]
         return [*meeting, *self.expand(node, split, stages)]
+
+    def obstacle(self, node: For, split: _Split, stages: int) -> str:
+        """Why a loop's copies do not run ahead."""
+        if split.ahead:
+            return f"num_stages is {stages}"
+        branched = [n for n in in_round(node.body) if n not in node.body and is_inward(n)]
+        filled = dict.fromkeys(b.name for n in branched for b in n.writes)
+        where = f": what fills {', '.join(filled)} stands in a branch" if filled else ""
+        return f"no copy can run ahead{where}"
+
+    def overlap(self, node: For, split: _Split, stages: int, where: str) -> Overlap | None:
+        """How the loop's rounds overlap around exchanges between blocks, if it has any."""
+        names = ", ".join(dict.fromkeys(n.given.buffer.name for n in exchanged(split.rest)))
+        if not names:
+            return None
+        found = around_exchanges(node, split.rest, stages, self.kernel)
+        if isinstance(found, Overlap) and self.common & set(found.pairs):
+            found = f"threads in other roles use {_names(found.pairs)}"
+        elif isinstance(found, Overlap) and not self.holds(split, stages, found.pairs):
+            found = f"shared memory is too small for two of {_names(found.pairs)}"
+        if isinstance(found, str):
+            self.notes.append(f"{where}: rounds wait for exchanges of {names}: {found}")
+            return None
+        pairs = f", with two of {_names(found.pairs)}" if found.pairs else ""
+        self.notes.append(f"{where}: rounds overlap around exchanges of {names}{pairs}")
+        self.fragments.update(with_moved(self.kernel, found).fragments)
+        return found
+
+    def holds(self, split: _Split, stages: int, pairs: Sequence[Buffer]) -> bool:
+        """Whether shared memory has room for slots, and for two tiles each of the pairs."""
+        if not pairs:
+            return True
+        assert self.kernel.target is not None
+        times = dict.fromkeys(split.buffers, stages) | dict.fromkeys(pairs, 2)
+        bytes_ = sum(layout.bytes * times.get(b, 1) for b, layout in self.shared.items())
+        free = self.kernel.target.shared_bytes // self.kernel.given.min_blocks
+        return bytes_ + SPARE_BYTES <= free
 
     # ---- what may run ahead -----------------------------------------------------------------
 
@@ -226,21 +276,10 @@ class _Pipeliner:
         """Prologue: fill all slots but one. Each iteration: wait for its slot, meet (everyone has
         then left the slot used before), start filling that one, work on its own."""
         slotted = {b: self.with_slots(b, stages) for b in split.buffers}
+        prologue, fill = self.fills(node, split, slotted, stages)
         iteration = self.iteration(node)
-        prologue: list[Node] = []
-        for s in range(stages - 1):
-            value = arith("add", node.start, s * node.step)
-            filled = self.ahead_at(split, node, slotted, value, index(s))
-            prologue += [*self.guarded(node, value, filled), AsyncCommit(span=node.span)]
-        later = arith("add", node.var, (stages - 1) * node.step)
-        next_slot = arith("floormod", arith("add", iteration, stages - 1), stages)
-        filled = self.ahead_at(split, node, slotted, self.existing(node, later), next_slot)
         own = arith("floormod", iteration, stages)
-        arrival: Body = (
-            AsyncWait(pending=stages - 2, span=node.span),
-            SyncThreads(inserted=True, span=node.span),
-        )
-        fill: Body = (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
+        arrival = _arrival(stages - 2, node.span)
         work = [_synchronous(into_slot(n, slotted, own)) for n in split.rest]
         if carries_operands(split):
             following = arith("floormod", arith("add", iteration, 1), stages)
@@ -262,6 +301,58 @@ class _Pipeliner:
             body = (*arrival, *fill, *work)
         steady = replace(node, kind=LoopKind.SERIAL, body=body, num_stages=0)
         return [*prologue, steady, AsyncWait(pending=0, span=node.span)]
+
+    def fills(
+        self, node: For, split: _Split, slotted: dict[Buffer, Buffer], stages: int
+    ) -> tuple[list[Node], Body]:
+        """What fills all slots but one before the loop, and what each iteration fills of the one
+        that the iteration before it has left."""
+        prologue: list[Node] = []
+        for s in range(stages - 1):
+            value = arith("add", node.start, s * node.step)
+            filled = self.ahead_at(split, node, slotted, value, index(s))
+            prologue += [*self.guarded(node, value, filled), AsyncCommit(span=node.span)]
+        later = arith("add", node.var, (stages - 1) * node.step)
+        next_slot = arith("floormod", arith("add", self.iteration(node), stages - 1), stages)
+        filled = self.ahead_at(split, node, slotted, self.existing(node, later), next_slot)
+        return prologue, (*self.guarded(node, later, filled), AsyncCommit(span=node.span))
+
+    def expand_overlapped(
+        self, node: For, split: _Split, stages: int, overlap: Overlap
+    ) -> list[Node]:
+        """The same where a round uses its own slot and the next one's. Each waits for the latter;
+        of three slots the third is filled before that, so that something is always on its way."""
+        pairs = {b: self.with_two(b) for b in overlap.pairs}
+        slotted = {b: self.with_slots(b, stages) for b in split.buffers}
+        iteration, meeting = self.iteration(node), SyncThreads(inserted=True, span=node.span)
+        prologue: list[Node] = []
+        start: Body = ()
+        own, turn = arith("floormod", iteration, stages or 1), arith("floormod", iteration, 2)
+        if split.buffers:
+            prologue, fill = self.fills(node, split, slotted, stages)
+            prologue += _arrival(stages - 2, node.span)
+            if stages > FEWEST_STAGES:
+                start = (*_arrival(stages - 3, node.span), *fill)
+            else:
+                start = (meeting, *fill, *_arrival(stages - 2, node.span))
+
+        def part(mapping: Mapping) -> Body:
+            nodes: list[Node] = []
+            for n, is_ahead in overlap.order:
+                if is_ahead in mapping:
+                    fresh = into_slot(into_slot(n, slotted, own), pairs, turn)
+                    nodes += substituted((_synchronous(fresh),), mapping[is_ahead])
+            return tuple(nodes)
+
+        rounds = skewed(node, overlap, part, lambda mapping: (*start, *part(mapping)), part)
+        ended = [AsyncWait(pending=0, span=node.span)] if split.buffers else []
+        return [*prologue, *rounds, *ended]
+
+    def with_two(self, buffer: Buffer) -> Buffer:
+        """Two tiles in place of one. The block's threads fill them, and meet as for any other."""
+        fresh, layout = with_slots(buffer, self.shared.pop(buffer), 2)
+        self.shared[fresh] = layout
+        return fresh
 
     def operand_registers(self, node: Node) -> Buffer:
         """Registers that carry a multiply's operands from one iteration to the next."""
@@ -321,6 +412,15 @@ class _Pipeliner:
         if int_value(exists) is not None and exists.dtype is bool_:
             return body if int_value(exists) else ()
         return (If(condition=exists, then=body, span=node.span),)
+
+
+def _names(buffers: Iterable[Buffer]) -> str:
+    return ", ".join(b.name for b in buffers)
+
+
+def _arrival(pending: int, span: Span | None) -> Body:
+    """Where all threads know that all but the last so many copies have come."""
+    return AsyncWait(pending=pending, span=span), SyncThreads(inserted=True, span=span)
 
 
 def with_slots(buffer: Buffer, layout: SharedLayout, slots: int) -> tuple[Buffer, SharedLayout]:

@@ -27,6 +27,7 @@ from tilejit.ir.node import (
 )
 from tilejit.ir.parts import part_kernel, roles_of
 from tilejit.ir.sync import Control, ControlOp
+from tilejit.ops.cluster import ClusterExchange
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
@@ -68,7 +69,7 @@ def _wanted(body: Body) -> set[Buffer]:
         inner = node.bodies if isinstance(node, For | While | If | Part) else ()
         needed = set().union(*map(_wanted, inner)) if inner else _needed(node)
         found |= needed - made
-        made |= _made_anew(node)
+        made |= made_anew(node)
     return found
 
 
@@ -90,7 +91,7 @@ def most_words(nodes: Sequence[Node], loop: For, kernel: Kernel) -> float:
     used = _fragments(_used(loop.body))
     through = before & ended - used
     size = {b: f.registers * b.dtype.bytes / 4 for b, f in kernel.fragments.items()}
-    read, made = [_needed(n) for n in nodes], [_made_anew(n) for n in nodes]
+    read, made = [_needed(n) for n in nodes], [made_anew(n) for n in nodes]
     after = ended & used
     wanted = [after] * len(nodes)
     live = after
@@ -147,10 +148,10 @@ def _needed(node: Node) -> set[Buffer]:
     if isinstance(node, Gemm):
         sums = [] if node.clear and node.acc.is_whole else [node.acc.buffer]
         return _fragments([node.a.buffer, node.b.buffer, *sums])
-    return _fragments(all_reads(node) | all_writes(node)) - _made_anew(node)
+    return _fragments(all_reads(node) | all_writes(node)) - made_anew(node)
 
 
-def _made_anew(node: Node) -> set[Buffer]:
+def made_anew(node: Node) -> set[Buffer]:
     """Fragments of which a node surely writes every element, without reading any."""
     if isinstance(node, Gemm):
         return _fragments([node.acc.buffer] if node.clear and node.acc.is_whole else [])
@@ -166,6 +167,8 @@ def fills(node: Node, buffer: Buffer) -> bool:
         return all(any(fills(n, buffer) for n in body) for body in node.bodies)
     if isinstance(node, Copy | Fill | Reduce):
         return node.dst.buffer is buffer and node.dst.is_whole
+    if isinstance(node, ClusterExchange):
+        return node.result.buffer is buffer and node.result.is_whole
     if not isinstance(node, Parallel) or node.extents != buffer.extents:
         return False
     stores = [n for n in node.body if isinstance(n, Store) and n.buffer is buffer]

@@ -1,5 +1,4 @@
-"""Writes out loops whose rounds overlap: the first iteration's part that runs ahead, the rounds,
-and the rest of the last iteration.
+"""Writes out the rounds of loops that overlap, where producers bring tiles.
 
 Knows where a round waits for tiles and leaves slots, and when warpgroups take turns. Does not know
 which nodes run ahead, nor why.
@@ -12,7 +11,7 @@ from dataclasses import replace
 
 from tilejit.errors import Span
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Expr, Var, arith, cast, index, int_value
+from tilejit.ir.expr import Expr, Var, arith, index
 from tilejit.ir.node import Body, For, If, LoopKind, Node
 from tilejit.ir.substitution import substituted
 from tilejit.ir.sync import BarrierWait, Control, ControlOp, SyncThreads
@@ -21,6 +20,7 @@ from tilejit.passes.channels import Channel, counted
 from tilejit.passes.overlap import Flight, Overlap
 from tilejit.passes.pipeline import into_slot
 from tilejit.passes.registers import GROUP
+from tilejit.passes.skew import Mapping, skewed
 
 TURN_BARRIER = 9  # the hardware barrier of the first warpgroup that takes turns
 
@@ -35,27 +35,16 @@ def overlapped(
 ) -> list[Node]:
     """The loop's rounds. channels: of what the loop brings. turns: warpgroups that take turns to
     multiply, or 0. made: what threads of the kernel write in shared memory."""
-    dtype, span = loop.var.dtype, loop.span
-    serial = replace(loop, kind=LoopKind.SERIAL, num_stages=0)
 
-    def part(mapping: dict[bool, dict[Var, Expr]], ahead: int = 0, turns: int = 0) -> Body:
+    def part(mapping: Mapping, ahead: int = 0, turns: int = 0) -> Body:
         return _Round(overlap, channels, thread, mapping, ahead, turns, made).body()
 
     if not overlap.part(True):
+        serial = replace(loop, kind=LoopKind.SERIAL, num_stages=0)
         return [replace(serial, body=part({False: {}}))]
-    runs = arith("lt" if loop.step > 0 else "gt", loop.start, loop.stop)
-    mine: dict[Var, Expr] = {v: again(v) for n in overlap.repeated for v in n.defines}
-    following = cast(arith("add", loop.var, loop.step), dtype)
-    last = cast(_last(loop), dtype)
-    opening = part({True: {loop.var: cast(loop.start, dtype)}})
-    steady = part({True: {loop.var: following}, False: mine}, 1, turns)
-    closing = part({False: {loop.var: last, **mine}})
-    stop = cast(arith("sub", loop.stop, loop.step), dtype)
     return [
-        *(_met(span) if turns and overlap.used_in_turn & set(made) else ()),
-        *_where(runs, opening, span),
-        replace(serial, stop=stop, body=steady),
-        *_where(runs, closing, span),
+        *(_met(loop.span) if turns and overlap.used_in_turn & set(made) else ()),
+        *skewed(loop, overlap, part, lambda mapping: part(mapping, 1, turns), part),
     ]
 
 
@@ -83,7 +72,7 @@ class _Round:
         overlap: Overlap,
         channels: Sequence[Channel],
         thread: Var,
-        mapping: dict[bool, dict[Var, Expr]],
+        mapping: Mapping,
         ahead: int,
         turns: int,
         made: Collection[Buffer],
@@ -164,24 +153,3 @@ def _turn_barrier(group: Expr, is_arrival: bool) -> SyncThreads:
     """Where a warpgroup waits for its turn, and another one says that it has come."""
     number = arith("add", group, TURN_BARRIER)
     return SyncThreads(inserted=True, number=number, threads=2 * GROUP, is_arrival=is_arrival)
-
-
-def again(var: Var) -> Var:
-    """Another variable of the same name and range."""
-    return Var(var.name, var.dtype, var.kind, var.low, var.high)
-
-
-def _last(loop: For) -> Expr:
-    """The variable's value in the last iteration."""
-    if abs(loop.step) == 1:
-        return arith("sub", loop.stop, loop.step)
-    span = arith("sub", arith("sub", loop.stop, loop.start), 1 if loop.step > 0 else -1)
-    rounds = arith("floordiv", span, loop.step)
-    return arith("add", loop.start, arith("mul", rounds, loop.step))
-
-
-def _where(condition: Expr, body: Body, span: Span | None) -> list[Node]:
-    known = int_value(condition)
-    if known is not None:
-        return list(body) if known else []
-    return [If(condition=condition, then=body, span=span)]

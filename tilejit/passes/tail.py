@@ -29,8 +29,8 @@ from tilejit.passes.epilogue import Strips
 from tilejit.passes.late import rounds_of
 from tilejit.passes.pieces import only_brings
 from tilejit.passes.registers import GROUP
-from tilejit.passes.rounds import again
 from tilejit.passes.rowwise import of_row, parted
+from tilejit.passes.skew import again
 
 ROUNDS = 3  # iterations that are done row by row: in their time a row's results leave
 
