@@ -24,6 +24,9 @@ from tilejit import device_name, has_gpu, options, tilejit
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132  # of an H100 or H200: how many blocks go through the rows of a gradient
 MOST = 262_144  # elements of a row
+VECTOR = 8  # elements of 16 bits that a thread reads or writes at once
+LINE = 64  # of them that memory and cache hold together
+WARP = 32
 EPS = {"rms_norm": 1e-6, "layer_norm": 1e-5}
 
 
@@ -35,6 +38,7 @@ class Plan:
     time; 0 for blocks that have one group of rows each. kept: how many of W and B stay in shared
     memory for all rows of a block; the others come from L2 for each. turns: clusters for each that
     runs at once: multiprocessors are not equally fast, and who is done first takes the next.
+    is_free: clusters stay, and each takes the next row when it is free.
     """
 
     BM: int
@@ -44,6 +48,7 @@ class Plan:
     stages: int = 0
     kept: int = 0
     turns: int = 1
+    is_free: bool = False
 
     @property
     def workers(self):
@@ -63,7 +68,7 @@ class Plan:
     @property
     def options(self):
         options = asdict(self) | {"workers": self.workers if self.stages else 0}
-        del options["turns"]
+        del options["turns"], options["is_free"]
         return {name: value for name, value in options.items() if name != "kept" or value}
 
 
@@ -75,7 +80,7 @@ def rows_for(N):
 def forward_plan(N, name):
     """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way; of long
     rows 64 and 512. Of the longest, whose weights would come from L2 for each row anew, the next
-    row is brought meanwhile, and one weight stays."""
+    rows are brought meanwhile, and one weight stays."""
     has_masks = N & N - 1 != 0  # which take registers
     if N <= 8192:
         return Plan(rows_for(N), 256, 1, 3 if has_masks and name != "softmax" else 4)
@@ -86,11 +91,16 @@ def forward_plan(N, name):
         return Plan(1, 256, cluster_for(N, most), resident - has_masks)
     if N <= 16384:
         return Plan(1, 256, 1, 2)
-    if N <= 32768 and name == "rms_norm":
+    if N < 32768 and name == "rms_norm":
         return Plan(1, 256, 2, 2)
+    blocks, halves = cluster_for(N, 32768), cluster_for(N, 16384)
+    if N % (LINE * 512 // WARP * blocks) == 0:  # no masks
+        if N <= 32768 or (name == "layer_norm" and N > 131072):
+            return Plan(1, 512, blocks, 1, stages=2, kept=1, is_free=True)
+        return Plan(1, 256, halves, 2, stages=2, kept=1, is_free=True)
     kept = 1 if name == "layer_norm" or N <= 65536 else 0
     turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
-    return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept, turns=turns)
+    return Plan(1, 512, blocks, 1, stages=2, kept=kept, turns=turns)
 
 
 def backward_plan(N, name):
@@ -122,9 +132,70 @@ def cluster_for(N, most):
     return blocks
 
 
-def part_of(N, blocks):
-    """Columns of a row that each block of a cluster takes: whole vectors of 16 bytes."""
-    return N if blocks == 1 else T.ceildiv(T.ceildiv(N, blocks), 8) * 8
+def part_of(N, blocks, threads=0):
+    """Columns of a row that each block of a cluster takes: whole vectors of 16 bytes. threads: of
+    blocks whose warps bring a piece each, of whole lines of 128 bytes."""
+    if blocks == 1 and not threads:
+        return N
+    unit = LINE * threads // WARP if threads else VECTOR
+    return T.ceildiv(T.ceildiv(N, blocks), unit) * unit
+
+
+class FreeRows:
+    """The rows of a cluster: two in a fixed order, and then the next one that none has taken, each
+    time when it is done with one. Two are on their way at a time.
+
+    TAKEN[0] counts what has been taken so. One thread of a cluster adds to it when a row begins,
+    and what it learns goes to the other blocks with the row's statistics. Each row that is worked
+    on takes one: the last to do so leaves the count as it was.
+    """
+
+    def __init__(self, X, TAKEN, x, first, column, workers, threads):
+        (_, part), warps = x.shape, threads // WARP
+        self.X, self.TAKEN, self.x, self.column, self.workers = X, TAKEN, x, column, workers
+        self.thread, self.width = T.get_thread_binding(), part // warps
+        self.pieces = T.alloc_shared((2, warps, 1, self.width), X.dtype)  # each warp brings one
+        self.tile = T.SharedBuffer((2, 1, part), X.dtype, data=self.pieces)
+        self.full = T.alloc_barrier([warps, warps])
+        self.number, self.claim = T.alloc_shared((1,), "int32"), T.alloc_fragment((1,), "int32")
+        self.row = T.alloc_var("int32", init=first)
+        self.following = T.alloc_var("int32", init=first + workers)
+        self.count = T.alloc_var("int32", init=0)
+        T.fill(self.number, 0)
+        self.bring(first, 0)
+        self.bring(first + workers, 1)
+
+    @T.macro
+    def bring(self, row, slot):
+        """Start to bring a row, if it exists, to a slot that all threads have left."""
+        piece = self.thread // WARP
+        if T.shuffle_elect(WARP):
+            if row < self.X.shape[0]:
+                place = self.X[row, self.column + piece * self.width]
+                T.tma_copy(place, self.pieces[slot, piece, :, :], barrier=self.full[slot])
+                T.mbarrier_arrive(self.full[slot])
+
+    @T.macro
+    def begin(self):
+        """Take a row for later, and wait for the one that is next."""
+        slot = self.count[0] % 2
+        if (self.thread == 0) & (T.block_rank_in_cluster() == 0):
+            self.number[0] = T.atomic_add(self.TAKEN[0], 1, return_prev=True)
+            if self.number[0] == self.X.shape[0] - 1:
+                self.TAKEN[0] = 0
+        T.mbarrier_wait_parity(self.full[slot], self.count[0] // 2 & 1)
+        T.copy(self.tile[slot, :, :], self.x)
+
+    def exchange(self):
+        """Tell all blocks what has been taken, and bring it: all threads have read this row."""
+        T.copy(self.number, self.claim)
+        T.cluster_reduce(self.claim)
+        self.bring(self.claim[0] + 2 * self.workers, self.count[0] % 2)
+
+    def end(self):
+        self.row[0] = self.following[0]
+        self.following[0] = self.claim[0] + 2 * self.workers
+        self.count[0] = self.count[0] + 1
 
 
 @T.macro
@@ -192,7 +263,7 @@ def kept_weights(tensors, part, column, kept):
 
 
 @T.macro
-def rms_norm_rows(x, w, Y, S, row, column, eps):
+def rms_norm_rows(x, w, Y, S, row, column, eps, free=None):
     BM, part = x.shape
     N = Y.shape[1]
     square = T.alloc_fragment((BM, part), "float32")
@@ -201,6 +272,8 @@ def rms_norm_rows(x, w, Y, S, row, column, eps):
         square[i, j] = T.cast(x[i, j], "float32") * T.cast(x[i, j], "float32")
     T.reduce_sum(square, s, dim=1)
     T.cluster_reduce(s)
+    if free is not None:
+        free.exchange()
     for i in T.Parallel(BM):
         s[i] = T.rsqrt(s[i] / N + eps)
     if column == 0:
@@ -211,19 +284,26 @@ def rms_norm_rows(x, w, Y, S, row, column, eps):
 
 @tilejit(fast_math=True)
 def rms_norm(
-    X: T.Tensor, W: T.Tensor, Y: T.Tensor, S: T.Tensor,
+    X: T.Tensor, W: T.Tensor, Y: T.Tensor, S: T.Tensor, TAKEN: T.Tensor = None,
     *, eps=1e-6, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
 ):  # fmt: skip
     """S = 1 / sqrt(mean(X * X) + eps) of each row, Y = X * S * W. X, Y: (M, N); W: (N,); S: (M,)
-    float32. Rows are divided as by `softmax`."""
+    float32. Rows are divided as by `softmax`; with TAKEN, an int32 that is 0 before and after,
+    each of `workers` clusters takes the next one when it is free (N in whole vectors)."""
     M, N = X.shape
-    part, groups = part_of(N, blocks), T.ceildiv(M, BM)
+    part, groups = part_of(N, blocks, 0 if TAKEN is None else threads), T.ceildiv(M, BM)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
         (w,) = kept_weights((W,), part, column, kept)
-        if stages:
+        if TAKEN is not None:
+            free = FreeRows(X, TAKEN, x, first, column, workers, threads)
+            with T.While(lambda: free.row[0] < M):
+                free.begin()
+                rms_norm_rows(x, w, Y, S, free.row[0], column, eps, free)
+                free.end()
+        elif stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
@@ -236,7 +316,7 @@ def rms_norm(
 
 
 @T.macro
-def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
+def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
     """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
     one exchange between the blocks of a cluster, and no difference of large numbers. Blocks weigh
     as much as they have of a full part."""
@@ -268,6 +348,9 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
         share = T.alloc_fragment((BM, blocks), "float32")
         T.cluster_gather(mean, means)
         T.cluster_gather(s, squares)
+    if free is not None:
+        free.exchange()
+    if blocks > 1:
         for i, c in T.Parallel(BM, blocks):
             share[i, c] = means[i, c] * (columns(c) / part)
         T.reduce_sum(share, mean, dim=1)
@@ -291,18 +374,24 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps):
 @tilejit(fast_math=True)
 def layer_norm(
     X: T.Tensor, W: T.Tensor, B: T.Tensor, Y: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
-    *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
+    TAKEN: T.Tensor = None, *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
 ):  # fmt: skip
     """Y = (X - MEAN) * S * W + B, with the mean and 1 / sqrt(variance + eps) of each row. X, Y:
-    (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `softmax`."""
+    (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `rms_norm`."""
     M, N = X.shape
-    part, groups = part_of(N, blocks), T.ceildiv(M, BM)
+    part, groups = part_of(N, blocks, 0 if TAKEN is None else threads), T.ceildiv(M, BM)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
         weights = kept_weights((W, B), part, column, kept)
-        if stages:
+        if TAKEN is not None:
+            free = FreeRows(X, TAKEN, x, first, column, workers, threads)
+            with T.While(lambda: free.row[0] < M):
+                free.begin()
+                layer_norm_rows(x, *weights, Y, MEAN, S, free.row[0], column, blocks, eps, free)
+                free.end()
+        elif stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
@@ -466,7 +555,9 @@ def layer_norm_backward(
 def forward(name, x, w, b, plan=None, **more):
     """The result of softmax, rms_norm or layer_norm of a NumPy array, and its statistics."""
     M, N = x.shape
-    knobs = (plan or forward_plan(N, name)).options | more
+    plan = plan or forward_plan(N, name)
+    knobs = plan.options | more
+    taken = (np.zeros(1, np.int32),) if plan.is_free else ()
     y, mean, s = (
         np.full_like(x, np.nan),
         np.full(M, np.nan, np.float32),
@@ -476,9 +567,9 @@ def forward(name, x, w, b, plan=None, **more):
         softmax(x, y, **knobs)
         return y, None, None
     if name == "rms_norm":
-        rms_norm(x, w, y, s, eps=EPS[name], **knobs)
+        rms_norm(x, w, y, s, *taken, eps=EPS[name], **knobs)
         return y, None, s
-    layer_norm(x, w, b, y, mean, s, eps=EPS[name], **knobs)
+    layer_norm(x, w, b, y, mean, s, *taken, eps=EPS[name], **knobs)
     return y, mean, s
 
 

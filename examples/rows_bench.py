@@ -39,14 +39,17 @@ class Tensors:
         self.mean, self.s = (
             torch.full((M,), torch.nan, dtype=torch.float32, device="cuda") for _ in range(2)
         )
+        self.taken = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def forward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
         knobs = plan.options | more
+        taken = (self.taken,) if plan.is_free else ()
         if name == "softmax":
             return lambda: rows.softmax(self.x, self.y, **knobs)
         if name == "rms_norm":
-            return lambda: rows.rms_norm(self.x, self.w, self.y, self.s, **knobs)
-        return lambda: rows.layer_norm(self.x, self.w, self.b, self.y, self.mean, self.s, **knobs)
+            return lambda: rows.rms_norm(self.x, self.w, self.y, self.s, *taken, **knobs)
+        outputs = self.y, self.mean, self.s
+        return lambda: rows.layer_norm(self.x, self.w, self.b, *outputs, *taken, **knobs)
 
     def backward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
         """After `forward` of the same name, which gives what it reads."""

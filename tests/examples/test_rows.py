@@ -59,6 +59,30 @@ def test_any_division_of_rows_is_right(hopper_executor, name, M, N, how, workers
     rows.check_one(name, M, N, rng, plans=(replace(how, stages=0), how), workers=workers)
 
 
+@pytest.mark.parametrize("name", rows.NAMES[1:])
+@pytest.mark.parametrize("N, blocks, threads", [
+    (128, 1, 64), (256, 2, 64), (200, 2, 32), (1024, 4, 128), (72, 4, 32), (1000, 8, 32),
+])  # fmt: skip
+@pytest.mark.parametrize("M, workers", [(1, 1), (7, 1), (2, 3), (4, 2), (23, 3), (6, 3)])
+def test_rows_that_clusters_take_when_they_are_free_are_right(
+    hopper_executor, name, M, workers, N, blocks, threads
+):
+    rng = np.random.default_rng(N)
+    free = replace(plan(threads=threads, blocks=blocks), is_free=True, kept=M % 2)
+    rows.check_one(name, M, N, rng, plans=(free, plan(blocks=blocks)), workers=workers)
+
+
+def test_the_count_of_taken_rows_is_zero_again(hopper_executor):
+    rng = np.random.default_rng(8)
+    x, w = rng.standard_normal((9, 64)).astype(np.float16), np.ones(64, np.float16)
+    y, s, taken = np.empty_like(x), np.empty(9, np.float32), np.zeros(1, np.int32)
+    for _ in range(3):
+        y.fill(np.nan)
+        knobs = {"threads": 32, "blocks": 2, "stages": 2, "workers": 2}
+        rows.rms_norm(x, w, y, s, taken, eps=rows.EPS["rms_norm"], **knobs)
+        assert rows.agree(y, rows.exact_forward("rms_norm", x, w, w)) and taken[0] == 0
+
+
 @pytest.mark.parametrize("name", rows.NAMES)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_other_dtypes(hopper_executor, name, dtype):
@@ -146,8 +170,9 @@ def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
     }
     for name, (ahead, back) in arguments.items():
         forward, backward = rows.forward_plan(N, name), rows.backward_plan(N, name)
+        taken = [T.Tensor((1,), "int32")] if forward.is_free else []
         made = [
-            getattr(rows, name).compile(*ahead, target=HOPPER, **forward.options),
+            getattr(rows, name).compile(*ahead, *taken, target=HOPPER, **forward.options),
             getattr(rows, f"{name}_backward").compile(*back, target=HOPPER, **backward.options),
         ]
         for frame in (frame for kernel in made for frame in kernel.kernels):
