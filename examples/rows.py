@@ -95,9 +95,10 @@ def forward_plan(N, name):
         return Plan(1, 256, 2, 2)
     blocks, halves = cluster_for(N, 32768), cluster_for(N, 16384)
     if N % (LINE * 512 // WARP * blocks) == 0:  # no masks
-        if N <= 32768 or (name == "layer_norm" and N > 131072):
+        if N <= 32768:
             return Plan(1, 512, blocks, 1, stages=2, kept=1, is_free=True)
-        return Plan(1, 256, halves, 2, stages=2, kept=1, is_free=True)
+        kept = 2 if name == "layer_norm" and N > 131072 else 1  # in the place of a row
+        return Plan(1, 256, halves, 2, stages=3 - kept, kept=kept, is_free=True)
     kept = 1 if name == "layer_norm" or N <= 65536 else 0
     turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
     return Plan(1, 512, blocks, 1, stages=2, kept=kept, turns=turns)
@@ -143,27 +144,30 @@ def part_of(N, blocks, threads=0):
 
 class FreeRows:
     """The rows of a cluster: two in a fixed order, and then the next one that none has taken, each
-    time when it is done with one. Two are on their way at a time.
+    time when it is done with one. One or two are on their way at a time, in a slot each: threads
+    keep what they work on in registers.
 
     TAKEN[0] counts what has been taken so. One thread of a cluster adds to it when a row begins,
     and what it learns goes to the other blocks with the row's statistics. Each row that is worked
     on takes one: the last to do so leaves the count as it was.
     """
 
-    def __init__(self, X, TAKEN, x, first, column, workers, threads):
+    def __init__(self, X, TAKEN, x, first, column, workers, threads, slots):
         (_, part), warps = x.shape, threads // WARP
         self.X, self.TAKEN, self.x, self.column, self.workers = X, TAKEN, x, column, workers
         self.thread, self.width = T.get_thread_binding(), part // warps
-        self.pieces = T.alloc_shared((2, warps, 1, self.width), X.dtype)  # each warp brings one
-        self.tile = T.SharedBuffer((2, 1, part), X.dtype, data=self.pieces)
-        self.full = T.alloc_barrier([warps, warps])
+        self.slots = slots
+        self.pieces = T.alloc_shared((slots, warps, 1, self.width), X.dtype)  # each warp brings one
+        self.tile = T.SharedBuffer((slots, 1, part), X.dtype, data=self.pieces)
+        self.full = T.alloc_barrier([warps] * slots)
         self.number, self.claim = T.alloc_shared((1,), "int32"), T.alloc_fragment((1,), "int32")
         self.row = T.alloc_var("int32", init=first)
         self.following = T.alloc_var("int32", init=first + workers)
         self.count = T.alloc_var("int32", init=0)
         T.fill(self.number, 0)
         self.bring(first, 0)
-        self.bring(first + workers, 1)
+        if slots == 2:
+            self.bring(first + workers, 1)
 
     @T.macro
     def bring(self, row, slot):
@@ -178,19 +182,25 @@ class FreeRows:
     @T.macro
     def begin(self):
         """Take a row for later, and wait for the one that is next."""
-        slot = self.count[0] % 2
+        slot = self.count[0] % self.slots
         if (self.thread == 0) & (T.block_rank_in_cluster() == 0):
             self.number[0] = T.atomic_add(self.TAKEN[0], 1, return_prev=True)
             if self.number[0] == self.X.shape[0] - 1:
                 self.TAKEN[0] = 0
-        T.mbarrier_wait_parity(self.full[slot], self.count[0] // 2 & 1)
+        T.mbarrier_wait_parity(self.full[slot], self.count[0] // self.slots & 1)
         T.copy(self.tile[slot, :, :], self.x)
 
-    def exchange(self):
-        """Tell all blocks what has been taken, and bring it: all threads have read this row."""
+    def learn(self):
+        """See what has been taken: threads have met, and all have read this row."""
         T.copy(self.number, self.claim)
+        if self.slots == 1:
+            self.bring(self.following[0], 0)
+
+    def exchange(self):
+        """Tell all blocks what has been taken."""
         T.cluster_reduce(self.claim)
-        self.bring(self.claim[0] + 2 * self.workers, self.count[0] % 2)
+        if self.slots == 2:
+            self.bring(self.claim[0] + 2 * self.workers, self.count[0] % 2)
 
     def end(self):
         self.row[0] = self.following[0]
@@ -271,6 +281,8 @@ def rms_norm_rows(x, w, Y, S, row, column, eps, free=None):
     for i, j in T.Parallel(BM, part):
         square[i, j] = T.cast(x[i, j], "float32") * T.cast(x[i, j], "float32")
     T.reduce_sum(square, s, dim=1)
+    if free is not None:
+        free.learn()
     T.cluster_reduce(s)
     if free is not None:
         free.exchange()
@@ -298,7 +310,7 @@ def rms_norm(
         x = T.alloc_fragment((BM, part), X.dtype)
         (w,) = kept_weights((W,), part, column, kept)
         if TAKEN is not None:
-            free = FreeRows(X, TAKEN, x, first, column, workers, threads)
+            free = FreeRows(X, TAKEN, x, first, column, workers, threads, stages)
             with T.While(lambda: free.row[0] < M):
                 free.begin()
                 rms_norm_rows(x, w, Y, S, free.row[0], column, eps, free)
@@ -342,6 +354,8 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
     T.reduce_sum(square, s, dim=1)
     for i in T.Parallel(BM):
         s[i] = s[i] / part
+    if free is not None:
+        free.learn()
     if blocks > 1:
         means = T.alloc_fragment((BM, blocks), "float32")
         squares = T.alloc_fragment((BM, blocks), "float32")
@@ -374,7 +388,8 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
 @tilejit(fast_math=True)
 def layer_norm(
     X: T.Tensor, W: T.Tensor, B: T.Tensor, Y: T.Tensor, MEAN: T.Tensor, S: T.Tensor,
-    TAKEN: T.Tensor = None, *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
+    TAKEN: T.Tensor = None,
+    *, eps=1e-5, BM=1, threads=256, blocks=1, resident=1, stages=0, kept=0, workers=0,
 ):  # fmt: skip
     """Y = (X - MEAN) * S * W + B, with the mean and 1 / sqrt(variance + eps) of each row. X, Y:
     (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `rms_norm`."""
@@ -386,7 +401,7 @@ def layer_norm(
         x = T.alloc_fragment((BM, part), X.dtype)
         weights = kept_weights((W, B), part, column, kept)
         if TAKEN is not None:
-            free = FreeRows(X, TAKEN, x, first, column, workers, threads)
+            free = FreeRows(X, TAKEN, x, first, column, workers, threads, stages)
             with T.While(lambda: free.row[0] < M):
                 free.begin()
                 layer_norm_rows(x, *weights, Y, MEAN, S, free.row[0], column, blocks, eps, free)

@@ -68,8 +68,10 @@ def test_rows_that_clusters_take_when_they_are_free_are_right(
     hopper_executor, name, M, workers, N, blocks, threads
 ):
     rng = np.random.default_rng(N)
-    free = replace(plan(threads=threads, blocks=blocks), is_free=True, kept=M % 2)
-    rows.check_one(name, M, N, rng, plans=(free, plan(blocks=blocks)), workers=workers)
+    for stages in (1, 2):
+        how = plan(threads=threads, blocks=blocks, stages=stages)
+        free = replace(how, is_free=True, kept=M % 2)
+        rows.check_one(name, M, N, rng, plans=(free, plan(blocks=blocks)), workers=workers)
 
 
 def test_the_count_of_taken_rows_is_zero_again(hopper_executor):
