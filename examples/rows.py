@@ -155,9 +155,9 @@ class FreeRows:
     def __init__(self, X, TAKEN, x, first, column, workers, threads, slots):
         (_, part), warps = x.shape, threads // WARP
         self.X, self.TAKEN, self.x, self.column, self.workers = X, TAKEN, x, column, workers
-        self.thread, self.width = T.get_thread_binding(), part // warps
-        self.slots = slots
-        self.pieces = T.alloc_shared((slots, warps, 1, self.width), X.dtype)  # each warp brings one
+        self.thread, self.piece = T.get_thread_binding(), part // warps
+        self.slots, self.width = slots, threads * VECTOR  # that threads read at once
+        self.pieces = T.alloc_shared((slots, warps, 1, self.piece), X.dtype)  # each warp brings one
         self.tile = T.SharedBuffer((slots, 1, part), X.dtype, data=self.pieces)
         self.full = T.alloc_barrier([warps] * slots)
         self.number, self.claim = T.alloc_shared((1,), "int32"), T.alloc_fragment((1,), "int32")
@@ -172,11 +172,11 @@ class FreeRows:
     @T.macro
     def bring(self, row, slot):
         """Start to bring a row, if it exists, to a slot that all threads have left."""
-        piece = self.thread // WARP
+        warp = self.thread // WARP
         if T.shuffle_elect(WARP):
             if row < self.X.shape[0]:
-                place = self.X[row, self.column + piece * self.width]
-                T.tma_copy(place, self.pieces[slot, piece, :, :], barrier=self.full[slot])
+                place = self.X[row, self.column + warp * self.piece]
+                T.tma_copy(place, self.pieces[slot, warp, :, :], barrier=self.full[slot])
                 T.mbarrier_arrive(self.full[slot])
 
     @T.macro
@@ -189,6 +189,12 @@ class FreeRows:
                 self.TAKEN[0] = 0
         T.mbarrier_wait_parity(self.full[slot], self.count[0] // self.slots & 1)
         T.copy(self.tile[slot, :, :], self.x)
+
+    def pivot(self):
+        """A number amid the block's elements of the row: the mean of a vector of them."""
+        slot = self.count[0] % self.slots
+        some = [T.cast(self.tile[slot, 0, k], "float32") for k in range(VECTOR)]
+        return sum(some[1:], some[0]) / VECTOR
 
     def learn(self):
         """See what has been taken: threads have met, and all have read this row."""
@@ -328,6 +334,30 @@ def rms_norm(
 
 
 @T.macro
+def once_through(x, mean, s, pivot, width):
+    """The mean of a row's elements and of the squares about it, with one meeting of the threads:
+    first about a number amid them, so that differences are of the size of what is left. Where all
+    that varies is in the vector that gives the pivot, the squares lose 11 of float32's 24 bits."""
+    BM, part = x.shape
+    offs, squares = (T.alloc_fragment((BM, width), "float32") for _ in range(2))
+    for i, j in T.Parallel(BM, width):
+        off = x[i, j] - pivot
+        offs[i, j] = off
+        squares[i, j] = off * off
+    for vector in T.unroll(1, part // width):
+        for i, j in T.Parallel(BM, width):
+            off = x[i, vector * width + j] - pivot
+            offs[i, j] += off
+            squares[i, j] += off * off
+    T.reduce_sum(offs, mean, dim=1)
+    T.reduce_sum(squares, s, dim=1)
+    for i in T.Parallel(BM):
+        mean[i] = mean[i] / part
+        s[i] = s[i] / part - mean[i] * mean[i]
+        mean[i] = mean[i] + pivot
+
+
+@T.macro
 def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
     """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
     one exchange between the blocks of a cluster, and no difference of large numbers. Blocks weigh
@@ -343,17 +373,20 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
     square = T.alloc_fragment((BM, part), "float32")
     mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
     shift = T.alloc_fragment((BM,), "float32")
-    T.reduce_sum(x, mean, dim=1)
-    for i in T.Parallel(BM):
-        mean[i] = mean[i] / T.max(columns(column // part), 1)
-    for i, j in T.Parallel(BM, part):
-        off = x[i, j] - mean[i]
-        if is_ragged:
-            off = T.if_then_else(column + j < N, off, 0.0)
-        square[i, j] = off * off
-    T.reduce_sum(square, s, dim=1)
-    for i in T.Parallel(BM):
-        s[i] = s[i] / part
+    if free is None or is_ragged or part % free.width:
+        T.reduce_sum(x, mean, dim=1)
+        for i in T.Parallel(BM):
+            mean[i] = mean[i] / T.max(columns(column // part), 1)
+        for i, j in T.Parallel(BM, part):
+            off = x[i, j] - mean[i]
+            if is_ragged:
+                off = T.if_then_else(column + j < N, off, 0.0)
+            square[i, j] = off * off
+        T.reduce_sum(square, s, dim=1)
+        for i in T.Parallel(BM):
+            s[i] = s[i] / part
+    else:
+        once_through(x, mean, s, free.pivot(), free.width)
     if free is not None:
         free.learn()
     if blocks > 1:

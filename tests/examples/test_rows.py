@@ -126,6 +126,28 @@ def test_statistics_of_layer_norm_are_exact_where_sums_of_squares_would_not_be(
     np.testing.assert_allclose(s, 1 / np.sqrt(wide.var(1) + rows.EPS["layer_norm"]), rtol=2e-5)
 
 
+@pytest.mark.parametrize("N, blocks", [(256, 1), (512, 2), (2048, 4)])
+def test_statistics_that_are_made_in_one_pass_lose_little(hopper_executor, N, blocks):
+    """Rows far from zero, of blocks far from each other, and with all that varies in the first
+    vector, about which squares are summed."""
+    rng = np.random.default_rng(N)
+    x = rng.standard_normal((5, N))
+    x[0] += 1e3
+    x[1] += 1e3 * (np.arange(N) * blocks // N)
+    x[2] = 500
+    x[2, -3:] = -1e3, 2e3, 1e4
+    x[3] = 0
+    x[3, :8] = 1e4
+    x = x.astype(np.float32)
+    one = np.ones(N, np.float32)
+    how = replace(plan(blocks=blocks, threads=32), is_free=True, kept=1)
+    y, mean, s = rows.forward("layer_norm", x, one, one, how, workers=2)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(mean, wide.mean(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(s, 1 / np.sqrt(wide.var(1) + rows.EPS["layer_norm"]), rtol=1e-4)
+    assert rows.agree(y, rows.exact_forward("layer_norm", x, one, one))
+
+
 @pytest.mark.parametrize("name", rows.NAMES)
 def test_gradients_are_the_same_bits_in_every_run(hopper_executor, name):
     rng = np.random.default_rng(5)
