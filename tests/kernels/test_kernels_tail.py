@@ -11,9 +11,10 @@ import pytest
 from products import FLOAT32_STEP, assert_near, assert_product, explained, operand, stored
 
 import tilejit.language as T
-from tilejit import tilejit
+from tilejit import options, tilejit
 from tilejit.passes import late
 from tilejit.runtime import frame
+from tilejit.runtime.device import use_executor
 
 BF16 = ml_dtypes.bfloat16
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -196,6 +197,145 @@ def test_what_is_done_to_elements_first_is_right(hopper, rng, kind, is_parted, s
         exact, sizes = exact + sums, sizes * 66
     assert_near(c, exact, 2 * K * FLOAT32_STEP * sizes)
     assert leaves(finished, a, b, bias, residual, c, kind=kind) == is_parted
+
+
+# ---- what a row must not see of the rows stored before it ---------------------------------------
+
+
+@tilejit
+def updated(
+    A: T.Tensor, B: T.Tensor, R: T.Tensor, X: T.Tensor, Y: T.Tensor, C: T.Tensor, D: T.Tensor,
+    *, kind, BM=256, BN=64, BK=32,
+):  # fmt: skip
+    """C and D begin as X and Y."""
+    M, K = A.shape
+    N = C.shape[1]
+    with T.Kernel(M, threads=64) as row:
+        for j in T.Parallel(N):
+            C[row, j] = X[row, j]
+            D[row, j] = Y[row, j]
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=256) as (bx, by):
+        a, b = T.alloc_shared((BM, BK), A.dtype), T.alloc_shared((BK, BN), B.dtype)
+        tile, part = T.alloc_shared((BM, BN), R.dtype), T.alloc_shared((BN,), R.dtype)
+        acc, other = (T.alloc_fragment((BM, BN), "float32") for _ in range(2))
+        used = T.alloc_fragment((BM, BK), A.dtype)
+        if kind == "from R":
+            T.copy(R[by * BM, bx * BN], acc)
+        else:
+            T.clear(acc)
+        if kind == "operand":
+            for i, j in T.Parallel(BM, BK):
+                a[i, j] = A[by * BM + i, j]
+        for k in T.Pipelined(T.ceildiv(K, BK)):
+            if kind != "operand":
+                T.copy(A[by * BM, k * BK], a)
+            T.copy(B[k * BK, bx * BN], b)
+            T.gemm(a, b, acc)
+        if kind == "in place":
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] += C[by * BM + i, bx * BN + j]
+        elif kind == "first row":
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] += C[by * BM, bx * BN + j]
+        elif kind == "backwards":
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] += D[T.min(by * BM + BM, M) - 1 - i, bx * BN + j]
+        elif kind == "operand":
+            for i, j in T.Parallel(BM, BK):
+                a[i, j] = 1 - A[by * BM + i, j]
+        elif kind == "fragment":
+            T.copy(R[by * BM, bx * BN], other)
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] += other[i, j]
+            T.clear(other)
+            T.copy(other, D[by * BM, bx * BN])
+        elif kind == "tile after":
+            T.copy(R[by * BM, bx * BN], tile)
+        elif kind == "shared":
+            T.copy(R[by, bx * BN + 1 : bx * BN + BN + 1], part)  # no place that TMA reads from
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] += part[BN - 1 - j]
+        elif kind == "some":
+            T.fill(other, 3)
+            for i, j in T.Parallel(BM, BN):
+                if 2 * i < BM + j:
+                    other[i, j] = T.if_then_else(acc[i, j] > 0, acc[i, j], -acc[i, j])
+        if kind == "added":
+            T.atomic_add(C[by * BM, bx * BN], acc, use_tma=True)
+        elif kind == "some":
+            T.copy(other, C[by * BM, bx * BN])
+        else:
+            T.copy(acc, C[by * BM, bx * BN])
+        if kind == "operand":
+            T.copy(a, used)
+            T.copy(used, D[by * BM, 0])
+        elif kind == "tile after":
+            for i, j in T.Parallel(BM, BN):
+                D[by * BM + i, bx * BN + j] = acc[i, j] + tile[i, j]
+        elif kind == "twice":
+            for i, j in T.Parallel(BM, BN):
+                acc[i, j] += C[by * BM, bx * BN + j]
+            T.copy(acc, D[by * BM, bx * BN])
+
+
+@pytest.mark.parametrize("kind, is_parted", [
+    ("in place", False), ("first row", False), ("backwards", True), ("operand", False),
+    ("fragment", False), ("tile after", True), ("shared", True), ("some", True), ("added", True),
+    ("twice", True), ("from R", True),
+])  # fmt: skip
+def test_rows_see_what_they_would_after_the_loop(hopper, rng, monkeypatch, kind, is_parted):
+    monkeypatch.setattr(frame, "SIMULATED_BLOCKS", 1)  # of four tiles
+    inputs, results, error = updates(rng, kind)
+    out = [(z.shape, np.float32) for z in results]
+    found = hopper(updated, *inputs, out=out, kind=kind)
+    for z, wanted in zip(found, results, strict=True):
+        assert_near(z, wanted, error)
+    assert leaves(updated, *inputs, *found, kind=kind) == is_parted
+
+
+@pytest.mark.parametrize("executor", ["reference", "simulator"])
+def test_rows_see_what_they_would_where_arguments_overlap(executor, rng):
+    inputs, (wanted, _), error = updates(rng, "backwards")
+    c = np.full(wanted.shape, np.nan, np.float32)
+    inputs[3] = inputs[4]
+    with use_executor(executor), options(target="sm_90a"):
+        updated(*inputs, c, c, kind="backwards")
+    assert_near(c, wanted, error)
+
+
+def updates(rng, kind):
+    """Arguments of `updated`, what becomes of C and D, and how far these may be from it."""
+    M, N, K = 512, 72, 32 if kind == "operand" else 136
+    a, b, r = (operand(rng, size, BF16) for size in ((M, K), (K, N), (M, N)))
+    x, y = (rng.standard_normal((M, N), np.float32) for _ in range(2))
+    left, right, other, c, d = (z.astype(np.float64) for z in (a, b, r, x, y))
+    product, sizes = left @ right, np.abs(left) @ np.abs(right) + 8
+    if kind in ("in place", "added"):
+        c += product
+    elif kind == "first row":
+        c = product + c[::256].repeat(256, 0)
+    elif kind == "backwards":
+        c = product + d.reshape(2, 256, N)[:, ::-1].reshape(M, N)
+    elif kind == "operand":
+        c, d[:, :K] = product, (1 - left).astype(BF16)
+    elif kind == "fragment":
+        c, d = product + other, np.zeros((M, N))
+    elif kind == "tile after":
+        c, d = product, product + other
+    elif kind == "shared":
+        tiles = np.zeros((2, 129))  # past the tensor's end are zeros
+        tiles[:, :N] = other[:2]
+        parts = np.concatenate([tiles[:, 64:0:-1], tiles[:, :64:-1]], 1)[:, :N]
+        c = product + parts.repeat(256, 0)
+    elif kind == "some":
+        i, j = np.arange(M)[:, None] % 256, np.arange(N) % 64
+        c = np.where(2 * i < 256 + j, np.abs(product), 3)
+    elif kind == "twice":
+        c, d = product, product + product[::256].repeat(256, 0)
+        sizes = 2 * sizes.max()
+    else:
+        c = product + other
+    return [a, b, r, x, y], (c, d), 2 * K * FLOAT32_STEP * sizes
 
 
 # ---- what is not parted -------------------------------------------------------------------------

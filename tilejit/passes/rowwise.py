@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tilejit.dtypes import int32
+from tilejit.ir.aliases import Aliases
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index
 from tilejit.ir.node import If, Let, Load, Node, Parallel, Store, all_reads, all_writes, walk
@@ -24,7 +25,10 @@ _MOVED = (Let, Load, Parallel, Copy, Fill)
 
 
 def parted(
-    nodes: Sequence[Node], acc: Buffer, layouts: Mapping[Buffer, FragmentLayout] | None = None
+    nodes: Sequence[Node],
+    acc: Buffer,
+    aliases: Aliases,
+    layouts: Mapping[Buffer, FragmentLayout] | None = None,
 ) -> tuple[list[Node], list[Parallel]] | None:
     """Nodes that follow the multiplies of `acc`, as those that need none of its elements, which can
     come first, and elementwise loops over all; None where they are something else.
@@ -34,11 +38,11 @@ def parted(
     first: list[Node] = []
     loops: list[Parallel] = []
     carried = {acc}  # fragments whose elements lie as the accumulator's
+    used: set[Buffer] = set()  # by the loops, as the buffers that stand for them
     for node in nodes:
         reads, writes = all_reads(node), all_writes(node)
         if not (reads | writes) & carried:
-            used = {b for loop in loops for b in all_reads(loop) | all_writes(loop)}
-            if not isinstance(node, _MOVED) or writes & used:
+            if not isinstance(node, _MOVED) or {aliases.of(b) for b in writes} & used:
                 return None
             first.append(node)
             continue
@@ -48,6 +52,7 @@ def parted(
         if any(b.scope is not Scope.FRAGMENT for b in all_writes(loop)):
             return None
         carried |= all_writes(loop)
+        used |= {aliases.of(b) for b in reads | writes}
         loops.append(loop)
     return first, loops
 

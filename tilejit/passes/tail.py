@@ -12,15 +12,17 @@ a row is complete: each instruction reads the operands that it reads anyway.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tilejit.ir.buffer import Scope
+from tilejit.ir.aliases import Aliases
+from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, arith, cast
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Body, For, LoopKind, Node, all_reads, all_writes, walk
+from tilejit.ir.node import Body, For, LoopKind, Node, Parallel, all_reads, all_writes, walk
 from tilejit.ir.substitution import substituted
 from tilejit.isa.atom import WgmmaAtom
+from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import is_inward
@@ -77,7 +79,7 @@ def find_tail(
             continue
         acc, source = found.gemm.acc.buffer, stored.copy.src.buffer
         layout = kernel.fragments[acc]
-        parts = parted(found.between, acc, kernel.fragments)
+        parts = _in_rows(kernel, found, stored.copy, kernel.fragments)
         if parts is None or kernel.fragments[source] != layout:
             continue
         first, loops = parts
@@ -94,7 +96,7 @@ def find_tail(
         return Tail(
             loop=found.loop,
             rounds=min(ROUNDS, rounds_of(found.loop)),
-            first=tuple(first),
+            first=tuple(n for n in first if n not in brought),
             rows=tuple(tuple(rows[row]) for row in sorted(rows)),
             passed=frozenset((*found.between, *(n for strip in stored.nodes for n in strip))),
         )
@@ -114,7 +116,28 @@ def rows_in_turn(kernel: Kernel, copy: Copy) -> int:
     found = _multiplying(kernel, begin, brought)
     if found is None or copy.src.buffer.extents != found.gemm.acc.buffer.extents:
         return 1
-    return found.atom.rows if parted(found.between, found.gemm.acc.buffer) else 1
+    return found.atom.rows if _in_rows(kernel, found, copy) else 1
+
+
+def _in_rows(
+    kernel: Kernel,
+    found: _Found,
+    stored: Copy,
+    layouts: Mapping[Buffer, FragmentLayout] | None = None,
+) -> tuple[list[Node], list[Parallel]] | None:
+    """What stands between a loop and the copy that stores, `parted`; None where rows would not
+    become what they are after the whole loop: operands stay as they are until the last row is
+    multiplied, and what is stored is read by no row, for another one may have been stored before.
+    """
+    aliases, gemm = Aliases(kernel), found.gemm
+    parts = parted(found.between, gemm.acc.buffer, aliases, layouts)
+    if parts is None:
+        return None
+    first, loops = parts
+    operands, tensor = {gemm.a.buffer.root, gemm.b.buffer.root}, aliases.of(stored.dst.buffer)
+    if any(b.root in operands for n in first for b in all_writes(n)):
+        return None
+    return None if any(aliases.of(b) is tensor for n in loops for b in all_reads(n)) else parts
 
 
 def _multiplying(kernel: Kernel, end: int, brought: Collection[Node]) -> _Found | None:
