@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tilejit.language as T
-from tilejit import passes, tilejit
+from tilejit import options, passes, tilejit
 from tilejit.ir.node import walk
 from tilejit.ir.sync import Control, ControlOp
 from tilejit.passes import exchange
@@ -379,6 +379,73 @@ def test_tiles_that_roles_read_are_one(hopper, rng):
     specs = T.Tensor(a.shape, "float16"), T.Tensor((5, 66), "float32"), T.Tensor((1, 66), "float16")
     text = kernel.compile(*specs, target="sm_90a").explain()
     assert "threads in other roles use tile" in text
+
+
+@tilejit
+def noting(A: T.Tensor, B: T.Tensor, P: T.Tensor, *, how, stages=3):
+    """P: what runs ahead notes of each row; B: that, and the row's sum over both blocks."""
+    M, N = A.shape[0], A.shape[1] // 2
+    with T.Kernel(2, threads=32, cluster=2) as block:
+        tile = T.alloc_shared((N,), A.dtype)
+        x, y = T.alloc_fragment((N,), "float32"), T.alloc_fragment((N,), "float32")
+        total, rows = T.alloc_fragment((1,), "float32"), T.alloc_var("int32", init=0)
+        for r in T.Pipelined(M, num_stages=stages):
+            T.copy(A[r, block * N], tile)
+            T.copy(tile, x)
+            if how == "in part":  # what is not written stays undefined, and is not read
+                for j in T.Parallel(N):
+                    if j % 3 != 1:
+                        y[j] = x[j]
+                for j in T.Parallel(N):
+                    x[j] = T.if_then_else(j % 3 != 1, y[j], 0)
+            elif how == "row before" and r > 0:
+                for j in T.Parallel(N):
+                    x[j] += P[r - 1, block * N + j]
+            elif how == "count":
+                rows = rows + 1
+            if how != "row before":
+                for j in T.Parallel(N):
+                    P[r, block * N + j] = x[j] + 1
+            T.reduce_sum(x, total, dim=0)
+            T.cluster_reduce(total)
+            if how == "row before":
+                for j in T.Parallel(N):
+                    P[r, block * N + j] = x[j]
+            for j in T.Parallel(N):
+                B[r, block * N + j] = P[r, block * N + N - 1 - j] * total[0] + rows
+
+
+@pytest.mark.parametrize("M", [1, 6])
+@pytest.mark.parametrize("how, overlaps", [
+    ("plain", True), ("in part", True), ("count", True), ("row before", False),
+])  # fmt: skip
+def test_tensors_that_one_part_writes_and_the_other_reads(hopper, rng, how, overlaps, M):
+    a = rng.integers(-3, 4, (M, 66)).astype(np.float32)
+    b, p = hopper(noting, a, out=[(a.shape, a.dtype)] * 2, how=how)
+    x = a.astype(np.float64)
+    if how == "in part":
+        x = x * (np.arange(66) % 33 % 3 != 1)
+    elif how == "row before":
+        x = x.cumsum(0)
+    noted = x + (how != "row before")
+    backwards = noted.reshape(M, 2, 33)[:, :, ::-1].reshape(M, 66)
+    rows = np.arange(1, M + 1)[:, None] if how == "count" else 0
+    assert (p == noted).all() and (b == backwards * x.sum(1, keepdims=True) + rows).all()
+    text = explained(noting, (6, 66), (6, 66), (6, 66), how=how).explain()
+    assert (OVERLAP in text) == overlaps
+
+
+@pytest.mark.parametrize("executor", ["reference", "simulator"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_rows_that_are_centred_in_place(executor, rng, keeps):
+    """What the kernel writes is not brought ahead of that."""
+    a = rng.integers(-9, 10, (7, 38)).astype(np.float32)
+    wanted = a - a.astype(np.float64).mean(1, keepdims=True)
+    sums, total = np.full((2, 38), np.nan, np.float32), [a[::2].sum(0), a[1::2].sum(0)]
+    with use_executor(executor), options(target="sm_90a"):
+        centred(a, a, sums, keeps=keeps)
+    np.testing.assert_allclose(a, wanted, atol=1e-5)
+    assert (sums == total).all()
 
 
 # ---- where rounds must stay one after the other --------------------------------------------------
