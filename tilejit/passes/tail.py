@@ -85,7 +85,8 @@ def find_tail(
         first, loops = parts
         if source not in {acc, *(b for n in loops for b in all_writes(n))}:
             continue
-        if any(b.root in slotted for n in found.between for b in all_reads(n) | all_writes(n)):
+        others = [n for n in found.between if n not in brought]
+        if any(b.root in slotted for n in others for b in all_reads(n) | all_writes(n)):
             continue  # it waits for what it reads, at a place of its own; products still read slots
         rows: dict[int, list[Body]] = {}
         for (row, _), nodes in zip(stored.places, stored.nodes, strict=True):
