@@ -148,6 +148,20 @@ def test_statistics_that_are_made_in_one_pass_lose_little(hopper_executor, N, bl
     assert rows.agree(y, rows.exact_forward("layer_norm", x, one, one))
 
 
+@pytest.mark.parametrize("name", rows.NAMES[1:])
+@pytest.mark.parametrize("N, blocks, threads", [(4096, 2, 64), (2048, 16, 32)])
+def test_pieces_of_several_boxes_and_the_largest_clusters_are_right(
+    hopper_executor, name, N, blocks, threads
+):
+    rng = np.random.default_rng(N)
+    for kept, stages in ((1, 2), (1 + (name == "layer_norm"), 1)):
+        how = plan(threads=threads, blocks=blocks, stages=stages)
+        free = replace(how, is_free=True, kept=kept)
+        x, w, b = (rng.standard_normal(s).astype(np.float16) for s in ((7, N), N, N))
+        y, _, _ = rows.forward(name, x, w, b, free, workers=2)
+        assert rows.agree(y, rows.exact_forward(name, x, w, b))
+
+
 @pytest.mark.parametrize("name", rows.NAMES)
 def test_gradients_are_the_same_bits_in_every_run(hopper_executor, name):
     rng = np.random.default_rng(5)
