@@ -6,6 +6,7 @@ Knows what such a loop computes, of whole numbers, exactly. Does not know how it
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -85,7 +86,24 @@ def drawn(seed: int) -> Plan:
 
 
 def pipeline(seed: int) -> Program:
-    plan = drawn(seed)
+    return _program(drawn(seed), seed)
+
+
+def in_rows(seed: int) -> Program:
+    """Loops that only multiply, of warpgroups with two or three rows of instructions."""
+    plan, w = drawn(seed), random.Random(f"rows {seed}")
+    threads, each = 256, w.choice([2, 2, 3])
+    BM, (_, N, K) = threads // 128 * 64 * each, plan.size
+    M = BM * w.choice([1, 2]) - w.choice([0, 0, 40, 77])
+    fresh = dataclasses.replace(
+        plan, tile=(BM, *plan.tile[1:]), size=(M, N, K), threads=threads, left="tma", right="tma",
+        guard="", extra=w.choice(["", "", "", "row"]), two_levels=False, repeats=1,
+        kind="T.Pipelined", stages=w.choice([None, None, 2, 3, 4]),
+    )  # fmt: skip
+    return _program(fresh, seed)
+
+
+def _program(plan: Plan, seed: int) -> Program:
     rng = np.random.default_rng(seed)
     limit = plan.types[3]
     M, N, K = plan.size
