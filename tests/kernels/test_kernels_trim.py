@@ -55,6 +55,17 @@ def test_absent_rows_are_not_brought_and_are_zeros(hopper, rng, M, BM, threads):
     assert says == (M < BM)
 
 
+@pytest.mark.parametrize("M, trimmed", [(264, True), (307, False), (312, True), (383, False)])
+def test_more_rows_than_a_box_has_are_trimmed_where_boxes_fit(hopper, rng, M, trimmed):
+    a, b = (rng.integers(-4, 5, (rows, 128)).astype(BF16) for rows in (M, 32))
+    constants = {"BM": 384, "BN": 32, "threads": 256}
+    c = hopper(flat, a, b, out=[((M, 32), "float32")], **constants)
+    np.testing.assert_array_equal(c, a.astype(np.float64) @ b.astype(np.float64).T)
+    specs = T.Tensor((M, 128), BF16), T.Tensor((32, 128), BF16), T.Tensor((M, 32), "float32")
+    kernel = flat.compile(*specs, target="sm_90a", **constants)
+    assert (f"a: only the {M} rows" in kernel.explain()) == trimmed
+
+
 def test_a_short_right_operand_is_trimmed_too(hopper, rng):
     a, b = (rng.integers(-4, 5, (rows, 128)).astype(BF16) for rows in (200, 24))
     c = hopper(flat, a, b, out=[((200, 24), "float32")])

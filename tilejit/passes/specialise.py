@@ -41,6 +41,7 @@ from tilejit.ir.node import (
 )
 from tilejit.ir.sync import BarrierArrive, BarrierSlot, BarrierWait, Control, ControlOp
 from tilejit.isa.wgmma import MAX_PENDING
+from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
@@ -185,9 +186,11 @@ class _Specialiser:
             rows, tile = rows_there(copy), copy.dst
             is_shared = self.axis is not None and is_same_along(copy, self.kernel, self.axis)
             is_alone = tile.is_whole and writes.count(tile.buffer.root) == 1
-            if rows is not None and is_alone and not is_shared:
-                if not self.shared[tile.buffer].halved:
-                    found[copy] = rows
+            if rows is None or not is_alone or is_shared:
+                continue
+            layout = self.shared[tile.buffer]
+            if not layout.halved and boxes_of(layout, trimmed(copy, rows).dst.extents):
+                found[copy] = rows
         return found
 
     def _emptied(self, copy: Copy, rows: int) -> list[Node]:
