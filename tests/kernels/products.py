@@ -22,16 +22,16 @@ TF32_ERROR = 2.0**-10  # of a product whose factors are rounded to 10 bits
 def matmul(
     A: T.Tensor, B: T.Tensor, C: T.Tensor, *,
     BM=64, BN=64, BK=32, stages=None, threads=128, tA=False, tB=False, accum="float32", tf32=False,
-    policy=T.GemmWarpPolicy.Square,
+    policy=T.GemmWarpPolicy.Square, cluster=None, split=None,
 ):  # fmt: skip
     M, N = C.shape
     K = A.shape[0] if tA else A.shape[1]
-    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads) as (bx, by):
+    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads, cluster=cluster) as (bx, by):
         a = T.alloc_shared((BK, BM) if tA else (BM, BK), "tfloat32" if tf32 else A.dtype)
         b = T.alloc_shared((BN, BK) if tB else (BK, BN), "tfloat32" if tf32 else B.dtype)
         acc = T.alloc_fragment((BM, BN), accum)
         T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=stages):
+        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=stages, split=split):
             if tA:
                 T.copy(A[k * BK, by * BM], a)
             else:

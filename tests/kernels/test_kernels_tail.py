@@ -8,7 +8,15 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from products import FLOAT32_STEP, assert_near, assert_product, explained, operand, stored
+from products import (
+    FLOAT32_STEP,
+    assert_near,
+    assert_product,
+    explained,
+    matmul,
+    operand,
+    stored,
+)
 
 import tilejit.language as T
 from tilejit import options, tilejit
@@ -27,30 +35,7 @@ def large_grids(monkeypatch):
     monkeypatch.setattr(late, "FEWEST_TILES", 1 << 30)
 
 
-@tilejit
-def matmul(
-    A: T.Tensor, B: T.Tensor, C: T.Tensor, *,
-    BM=256, BN=64, BK=32, stages=None, threads=256, tA=False, tB=False, accum="float32",
-    policy=None, cluster=None, split=None,
-):  # fmt: skip
-    M, N = C.shape
-    K = A.shape[0] if tA else A.shape[1]
-    with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads, cluster=cluster) as (bx, by):
-        a = T.alloc_shared((BK, BM) if tA else (BM, BK), A.dtype)
-        b = T.alloc_shared((BN, BK) if tB else (BK, BN), B.dtype)
-        acc = T.alloc_fragment((BM, BN), accum)
-        T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=stages, split=split):
-            if tA:
-                T.copy(A[k * BK, by * BM], a)
-            else:
-                T.copy(A[by * BM, k * BK], a)
-            if tB:
-                T.copy(B[bx * BN, k * BK], b)
-            else:
-                T.copy(B[k * BK, bx * BN], b)
-            T.gemm(a, b, acc, transpose_A=tA, transpose_B=tB, policy=policy or 0)
-        T.copy(acc, C[by * BM, bx * BN])
+TILE = {"BM": 256, "BN": 64, "BK": 32, "threads": 256}  # two rows of instructions a warpgroup
 
 
 def leaves(kernel, *arguments, **constants):
@@ -61,6 +46,7 @@ def check(
     hopper, rng, size, *, is_parted=True, dtype=BF16, out=BF16, tA=False, tB=False, **constants
 ):
     M, N, K = size
+    constants = TILE | constants
     a, b = operand(rng, (M, K), dtype), operand(rng, (K, N), dtype)
     arrays = stored(a, tA), stored(b, tB)
     c = hopper(matmul, *arrays, out=[((M, N), out)], tA=tA, tB=tB, **constants)
@@ -357,7 +343,7 @@ def test_sums_of_16_bits_are_not_parted(hopper, rng):
 def test_a_loop_that_blocks_share_is_right(hopper, rng):
     M, N, K = 256, 64, 256
     a, b = operand(rng, (M, K), BF16), operand(rng, (K, N), BF16)
-    c = hopper(matmul, a, b, out=[((M, N), BF16)], split=2)
+    c = hopper(matmul, a, b, out=[((M, N), BF16)], split=2, **TILE)
     assert_product(c, a, b)
 
 

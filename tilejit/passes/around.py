@@ -44,7 +44,7 @@ from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce, Step
 from tilejit.passes.exchange import FEWEST_STAGES, sends_ahead
-from tilejit.passes.overlap import SPARE_REGISTERS, Overlap
+from tilejit.passes.overlap import SPARE_REGISTERS, Overlap, with_followers
 from tilejit.passes.pressure import fills, made_anew, most_words
 from tilejit.passes.registers import launch_registers
 
@@ -170,17 +170,9 @@ class _Parting:
 
     def late(self) -> set[Node]:
         """What takes tiles, and what cannot run before that."""
-        late: set[Node] = {
-            n for n in self.nodes if isinstance(n, ClusterExchange) and n.step is Step.TAKE
-        }
-        grown = True
-        while grown:
-            grown = False
-            for node in self.nodes:
-                if node not in late and any(self.follows(node, other) for other in late):
-                    late.add(node)
-                    grown = True
-        return late
+        steps = (n for n in self.nodes if isinstance(n, ClusterExchange))
+        seeds = {n for n in steps if n.step is Step.TAKE}
+        return with_followers(seeds, self.nodes, self.follows)
 
     def follows(self, node: Node, late: Node) -> bool:
         """Whether a node cannot come an iteration ahead of a late one: it uses what that one makes,

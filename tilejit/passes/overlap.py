@@ -13,7 +13,7 @@ of the iteration before run beside them (modulo scheduling with two stages; Rau 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tilejit.ir.aliases import Aliases
@@ -187,6 +187,21 @@ def find_overlap(loop: For, brought: Collection[Node], kernel: Kernel) -> Overla
     return parting.by_hand() if loop.order else parting.run()
 
 
+def with_followers(
+    seeds: Collection[Node], nodes: Sequence[Node], follows: Callable[[Node, Node], bool]
+) -> set[Node]:
+    """Some of an iteration's nodes, with all that must stay behind one of them."""
+    late = set(seeds)
+    grown = True
+    while grown:
+        grown = False
+        for node in nodes:
+            if node not in late and any(follows(node, other) for other in late):
+                late.add(node)
+                grown = True
+    return late
+
+
 class _Parting:
     """Parts the nodes of an iteration in two."""
 
@@ -251,17 +266,9 @@ class _Parting:
     def late(self) -> set[Node]:
         """What cannot run ahead: multiplies of operands that threads make, and what their results,
         or what else is late, decides."""
-        late: set[Node] = {
-            n for n in self.nodes if isinstance(n, Gemm) and self.operands(n) & self.rounds.changed
-        }
-        grown = True
-        while grown:
-            grown = False
-            for node in self.nodes:
-                if node not in late and any(self.follows(node, other) for other in late):
-                    late.add(node)
-                    grown = True
-        return late
+        made = (n for n in self.nodes if isinstance(n, Gemm))
+        seeds = {n for n in made if self.operands(n) & self.rounds.changed}
+        return with_followers(seeds, self.nodes, self.follows)
 
     def operands(self, gemm: Gemm) -> set[Buffer]:
         return self.rounds.stands_for((gemm.a.buffer, gemm.b.buffer))

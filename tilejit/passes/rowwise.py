@@ -18,6 +18,7 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_parallel
+from tilejit.passes.skew import again
 from tilejit.passes.wgmma import ROWS
 
 _PLAIN = (Let, Load, Store, If)
@@ -92,9 +93,7 @@ def of_row(loop: Parallel, row: int, atom: WgmmaAtom, layout: FragmentLayout) ->
     down = arith("add", arith("mul", d, atom.rows * ROWS), arith("add", i, row * ROWS))
     across = arith("add", arith("mul", g, columns), j)
     mapping: dict[Var, Expr] = dict(zip(loop.vars, (down, across), strict=True))
-    mapping |= {
-        v: Var(v.name, v.dtype, v.kind, v.low, v.high) for n in walk(loop.body) for v in n.defines
-    }
+    mapping |= {v: again(v) for n in walk(loop.body) for v in n.defines}
     # (groups_m, rows, ROWS, groups_n, columns)
     held = layout.split(0, ROWS).split(0, atom.rows).split(3, columns)
     return Parallel(

@@ -485,7 +485,7 @@ class _Specialiser:
         for channel in channels:
             channel.is_deferred = False  # the last slots are left together
         last = self.consume(loop.body, loop)
-        return [*result, *row_by_row(tail, rounds, last, channels)]
+        return [*result, *row_by_row(tail, short, rounds, last, channels)]
 
     def _left_late(self, loop: For) -> list[Node]:
         """What follows a loop that leaves slots late."""

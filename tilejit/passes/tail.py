@@ -150,7 +150,7 @@ def _multiplying(kernel: Kernel, end: int, brought: Collection[Node]) -> _Found 
     if begin is None or not isinstance(loop, For) or loop.kind is not LoopKind.PIPELINED:
         return None
     mine = [n for n in loop.body if not only_brings(n, brought)]
-    if not rounds_of(loop) or [type(n) for n in mine] != [Gemm, GemmWait]:
+    if loop.step != 1 or not rounds_of(loop) or [type(n) for n in mine] != [Gemm, GemmWait]:
         return None
     gemm = mine[0]
     assert isinstance(gemm, Gemm)
@@ -172,16 +172,19 @@ def _has_own_registers(gemm: Gemm) -> bool:
 def shortened(tail: Tail, channels: Sequence[Channel]) -> tuple[For, int]:
     """The loop without its last iterations, and how many these are. channels: of what it brings."""
     rounds = min(tail.rounds, *(c.slots for c in channels))
-    stop = arith("sub", tail.loop.stop, rounds * tail.loop.step)
+    stop = arith("sub", tail.loop.stop, rounds)
     return replace(tail.loop, stop=cast(stop, tail.loop.stop.dtype)), rounds
 
 
-def row_by_row(tail: Tail, rounds: int, inner: Body, channels: Sequence[Channel]) -> list[Node]:
+def row_by_row(
+    tail: Tail, short: For, rounds: int, inner: Body, channels: Sequence[Channel]
+) -> list[Node]:
     """The last iterations row by row, with the nodes that store.
 
-    inner: an iteration as consumers do it. channels: of what the loop brings.
+    short: the loop without them. inner: an iteration as consumers do it. channels: of what the
+    loop brings.
     """
-    loop, stop = tail.loop, shortened(tail, channels)[0].stop
+    loop = tail.loop
     begun = next(k for k, n in enumerate(inner) if isinstance(n, Gemm))
     result: list[Node] = []
     gemms: list[Gemm] = []
@@ -190,7 +193,7 @@ def row_by_row(tail: Tail, rounds: int, inner: Body, channels: Sequence[Channel]
     counts = {c.used for c in channels}
     for number in range(rounds):
         mapping: dict[Var, Expr] = {v: again(v) for n in walk(inner) for v in n.defines}
-        mapping[loop.var] = cast(arith("add", stop, number * loop.step), loop.var.dtype)
+        mapping[loop.var] = cast(arith("add", short.stop, number), loop.var.dtype)
         turned = substituted(inner, mapping)
         gemm, wait = turned[begun : begun + 2]
         assert isinstance(gemm, Gemm) and isinstance(wait, GemmWait) and not wait.pending
