@@ -132,29 +132,35 @@ def store_cluster(bits: int) -> Instruction:
 
 
 @cache
-def send(bits: int) -> Instruction:
-    """Store 32 or 64 bits to the shared memory of a block of the cluster without waiting for it;
-    a barrier of that block counts the bytes when they are there.
+def send(bits: int, width: int = 1) -> Instruction:
+    """Store `width` neighbours of 32 or 64 bits, 16 bytes at most, to the shared memory of a block
+    of the cluster without waiting for it; a barrier of that block counts the bytes when they are
+    there.
 
-    Inputs: an address made by `MAPA`, aligned to the access, the value, the barrier's address made
+    Inputs: an address made by `MAPA`, aligned to the access, the values, the barrier's address made
     by `MAPA` likewise. The thread's other accesses are not ordered with it.
     """
     dtype = _word(bits)
+    assert width in (1, 2, 4) and width * bits <= 128, f"{width} words of {bits} bits"
 
     def meaning(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
-        address, barrier = (np.broadcast_to(x, lanes.thread.shape) for x in inputs[::2])
-        value = np.broadcast_to(inputs[1], lanes.thread.shape)
-        _check_aligned(lanes, address, bits)
-        content = np.ascontiguousarray(value).view(np.uint8).reshape(-1, bits // 8)
+        address, barrier = (np.broadcast_to(inputs[k], lanes.thread.shape) for k in (0, -1))
+        values = [np.broadcast_to(v, lanes.thread.shape) for v in inputs[1:-1]]
+        _check_aligned(lanes, address, bits * width)
+        content = np.stack(values, axis=-1).view(np.uint8).reshape(-1, bits // 8 * width)
         lanes.write("cluster", address, content)
-        lanes.mbarrier_receive(barrier, bits // 8)
+        lanes.mbarrier_receive(barrier, bits // 8 * width)
         return ()
 
     # PTX ISA, "Data movement and conversion instructions: st.async"
+    vector = "" if width == 1 else f".v{width}"
+    values = ", ".join(f"$a{n + 1}" for n in range(width))
+    values = values if width == 1 else f"{{{values}}}"
+    how = "st.async.shared::cluster.mbarrier::complete_tx::bytes"
     return Instruction(
-        name=f"st.async.b{bits}",
-        ptx=f"st.async.shared::cluster.mbarrier::complete_tx::bytes.b{bits} [$a0], $a1, [$a2];",
-        inputs=(dtypes.uint32, dtype, dtypes.uint32),
+        name=f"st.async{vector}.b{bits}",
+        ptx=f"{how}{vector}.b{bits} [$a0], {values}, [$a{width + 1}];",
+        inputs=(dtypes.uint32, *(dtype,) * width, dtypes.uint32),
         needs=_NEEDS | {Feature.MBARRIER_TX},
         meaning=meaning,
     )

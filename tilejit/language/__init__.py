@@ -183,6 +183,7 @@ from tilejit.language.proxy import (
 from tilejit.language.reduce import (
     cluster_gather,
     cluster_reduce,
+    cluster_reduce_scatter,
     reduce,
     reduce_absmax,
     reduce_abssum,
@@ -289,6 +290,7 @@ __all__ = [
     "cluster_arrive_relaxed",
     "cluster_gather",
     "cluster_reduce",
+    "cluster_reduce_scatter",
     "cluster_sync",
     "cluster_wait",
     "clz",

@@ -44,10 +44,10 @@ class Kernel(Context):
             chooses; 128 where the kernel asks for its threads.
         cluster: blocks of a cluster along x, y and z, or along x alone, at most 8 together, 16 on
             sm_90, sm_90a and sm_100a (where fewer clusters then run at once): they start together,
-            meet at `T.cluster_sync`, exchange tiles by `T.cluster_reduce` and `T.cluster_gather`,
-            and can share what `T.tma_copy` brings (PTX ISA, "Cluster of cooperative thread
-            arrays"). It divides the grid. Left out, passes choose it for kernels whose tiles they
-            bring themselves; 1 is for none. Needs sm_90 or newer.
+            meet at `T.cluster_sync`, exchange tiles by `T.cluster_reduce`, `T.cluster_gather` and
+            `T.cluster_reduce_scatter`, and can share what `T.tma_copy` brings (PTX ISA,
+            "Cluster of cooperative thread arrays"). It divides the grid. Left out, passes choose it
+            for kernels whose tiles they bring themselves; 1 is for none. Needs sm_90 or newer.
 
     Raises:
         ArgumentError, ArgumentTypeError, ResourceError: grid, threads or cluster that cannot be.

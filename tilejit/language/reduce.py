@@ -23,7 +23,7 @@ from tilejit.language.extents import count, is_integer, shape_text
 from tilejit.language.gemm import refuse
 from tilejit.language.regions import Start, as_side, dropped
 from tilejit.language.where import tile_op
-from tilejit.ops.cluster import ClusterGather, ClusterReduce
+from tilejit.ops.cluster import ClusterGather, ClusterReduce, ClusterScatter
 from tilejit.ops.copy import Copy
 from tilejit.ops.reduce import Reduce, ReduceKind, result_shapes
 
@@ -257,6 +257,62 @@ def cluster_gather(src: Any, dst: Any) -> None:
     else:
         alike = dropped(target, {target.kept[-1]})
         trace.add(Copy(src=source, dst=alike, span=caller_span()))
+
+
+def cluster_reduce_scatter(
+    src: Any, dst: Any, reduce_type: str = "sum", nan_propagate: bool = False
+) -> None:
+    """Combine the tiles of all blocks of the cluster, element by element, and leave each block a
+    part of the result: the block whose `T.block_rank_in_cluster()` is r has columns `r * n` to
+    `r * n + n` in `dst`, where n is `dst`'s last extent.
+
+    What `cluster_reduce` does, for tiles of which no block needs all: each block receives, combines
+    and goes on with its share, as where blocks have worked out parts of a sum. Elements go through
+    distributed shared memory (PTX ISA, "st.async"), which takes as many bytes of each block as
+    `src` has in float32. All threads of all blocks of the cluster come here equally often. Two runs
+    give the same bits. In kernels without `T.Kernel(cluster=...)` it is a copy.
+
+    Args:
+        src: a tile in a fragment or shared memory; stays as it is.
+        dst: a tile in a fragment or shared memory, of `src`'s shape but for the last dimension,
+            which is `src`'s divided by the blocks of the cluster. Where nothing else decides a
+            fragment's layout, it follows from how the tile is used.
+        reduce_type: "sum", "abssum", "max", "min", "absmax", "bitand", "bitor" or "bitxor".
+        nan_propagate: as of `cluster_reduce`.
+
+    Floats are combined in float32, or float64 where `src` or `dst` is; integers wrap.
+
+    Raises:
+        ShapeError: `dst` has another shape.
+        DTypeError: the operation has no meaning for the dtypes.
+        ArgumentError, ArgumentTypeError: anything else about an argument.
+        TraceError: outside a kernel, inside T.Parallel or a T.ws, or in a branch that not all
+            threads take.
+    """
+    what = "T.cluster_reduce_scatter"
+    trace = tile_op(what)
+    kind = _kind(what, reduce_type)
+    source, target = _tile(what, src, "the source"), _tile(what, dst, "the destination")
+    _check_dtypes(what, kind, source.buffer, target.buffer)
+    keeps_nan = _flag(what, nan_propagate, "nan_propagate")
+    blocks = math.prod(trace.cluster)
+    *rows, columns = source.shape
+    if columns % blocks or target.shape != (*rows, columns // blocks):
+        wanted = "no tile, for they do not divide it"
+        if not columns % blocks:
+            wanted = shape_text((*rows, columns // blocks))
+        raise ShapeError(
+            f"{what}: `{source.buffer.name}` is {shape_text(source.shape)}, and the part of one of "
+            f"{count(blocks, 'block')} of a cluster is {wanted}, but `{target.buffer.name}` is "
+            f"{shape_text(target.shape)}.",
+            related=[_origin(source.buffer), _origin(target.buffer)],
+        )
+    span = caller_span()
+    if blocks > 1:
+        node = ClusterScatter(src=source, dst=target, kind=kind, keeps_nan=keeps_nan, span=span)
+        trace.add(node)
+    else:
+        trace.add(Copy(src=source, dst=target, span=span))
 
 
 def _reduce(

@@ -36,7 +36,7 @@ from tilejit.ir.sync import (
     SyncThreads,
 )
 from tilejit.isa.atom import CopyMethod
-from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce, ClusterScatter
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce, Step
@@ -146,6 +146,9 @@ def call_name(nodes: Body) -> str:
     if isinstance(node, ClusterReduce):
         what = "reduce" if node.step is Step.WHOLE else node.step.value
         return f"cluster_{what}_{node.kind}_{node.tile.buffer.name}"
+    if isinstance(node, ClusterScatter):
+        what = "reduce_scatter" if node.step is Step.WHOLE else node.step.value
+        return f"cluster_{what}_{node.kind}_{node.src.buffer.name}_{node.dst.buffer.name}"
     if isinstance(node, ClusterGather):
         what = "gather" if node.step is Step.WHOLE else node.step.value
         return f"cluster_{what}_{node.src.buffer.name}_{node.dst.buffer.name}"

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from tilejit.dtypes import DType, int32, uint8, uint16, uint32, uint64
-from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
+from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index, int_value
 from tilejit.ir.node import Node
 from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import mbarrier as isa_mbarrier
@@ -24,10 +24,11 @@ from tilejit.layout.reduction import Reduction, shared_out
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.tiles import TileEmitter
-from tilejit.ops.cluster import ClusterExchange, ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterReduce, ClusterScatter
 from tilejit.ops.reduce import Reduce, Step, identity
 
 _BITS = {8: uint8, 16: uint16}
+MOST_SENT = 16  # bytes at once (PTX ISA, "st.async")
 
 
 class ReduceEmitter(TileEmitter):
@@ -86,7 +87,7 @@ class ReduceEmitter(TileEmitter):
         along = [[v for _, v in sorted(groups[part], key=lambda e: e[0])] for part in order]
         return [self._tree(node, mine) for mine in along]
 
-    def _tree(self, node: Reduce | ClusterReduce, values: Sequence[Value]) -> Value:
+    def _tree(self, node: Reduce | ClusterReduce | ClusterScatter, values: Sequence[Value]) -> Value:
         """All combined, neighbours first: few values are under way at a time, and errors of sums
         grow with the tree's height."""
         if len(values) == 1:
@@ -96,7 +97,7 @@ class ReduceEmitter(TileEmitter):
             node, self._tree(node, values[:middle]), self._tree(node, values[middle:])
         )
 
-    def _pair(self, node: Reduce | ClusterReduce, a: Value, b: Value) -> Value:
+    def _pair(self, node: Reduce | ClusterReduce | ClusterScatter, a: Value, b: Value) -> Value:
         m, dtype = self.m, node.accumulator
         result = m.binary(node.kind.combine, a, b, dtype)
         if not (node.keeps_nan and node.kind.is_extreme and dtype.is_float):
@@ -191,16 +192,19 @@ class ReduceEmitter(TileEmitter):
     def _announce_and_send(self, node: ClusterExchange, come: Value) -> None:
         m, dtype, buffer = self.m, node.sent_as, node.given.buffer
         held, layout = self.state[buffer], self.kernel.fragments[buffer]
-        if isinstance(node, ClusterReduce):
+        if isinstance(node, ClusterReduce | ClusterScatter):
             values = m.cast(held, buffer.dtype, dtype)
             if node.kind.is_absolute and dtype.is_signed:
                 values = [m.unary("abs", v, dtype) for v in values]
         else:
             values = self._widened(held, buffer.dtype)
         places = list(self._places(layout))
-        size = math.prod(node.given.shape) * self.kernel.cluster_size * dtype.bytes
+        size = node.received(self.kernel.cluster_size) * dtype.bytes
         expected = [come, m.const(size, uint32)]
         m.issue(isa_mbarrier.ARRIVE_EXPECT, expected, self.inside_first_thread())
+        if isinstance(node, ClusterScatter):
+            self._send_parts_to_blocks(node, layout, come, values)
+            return
         elements = [(at, v, inside) for (at, inside), v in zip(places, values, strict=True)]
         self._send(node, layout, come, elements)
 
@@ -216,6 +220,20 @@ class ReduceEmitter(TileEmitter):
                 place = self.address(scratch, (node.slot, *at, index(0)))
                 loaded = m.load(place, dtype, self.kernel.cluster_size, inside)
                 results.append(self._tree(node, loaded))
+            self.state[buffer][:] = m.cast(results, dtype, buffer.dtype)
+            return
+        if isinstance(node, ClusterScatter):
+            for at, inside in itertools.islice(self._places(layout), None, None, layout.vector):
+                come_from = [
+                    m.load(
+                        self.address(scratch, (node.slot, index(block), *at)),
+                        dtype,
+                        layout.vector,
+                        inside,
+                    )
+                    for block in range(self.kernel.cluster_size)
+                ]
+                results += (self._tree(node, same) for same in zip(*come_from, strict=True))
             self.state[buffer][:] = m.cast(results, dtype, buffer.dtype)
             return
         for at, inside in itertools.islice(self._places(layout), None, None, layout.vector):
@@ -253,8 +271,7 @@ class ReduceEmitter(TileEmitter):
         m, blocks, dtype = self.m, self.kernel.cluster_size, node.sent_as
         assert node.scratch is not None and node.slot is not None, "exchanges are not planned"
         word = uint32 if dtype.bits == 32 else uint64
-        own_rank = Var("rank", int32, VarKind.VALUE, index(0), index(blocks - 1))
-        self.bind(own_rank, m.cast(list(m.issue(isa_cluster.CTA_RANK)), uint32, int32)[0])
+        own_rank = self._own_rank()
         for first in range(0, blocks, layout.replicas):
             peer = arith("add", self._copy_number(layout), first)
             is_block = None
@@ -269,6 +286,41 @@ class ReduceEmitter(TileEmitter):
                 bits = value if dtype is word else m.bitcast(value, dtype, word)
                 when = self.both(inside, is_block)
                 m.issue(isa_cluster.send(dtype.bits), [there, bits, counted], when)
+
+    def _send_parts_to_blocks(
+        self, node: ClusterScatter, layout: FragmentLayout, come: Value, values: Sequence[Value]
+    ) -> None:
+        """Store each part of the elements, at the block's number, in the memory of the block whose
+        part it is; of threads that hold copies the first does."""
+        m, dtype, columns = self.m, node.sent_as, node.dst.shape[-1]
+        assert node.scratch is not None and node.slot is not None, "exchanges are not planned"
+        word = uint32 if dtype.bits == 32 else uint64
+        width = math.gcd(layout.vector, columns, MOST_SENT // dtype.bytes)
+        own_rank = self._own_rank()
+        first = self.replica(layout)
+        peers: dict[int, tuple[Value, Value]] = {}
+        for register, (at, inside) in enumerate(self._places(layout)):
+            if register % width:
+                continue
+            peer = arith("floordiv", at[-1], columns)
+            known = int_value(peer)
+            if known is None or known not in peers:
+                (rank,) = m.cast([self.index_value(peer, 32)[0]], int32, uint32)
+                (counted,) = m.issue(isa_cluster.MAPA, [come, rank])
+                peers[-1 if known is None else known] = rank, counted
+            rank, counted = peers[-1 if known is None else known]
+            there = (node.slot, own_rank, *at[:-1], arith("floormod", at[-1], columns))
+            (place,) = m.issue(isa_cluster.MAPA, [m.address(self.address(node.scratch, there)), rank])
+            mine = values[register : register + width]
+            bits = [v if dtype is word else m.bitcast(v, dtype, word) for v in mine]
+            when = self.both(inside, first)
+            m.issue(isa_cluster.send(dtype.bits, width), [place, *bits, counted], when)
+
+    def _own_rank(self) -> Var:
+        """The block's number in its cluster."""
+        rank = Var("rank", int32, VarKind.VALUE, index(0), index(self.kernel.cluster_size - 1))
+        self.bind(rank, self.m.cast(list(self.m.issue(isa_cluster.CTA_RANK)), uint32, int32)[0])
+        return rank
 
     def _copy_number(self, layout: FragmentLayout) -> Expr:
         """The thread's number among those that hold copies of its elements."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,13 +15,15 @@ from tilejit.ir.names import Names
 from tilejit.ir.node import Node, walk
 from tilejit.ops.reduce import ReduceKind, Step, accumulator
 
+ROOM_GAP = 8  # elements between rows
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ClusterExchange(Node):
     """Each block of the cluster sends a tile to all of them, and makes a result of what has come.
 
     Decided by `exchange`:
-    scratch: shared memory where the blocks leave their elements, (slots, *tile's shape, blocks).
+    scratch: shared memory where the blocks leave their elements, (slots, *`room`).
     barrier, slot, parity: a barrier for each slot, perhaps shared with neighbours, that completes
         when the elements of all blocks have come; the slot that is used, and the parity of that
         phase.
@@ -55,6 +58,14 @@ class ClusterExchange(Node):
     def title(self) -> str:
         """What is done, in a word or two, with the tiles' names."""
         raise NotImplementedError
+
+    def room(self, blocks: int) -> tuple[int, ...]:
+        """The shape of what comes to a block from all blocks of the cluster."""
+        return (*self.given.shape, blocks)
+
+    def received(self, blocks: int) -> int:
+        """Elements of it."""
+        return math.prod(self.given.shape) * blocks
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -173,6 +184,68 @@ class ClusterGather(ClusterExchange):
 
     def show(self, names: Names) -> str:
         return self._shown(f"{names.region(self.src)}, {names.region(self.dst)}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClusterScatter(ClusterExchange):
+    """dst = the part of src that has the block's number, of the tiles of all blocks of the cluster
+    combined element by element.
+
+    src: a tile whose last dimension divides into as many parts as blocks; after `select` a whole
+        fragment.
+    dst: a tile of such a part's shape; after `select` a whole fragment.
+    keeps_nan: as of `ClusterReduce`.
+
+    Elements are converted to `accumulator` first and the result to dst's dtype last.
+    """
+
+    src: Region
+    dst: Region
+    kind: ReduceKind
+    keeps_nan: bool = False
+
+    call = "T.cluster_reduce_scatter"
+
+    @property
+    def given(self) -> Region:
+        return self.src
+
+    @property
+    def result(self) -> Region:
+        return self.dst
+
+    @property
+    def accumulator(self) -> DType:
+        """The dtype in which elements are combined."""
+        return accumulator(self.src.buffer.dtype, self.dst.buffer.dtype)
+
+    @property
+    def sent_as(self) -> DType:
+        return self.accumulator
+
+    @property
+    def title(self) -> str:
+        return f"cluster_reduce_scatter {self.kind} {self.src.buffer.name} -> {self.dst.buffer.name}"
+
+    def room(self, blocks: int) -> tuple[int, ...]:
+        """Rows are longer than what comes: neighbouring rows of the tensor cores' results lie in
+        other banks."""
+        *rows, columns = self.dst.shape
+        return (blocks, *rows, columns + (ROOM_GAP if rows else 0))
+
+    def received(self, blocks: int) -> int:
+        return math.prod(self.dst.shape) * blocks
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        *rows, columns = self.src.shape
+        if self.dst.shape[:-1] != tuple(rows) or columns % max(1, self.dst.shape[-1]):
+            yield f"scatters {self.src.shape} to {self.dst.shape}"
+
+    def show(self, names: Names) -> str:
+        nan = ", nan_propagate=True" if self.keeps_nan else ""
+        tiles = f"{names.region(self.src)}, {names.region(self.dst)}"
+        return self._shown(f'{tiles}, "{self.kind}"{nan}')
 
 
 def meets_late(kernel: Kernel) -> bool:

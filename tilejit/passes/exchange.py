@@ -43,7 +43,8 @@ _BARRIER = (ControlOp.CLUSTER_ARRIVE, ControlOp.CLUSTER_ARRIVE_RELAXED, ControlO
 
 
 def plan_exchanges(kernel: Kernel) -> Kernel:
-    """Decide the memory, the barriers and the slots of T.cluster_reduce and T.cluster_gather.
+    """Decide the memory, the barriers and the slots of T.cluster_reduce, T.cluster_gather and
+    T.cluster_reduce_scatter.
 
     Needs: tiles in fragments. Decides: `scratch`, `barrier`, `slot` and `parity` of the nodes, and
     where the block's threads wait until all blocks of the cluster have begun: as late as they can.
@@ -114,7 +115,7 @@ class _Planner:
         their memory."""
         if not nodes:
             return []
-        sizes = [math.prod(n.given.shape) * self.blocks * n.sent_as.bytes for n in nodes]
+        sizes = [math.prod(n.room(self.blocks)) * n.sent_as.bytes for n in nodes]
         is_apart = is_staged and AHEAD_SLOTS * max(sizes) <= AHEAD_BYTES
         slots, span = SLOTS if is_repeated else 1, nodes[0].span
         if is_apart:
@@ -168,7 +169,7 @@ class _Planner:
         self.notes.append(f"{node.title}: {self.blocks} blocks through shared memory")
         return Buffer(
             name=f"{node.given.buffer.name}_blocks",
-            shape=tuple(index(n) for n in (slots, *node.given.shape, self.blocks)),
+            shape=tuple(index(n) for n in (slots, *node.room(self.blocks))),
             dtype=node.sent_as,
             scope=Scope.SHARED,
             span=node.span,

@@ -16,7 +16,7 @@ from tilejit.ir.node import Body, Node
 from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.reduction import Reduction
-from tilejit.ops.cluster import ClusterGather, ClusterReduce
+from tilejit.ops.cluster import ClusterGather, ClusterReduce, ClusterScatter
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.reduce import Reduce
@@ -24,7 +24,7 @@ from tilejit.ops.reduce import Reduce
 WIDEST_BYTES = 16  # of a thread's load (PTX ISA, "ld")
 
 
-def in_fragments(node: Reduce | ClusterGather) -> list[Node]:
+def in_fragments(node: Reduce | ClusterGather | ClusterScatter) -> list[Node]:
     """The node from a whole fragment to a whole fragment, with the copies that it takes."""
     before: list[Node] = []
     after: list[Node] = []
@@ -33,7 +33,7 @@ def in_fragments(node: Reduce | ClusterGather) -> list[Node]:
         source = _fragment_for(source, "held")
         before.append(_copy(node.src, source, node))
     if not _is_fragment(target):
-        target = _fragment_for(target, "reduced" if isinstance(node, Reduce) else "gathered")
+        target = _fragment_for(target, "gathered" if isinstance(node, ClusterGather) else "reduced")
         if isinstance(node, Reduce) and not node.clear:
             before.append(_copy(node.dst, target, node))
         after.append(_copy(target, node.dst, node))

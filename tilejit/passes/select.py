@@ -44,7 +44,7 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import SyncThreads
 from tilejit.isa.atom import CopyAtom, CopyMethod, GemmAtom, MmaInstruction, WgmmaAtom
 from tilejit.isa.mma import MMA, WARP, find_mma
-from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce, ClusterScatter
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, as_parallel, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
@@ -133,7 +133,7 @@ class _Selector:
                 result += self.copy(node, is_pipelined)
             elif isinstance(node, Gemm):
                 result += self.gemm(node)
-            elif isinstance(node, Reduce | ClusterGather):
+            elif isinstance(node, Reduce | ClusterGather | ClusterScatter):
                 result += in_fragments(node)
             elif isinstance(node, ClusterReduce):
                 result += combined_in_fragment(node)

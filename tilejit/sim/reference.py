@@ -51,7 +51,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
-from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce, ClusterScatter
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce, Step
@@ -142,6 +142,7 @@ class _Executor(Meetings):
             Reduce: self.run_reduce,
             ClusterReduce: self.run_exchange,
             ClusterGather: self.run_exchange,
+            ClusterScatter: self.run_exchange,
             BarrierArrive: self.run_arrive,
             BarrierWait: self.run_wait,
             SyncThreads: self.run_sync,
@@ -424,7 +425,9 @@ class _Executor(Meetings):
         self.need_all_threads(node.call)
         if node.step is not Step.TAKE:
             parts = self.exchange(node, self.state.read(node.given).copy())
-            self.under_way.setdefault(node.scratch, []).append(exchanged(node, parts))
+            self.under_way.setdefault(node.scratch, []).append(
+                exchanged(node, parts, self.cluster.members.index(self))
+            )
         if node.step is not Step.SEND:
             self.state.write(node.result, self.under_way[node.scratch].pop(0))
 

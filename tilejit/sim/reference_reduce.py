@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tilejit.ops.cluster import ClusterExchange, ClusterReduce
+from tilejit.ops.cluster import ClusterExchange, ClusterReduce, ClusterScatter
 from tilejit.ops.reduce import Reduce, identity
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
 
@@ -39,7 +39,7 @@ def _along_axis(node: Reduce, values: Array) -> Array:
     return _all(node, np.moveaxis(_counting(node, values), node.axis, 0))
 
 
-def _counting(node: Reduce | ClusterReduce, values: Array) -> Array:
+def _counting(node: Reduce | ClusterReduce | ClusterScatter, values: Array) -> Array:
     """What counts of elements."""
     is_absolute = node.kind.is_absolute
     return evaluate_op("abs", (values,), node.accumulator) if is_absolute else values
@@ -53,16 +53,20 @@ def _finished(node: Reduce, result: Array, old: Array | None) -> Array:
     return cast_array(result, dtype, target)
 
 
-def exchanged(node: ClusterExchange, parts: Sequence[Array]) -> Array:
-    """The tiles of all blocks, combined in the order of the blocks or side by side."""
-    if not isinstance(node, ClusterReduce):
+def exchanged(node: ClusterExchange, parts: Sequence[Array], rank: int) -> Array:
+    """The tiles of all blocks, combined in the order of the blocks or side by side; rank: of the
+    block that has the result."""
+    if not isinstance(node, ClusterReduce | ClusterScatter):
         return np.stack(parts, axis=-1)
-    source, dtype = node.tile.buffer.dtype, node.accumulator
-    values = cast_array(np.stack(parts), source, dtype)
-    return cast_array(_all(node, _counting(node, values)), dtype, source)
+    source, target = node.given.buffer.dtype, node.result.buffer.dtype
+    if isinstance(node, ClusterScatter):
+        columns = node.dst.shape[-1]
+        parts = [p[..., rank * columns : (rank + 1) * columns] for p in parts]
+    values = cast_array(np.stack(parts), source, node.accumulator)
+    return cast_array(_all(node, _counting(node, values)), node.accumulator, target)
 
 
-def _all(node: Reduce | ClusterReduce, values: Array) -> Array:
+def _all(node: Reduce | ClusterReduce | ClusterScatter, values: Array) -> Array:
     """All elements along the first axis as one."""
     while len(values) > 1:  # halves, so that errors of sums grow with the logarithm
         half = len(values) // 2
@@ -72,7 +76,7 @@ def _all(node: Reduce | ClusterReduce, values: Array) -> Array:
     return first
 
 
-def _combined(node: Reduce | ClusterReduce, a: Array, b: Array) -> Array:
+def _combined(node: Reduce | ClusterReduce | ClusterScatter, a: Array, b: Array) -> Array:
     result = evaluate_op(node.kind.combine, (a, b), node.accumulator)
     if node.keeps_nan and node.kind.is_extreme and node.accumulator.is_float:
         result = np.where(np.isnan(a), a, np.where(np.isnan(b), b, result))
