@@ -1,4 +1,5 @@
-"""Which 8-bit elements the lanes of a quad trade so that an accumulator becomes a left operand.
+"""Which elements of an accumulator the lanes of a quad trade: 8-bit ones, so that it becomes a left
+operand; pairs, so that each lane has four neighbours.
 
 Pure index maths. Does not know shuffles, instructions or nodes.
 
@@ -13,8 +14,9 @@ from functools import cache
 
 import numpy as np
 
-from tilejit.layout.fragment import FragmentLayout, register, thread
+from tilejit.layout.fragment import THREAD, FragmentLayout, register, thread
 
+WARP = 32
 LANES = 4  # of a quad
 SPAN = 16  # elements that its words of four hold
 HELD = (0, 1, 8, 9)  # elements of a word before the trade, counted from twice the lane
@@ -63,6 +65,33 @@ def before_trade(wanted: FragmentLayout) -> FragmentLayout | None:
     dims = list(wanted.dims)
     dims[ends[0]] = (*dims[ends[0]][:-2], *pairs)
     return FragmentLayout(wanted.shape, tuple(dims), wanted.threads)
+
+
+def paired(held: FragmentLayout) -> tuple[FragmentLayout, int] | None:
+    """The layout after neighbouring lanes have traded pairs: each holds four neighbours of one of
+    two rows instead of two of either. And the distance of such lanes; None where lanes do not hold
+    pairs beside each other of two rows.
+
+    Of the registers 4n to 4n + 3 of a lane, the first two are of one row, the others of the other;
+    after it they are the four neighbours.
+    """
+    if held.flat or held.is_padded or len(held.dims[-1]) < 2:
+        return None
+    *rest, lanes, pair = held.dims[-1]
+    both = register(2, 2)
+    rows = [d for d, digits in enumerate(held.dims) if both in digits]
+    if pair != register(2, 1) or lanes.place != THREAD or lanes.size % 2 or not rows:
+        return None
+    if lanes.stride > WARP // 2:
+        return None
+    dims = [
+        tuple(thread(2, lanes.stride) if d == both else d for d in digits) for digits in held.dims
+    ]
+    rest = list(dims[-1][:-2])
+    if lanes.size > 2:
+        rest.append(thread(lanes.size // 2, 2 * lanes.stride))
+    dims[-1] = (*rest, both, pair)
+    return FragmentLayout(held.shape, tuple(dims), held.threads), lanes.stride
 
 
 def _axis(held: FragmentLayout, wanted: FragmentLayout) -> int | None:

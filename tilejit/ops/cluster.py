@@ -15,6 +15,7 @@ from tilejit.ir.names import Names
 from tilejit.ir.node import Node, walk
 from tilejit.ops.reduce import ReduceKind, Step, accumulator
 
+MOST_BLOCKS = 8  # of a cluster, on every chip that has any (PTX ISA, "Cluster of CTAs")
 ROOM_GAP = 8  # elements between rows
 
 
@@ -64,7 +65,7 @@ class ClusterExchange(Node):
         return (*self.given.shape, blocks)
 
     def received(self, blocks: int) -> int:
-        """Elements of it."""
+        """Elements that the block's barrier waits for: all of them, its own come that way too."""
         return math.prod(self.given.shape) * blocks
 
     @property
@@ -225,7 +226,9 @@ class ClusterScatter(ClusterExchange):
 
     @property
     def title(self) -> str:
-        return f"cluster_reduce_scatter {self.kind} {self.src.buffer.name} -> {self.dst.buffer.name}"
+        return (
+            f"cluster_reduce_scatter {self.kind} {self.src.buffer.name} -> {self.dst.buffer.name}"
+        )
 
     def room(self, blocks: int) -> tuple[int, ...]:
         """Rows are longer than what comes: neighbouring rows of the tensor cores' results lie in
@@ -234,7 +237,7 @@ class ClusterScatter(ClusterExchange):
         return (blocks, *rows, columns + (ROOM_GAP if rows else 0))
 
     def received(self, blocks: int) -> int:
-        return math.prod(self.dst.shape) * blocks
+        return math.prod(self.dst.shape) * (blocks - 1)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -250,6 +253,8 @@ class ClusterScatter(ClusterExchange):
 
 def meets_late(kernel: Kernel) -> bool:
     """Whether the threads of a cluster that have made their barriers need not wait for each other
-    before the first exchange: nothing else uses barriers."""
+    before the first exchange: nothing else uses barriers of other blocks."""
+    if kernel.is_shared_out:
+        return True
     own = {n.barrier for n in walk(kernel.body) if isinstance(n, ClusterExchange)}
     return all(b in own for b in kernel.scoped(Scope.BARRIER) if not b.is_view)

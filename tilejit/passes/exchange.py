@@ -32,7 +32,7 @@ from tilejit.ir.expr import Expr, Var, VarKind, arith, const, index, int_value
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, For, Load, LoopKind, Node, Store, While, walk
 from tilejit.ir.sync import Control, ControlOp
-from tilejit.ops.cluster import ClusterExchange, meets_late
+from tilejit.ops.cluster import ClusterExchange, ClusterScatter, meets_late
 from tilejit.ops.reduce import Step
 
 SLOTS = 2
@@ -133,7 +133,7 @@ class _Planner:
         steps: list[tuple[Step, ...]] = [(Step.WHOLE,)]
         if is_apart:
             steps = [(Step.SEND,), (Step.TAKE,)]
-        elif len(nodes) > 1:
+        elif len(nodes) > 1 or any(isinstance(n, ClusterScatter) for n in nodes):
             steps = [(Step.SEND, Step.TAKE)]
         result: list[Node] = []
         for phase in steps:

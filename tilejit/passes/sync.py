@@ -36,7 +36,7 @@ from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, SyncThreads
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
-from tilejit.ops.cluster import ClusterExchange
+from tilejit.ops.cluster import ClusterExchange, ClusterScatter
 from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
@@ -217,7 +217,8 @@ class _Synchroniser:
             if node.op is ControlOp.FENCE_ASYNC:
                 pending = replace(pending, unfenced=frozenset())
             return before, node, pending
-        if isinstance(node, ClusterExchange) and node.step is Step.TAKE:
+        is_own_local = isinstance(node, ClusterScatter)  # threads store the block's own part
+        if isinstance(node, ClusterExchange) and node.step is Step.TAKE and not is_own_local:
             reads, _ = self.touched(node)  # it waits itself for what is sent
             return [], node, pending.after(reads, {})
         if isinstance(node, Roles):

@@ -97,9 +97,9 @@ def run_kernel(
     addresses = AddressSpace([*arrays.values(), *memory])
     differing = divergence(kernel)
     cluster = Cluster(kernel)
-    for _ in range(kernel.cluster_size):
+    for rank in range(kernel.cluster_size):
         state = BlockState(arrays, addresses, kernel.num_threads, differing)
-        executor = _Executor(kernel, state, cluster)
+        executor = _Executor(kernel, state, cluster, rank)
         cluster.members.append(executor)
         for param in kernel.params:
             if param.kind is ParamKind.TENSOR:
@@ -123,8 +123,8 @@ def run_kernel(
 class _Executor(Meetings):
     """Executes the nodes of one kernel, block after block; or of one role of a block."""
 
-    def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster) -> None:
-        super().__init__(kernel, state, cluster)
+    def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster, rank: int) -> None:
+        super().__init__(kernel, state, cluster, rank)
         self.beside = waiting_branches(kernel.body)
         self.under_way: dict[Buffer | None, list[Array]] = {}  # what exchanges have sent
         self.begun: set[If] = set()  # run by the branch before them already
@@ -165,6 +165,7 @@ class _Executor(Meetings):
         for var, extent in zip(self.kernel.thread_vars, self.kernel.threads, strict=False):
             self.variables[var] = (rest % extent).astype(var.dtype.numpy)
             rest = rest // extent
+        self.come_first()
         self.run(self.kernel.body)
         self.cluster.leave(self.kernel.num_threads)
 
@@ -178,7 +179,7 @@ class _Executor(Meetings):
             for var in self.kernel.thread_vars[:1]:
                 own = np.arange(role.first, role.first + role.threads)
                 lens.values.variables[var] = own.astype(var.dtype.numpy)
-            executor = _Executor(part, lens, self.cluster)
+            executor = _Executor(part, lens, self.cluster, self.rank)
             parts.append(functools.partial(executor.run, role.body))
         self.strands.run(parts)
 
@@ -425,9 +426,7 @@ class _Executor(Meetings):
         self.need_all_threads(node.call)
         if node.step is not Step.TAKE:
             parts = self.exchange(node, self.state.read(node.given).copy())
-            self.under_way.setdefault(node.scratch, []).append(
-                exchanged(node, parts, self.cluster.members.index(self))
-            )
+            self.under_way.setdefault(node.scratch, []).append(exchanged(node, parts, self.rank))
         if node.step is not Step.SEND:
             self.state.write(node.result, self.under_way[node.scratch].pop(0))
 

@@ -13,6 +13,8 @@ from tilejit.ops.cluster import ClusterExchange, ClusterReduce, ClusterScatter
 from tilejit.ops.reduce import Reduce, identity
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
 
+_Combining = Reduce | ClusterReduce | ClusterScatter
+
 
 def reduced(node: Reduce, values: Array, old: Array | None) -> Array:
     """The elements of `values` along the axis, combined, and with `old` if given: in the dtype of
@@ -39,7 +41,7 @@ def _along_axis(node: Reduce, values: Array) -> Array:
     return _all(node, np.moveaxis(_counting(node, values), node.axis, 0))
 
 
-def _counting(node: Reduce | ClusterReduce | ClusterScatter, values: Array) -> Array:
+def _counting(node: _Combining, values: Array) -> Array:
     """What counts of elements."""
     is_absolute = node.kind.is_absolute
     return evaluate_op("abs", (values,), node.accumulator) if is_absolute else values
@@ -66,7 +68,7 @@ def exchanged(node: ClusterExchange, parts: Sequence[Array], rank: int) -> Array
     return cast_array(_all(node, _counting(node, values)), node.accumulator, target)
 
 
-def _all(node: Reduce | ClusterReduce | ClusterScatter, values: Array) -> Array:
+def _all(node: _Combining, values: Array) -> Array:
     """All elements along the first axis as one."""
     while len(values) > 1:  # halves, so that errors of sums grow with the logarithm
         half = len(values) // 2
@@ -76,7 +78,7 @@ def _all(node: Reduce | ClusterReduce | ClusterScatter, values: Array) -> Array:
     return first
 
 
-def _combined(node: Reduce | ClusterReduce | ClusterScatter, a: Array, b: Array) -> Array:
+def _combined(node: _Combining, a: Array, b: Array) -> Array:
     result = evaluate_op(node.kind.combine, (a, b), node.accumulator)
     if node.keeps_nan and node.kind.is_extreme and node.accumulator.is_float:
         result = np.where(np.isnan(a), a, np.where(np.isnan(b), b, result))

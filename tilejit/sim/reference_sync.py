@@ -16,7 +16,7 @@ import numpy as np
 from tilejit.errors import SimulationError
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Node
+from tilejit.ir.node import Node, walk
 from tilejit.ir.sync import (
     BarrierArrive,
     BarrierExpect,
@@ -26,7 +26,7 @@ from tilejit.ir.sync import (
     Elect,
     SyncThreads,
 )
-from tilejit.ops.cluster import ClusterExchange
+from tilejit.ops.cluster import ClusterExchange, meets_late
 from tilejit.ops.scalar import Array
 from tilejit.sim.reference_memory import holds_everywhere
 from tilejit.sim.reference_state import BlockState, Phases
@@ -95,14 +95,23 @@ class Meeting:
 class Meetings:
     """What an executor does about synchronisation."""
 
-    def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster) -> None:
+    def __init__(self, kernel: Kernel, state: BlockState, cluster: Cluster, rank: int) -> None:
         self.kernel = kernel
         self.state = state
         self.cluster = cluster
+        self.rank = rank  # of the block in its cluster
         self.values = state.values
         self.variables = state.values.variables
         self.strands = cluster.strands
         self._come_in = 0  # the round of the cluster's barrier that was come to
+
+    def come_first(self) -> None:
+        """Come to the cluster's barrier where the kernel's beginning does: exchanges are planned,
+        and wait for that later."""
+        exchanges = [n for n in walk(self.kernel.body) if isinstance(n, ClusterExchange)]
+        self._come_in = 0
+        if any(n.barrier is not None for n in exchanges) and meets_late(self.kernel):
+            self.cluster.meeting.come(self.kernel.num_threads)
 
     # --- waiting ---------------------------------------------------------------------------------
 
@@ -265,7 +274,7 @@ class Meetings:
 
     def exchange(self, node: ClusterExchange, own: Array) -> list[Array]:
         """What each block of the cluster has at the node, once all have come there."""
-        rank = self.cluster.members.index(self)
+        rank = self.rank
         exchanges = self.cluster.exchanges
         mine = next((e for e in exchanges if rank not in e.parts), None)
         if mine is None:
