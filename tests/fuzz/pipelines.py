@@ -49,6 +49,7 @@ class Plan:
     stages: int | None
     kind: str
     epilogue: str
+    split: int | None = None
 
     @property
     def rounds(self) -> int:
@@ -100,6 +101,20 @@ def in_rows(seed: int) -> Program:
         plan, tile=(BM, plan.tile[1], 32), size=(M, N, K), threads=threads, left="tma", right="tma",
         guard="", extra=w.choice(["", "", "", "row"]), two_levels=False, repeats=1,
         kind="T.Pipelined", stages=w.choice([None, None, 2, 3]),
+    )  # fmt: skip
+    return _program(fresh, seed)
+
+
+def in_parts(seed: int) -> Program:
+    """Loops whose iterations blocks share, in clusters or not."""
+    plan, w = drawn(seed), random.Random(f"parts {seed}")
+    BK = 32 if as_dtype(plan.types[0]).bits > 8 else 64
+    BN = w.choice([16, 32, 48, 64])
+    K = BK * w.choice([2, 3, 5, 8]) - w.choice([0, 8])
+    fresh = dataclasses.replace(
+        plan, tile=(plan.tile[0], BN, BK), size=(plan.size[0], min(plan.size[1], 2 * BN), K),
+        left=w.choice(["tma", "tma", "convert"]), right="tma", guard="", extra="", repeats=1,
+        two_levels=False, kind="T.Pipelined", split=w.choice([2, 2, 3, 4, 6, 8]),
     )  # fmt: skip
     return _program(fresh, seed)
 
@@ -197,6 +212,8 @@ def _source(plan: Plan) -> str:
     stages = (
         "" if plan.stages is None or plan.kind != "T.Pipelined" else f", num_stages={plan.stages}"
     )
+    if plan.split is not None:
+        stages += f", split={plan.split}"
     lines = [
         "M, N = C.shape",
         f"K = A.shape[{int(not tA)}]",

@@ -79,6 +79,11 @@ def test_random_main_loop_in_rows_of_instructions_means_the_same_everywhere(seed
     check_some(pipelines.in_rows, seed, "sm_90a")
 
 
+@pytest.mark.fuzz(20)
+def test_random_loop_that_blocks_share_means_the_same_everywhere(seed):
+    check_some(pipelines.in_parts, seed, "sm_90a")
+
+
 @pytest.mark.fuzz(40)
 def test_random_loop_of_dependent_multiplies_means_the_same_everywhere(seed):
     check_some(chains.chain, seed, "sm_90a")
