@@ -136,11 +136,12 @@ def frame_of(target="sm_90a", **constants) -> TileFrame:
 
 
 def test_explanation_says_how_many_blocks_share_a_loop():
-    assert "4 blocks a tile share its iterations; the last adds up their sums" in explained(
+    text = explained(
         biased, *(T.Tensor(s, d) for s, d in (((16, 4096), "bfloat16"), ((4096, 128), "bfloat16"),
                                               ((128,), "float32"), ((16, 128), "float32"))),
-        split=4,
+        split=5,
     )  # fmt: skip
+    assert "5 blocks a tile share its iterations; the last adds up their sums" in text
 
 
 def test_launch_has_a_block_for_each_part():
@@ -194,7 +195,9 @@ def kernel_of(before=None, inside=None, after=None, grid=(2,), split=2):
                 T.gemm(a, a, acc)
                 if inside:
                     inside(acc, C)
-            if after:
+            if after == "copy":
+                T.copy(a, C[0, 0])
+            elif after:
                 after(acc, C)
             T.copy(acc, C[0, 0])
 
@@ -211,6 +214,8 @@ def kernel_of(before=None, inside=None, after=None, grid=(2,), split=2):
          "a tensor is written before it"),
         ({"before": lambda acc, C: T.clear(acc), "inside": lambda acc, C: T.copy(acc, C[0, 0])},
          "an iteration copies to C"),
+        ({"before": lambda acc, C: T.clear(acc), "after": "copy"},
+         "a is used after it as it leaves it"),
         ({"before": lambda acc, C: T.clear(acc), "grid": (1, 1, 2)},
          "the grid has three dimensions already"),
         ({"before": lambda acc, C: T.clear(acc), "after": lambda acc, C: T.atomic_add(C[0, 0], 1)},
@@ -222,6 +227,35 @@ def test_loop_that_does_more_than_add_is_not_split(parts, reason):
     message = refused(lambda: kernel_of(**parts))
     assert f"T.Pipelined: the iterations cannot be split among blocks: {reason}." in message
     assert "test_kernels_split.py" in message
+
+
+@pytest.mark.parametrize("slots, split", [(1, 2), (2, 2), (2, None)])
+def test_loop_that_multiplies_what_was_copied_before_is_not_split(hopper, rng, slots, split):
+    """By hand, the tile of the next iteration comes during this one's multiply."""
+
+    @tilejit
+    def ahead(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((slots, 64, 64), A.dtype)
+            acc = T.alloc_fragment((64, 64), "float32")
+            T.clear(acc)
+            T.copy(A[0, 0], a[0, :, :])
+            for k in T.Pipelined(8, split=split):
+                if slots > 1:
+                    T.copy(A[0, (k + 1) * 64], a[(k + 1) % slots, :, :])
+                T.gemm(a[k % slots, :, :], a[k % slots, :, :], acc, transpose_B=True)
+                if slots == 1:
+                    T.copy(A[0, (k + 1) * 64], a[0, :, :])
+            T.copy(acc, C[0, 0])
+
+    a = rng.integers(-4, 5, (64, 512)).astype(BF16)
+    if split is not None:
+        tensors = T.Tensor((64, 512), "bfloat16"), T.Tensor((64, 64), "float32")
+        message = refused(lambda: ahead.compile(*tensors, target="sm_90a"))
+        assert "an iteration multiplies what another one has copied" in message
+        return
+    c = hopper(ahead, a, out=[((64, 64), "float32")])
+    np.testing.assert_array_equal(c, a.astype(np.float64) @ a.astype(np.float64).T)
 
 
 @pytest.mark.parametrize("split", [0, -1, True, 1.5])

@@ -136,10 +136,14 @@ class Kernel:
     fragments: layout of each fragment.
     shared: byte layout of each shared buffer (views excluded).
     slots: copies of a shared buffer that the pipeline keeps; 1 where absent.
+    unions: shared buffers that have one place in turn: each entry is some buffers, one after the
+        other, and those that lie over them once nobody uses them any more.
     offsets: byte offset of each shared buffer and barrier in dynamic shared memory.
     shared_bytes: dynamic shared memory of a block.
     extra_threads: of a block besides the user's: producers.
     parts: blocks that share the iterations of each tile, along the last axis of the grid.
+    is_shared_out: those blocks are a cluster and each finishes its part of the tile; else the last
+        of them finishes the tile.
     cluster: blocks of a cluster along x, y, z; the user's until a pass decides otherwise.
     blocks_var: the variable that holds how many blocks run.
     is_persistent: a launch has no more blocks than the chip runs at once, each computing tiles
@@ -161,10 +165,12 @@ class Kernel:
     fragments: Mapping[Any, FragmentLayout] = field(default_factory=lambda: _EMPTY)
     shared: Mapping[Buffer, SharedLayout] = field(default_factory=lambda: _EMPTY)
     slots: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
+    unions: tuple[tuple[tuple[Buffer, ...], tuple[Buffer, ...]], ...] = ()
     offsets: Mapping[Buffer, int] = field(default_factory=lambda: _EMPTY)
     shared_bytes: int = 0
     extra_threads: int = 0
     parts: int = 1
+    is_shared_out: bool = False
     cluster: tuple[int, int, int] = (1, 1, 1)
     blocks_var: Var | None = None
     is_persistent: bool = False

@@ -344,6 +344,7 @@ class _Verifier:
     def offsets(self) -> None:
         kernel = self.kernel
         taken = []
+        lying_over = {b for _, over in kernel.unions for b in over}
         for buffer, offset in kernel.offsets.items():
             if buffer.scope is Scope.BARRIER:
                 size = 8 * len(buffer.arrive_counts)
@@ -351,7 +352,8 @@ class _Verifier:
                 known = buffer in kernel.shared
                 self.require(known, f"`{buffer.name}` has an offset and no layout")
                 size = kernel.shared[buffer].bytes
-            taken.append((offset, offset + size, buffer.name))
+            if buffer not in lying_over:
+                taken.append((offset, offset + size, buffer.name))
         end, last = 0, ""
         for start, stop, name in sorted(taken):
             self.require(start >= end, f"`{last}` and `{name}` overlap in shared memory")

@@ -204,13 +204,15 @@ class _Skeleton:
                     m.issue(isa_mbarrier.INIT, [where, m.const(count, uint32)], first)
             if self.kernel.cluster_size > 1:
                 m.issue(isa_mbarrier.FENCE_INIT)
-                if is_late:
-                    m.issue(isa_cluster.CLUSTER_ARRIVE_RELAXED)
+                if not is_late:
+                    m.issue(isa_cluster.CLUSTER_ARRIVE)
+                    m.issue(isa_cluster.CLUSTER_WAIT)
                     return
-                m.issue(isa_cluster.CLUSTER_ARRIVE)
-                m.issue(isa_cluster.CLUSTER_WAIT)
-                return
-            m.issue(isa_mbarrier.FENCE_INIT if maps else isa_barrier.FENCE_BLOCK)
+                m.issue(isa_cluster.CLUSTER_ARRIVE_RELAXED)
+                if not self.kernel.is_shared_out:
+                    return  # no barrier is used before the cluster has met
+            else:
+                m.issue(isa_mbarrier.FENCE_INIT if maps else isa_barrier.FENCE_BLOCK)
             m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, math.prod(self.threads)))
 
         self.call("init_barriers", maps, emit, (), (), [], None)

@@ -37,16 +37,30 @@ def allocate_memory(kernel: Kernel) -> Kernel:
         if not buffer.is_view:
             sizes.append((buffer, mbarrier.BYTES * len(buffer.arrive_counts), mbarrier.BYTES))
     sizes.sort(key=lambda entry: -entry[2])  # strictest alignment first: no gaps
+    lying_over = {b for _, over in kernel.unions for b in over}
+    under = [b for first, _ in kernel.unions for b in first]
     offsets: dict[Buffer, int] = {}
     end = 0
-    for buffer, size, align in sizes:
-        start = -(-end // align) * align
-        offsets[buffer] = start
-        end = start + size
+    of = {buffer: (buffer, size, align) for buffer, size, align in sizes}
+    for first, over in kernel.unions:
+        begin = -(-end // SWIZZLED_ALIGN) * SWIZZLED_ALIGN
+        end = max(_place([of[b] for b in those], begin, offsets) for those in (first, over))
+    rest = [entry for entry in sizes if entry[0] not in lying_over and entry[0] not in under]
+    end = _place(rest, end, offsets)
     if end > kernel.target.shared_bytes:
         raise _too_much(kernel, sizes, end)
     notes = (*kernel.notes, *crowded(kernel))
     return replace(kernel, offsets=offsets, shared_bytes=end, notes=notes)
+
+
+def _place(sizes: list[tuple[Buffer, int, int]], begin: int, offsets: dict[Buffer, int]) -> int:
+    """Give buffers of these sizes and alignments their places from a byte on; where they end."""
+    end = begin
+    for buffer, size, align in sizes:
+        start = -(-end // align) * align
+        offsets[buffer] = start
+        end = start + size
+    return end
 
 
 def _too_much(kernel: Kernel, sizes: list[tuple[Buffer, int, int]], total: int) -> ResourceError:

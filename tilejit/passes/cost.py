@@ -7,19 +7,23 @@ know layouts or addresses. The figures are fitted to measurements (`examples/mat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tilejit.dtypes import DType
-from tilejit.ir.buffer import Scope
+from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel, ParamKind
 from tilejit.ir.node import Body, For, Load, LoopKind, Node, Parallel, Store, walk
 from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
+from tilejit.ops.cluster import MOST_BLOCKS, ROOM_GAP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
+from tilejit.passes.bring import is_inward
 from tilejit.passes.late import STRIP_ROW, can_wait
 from tilejit.passes.nominal import existing, nominal
+from tilejit.passes.pipeline import SPARE_BYTES
 from tilejit.passes.registers import (
     GROUP,
     REGISTER_FILE,
@@ -29,34 +33,48 @@ from tilejit.passes.registers import (
 )
 from tilejit.passes.tail import rows_in_turn
 from tilejit.passes.teams import FEWEST_TILES, reduces_between
+from tilejit.passes.tiles import (
+    ROW_BYTES,
+    STRADDLING_CLOCKS,
+    shared_by_two,
+    slow_clocks,
+    straddles,
+)
 from tilejit.passes.trim import rows_there
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
 from tilejit.target import Target
 
-START_CLOCKS = 8000  # launch, the first tiles from memory, the last stores
+START_CLOCKS = 5000  # launch, the first tiles from memory, the last stores
 TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
 KEPT_CLOCKS = 600  # of a block's tile whose results leave later
 STORE_BYTES = 32  # a clock, that a block writes from registers
 KEEP_BYTES = 16  # a clock, that a block writes of the sums of a loop that blocks share
-SUM_BYTES = 44  # a clock, that the last of those blocks adds up
-SUM_CLOCKS = 4500  # until it knows that it is the last
+SUM_BYTES = 30  # a clock, that the last of those blocks adds up
+SUM_CLOCKS = 5500  # until it knows that it is the last
+SENT_BYTES = 4.8  # a clock, that a block sends to others of its cluster
+SENT_CLOCKS = 650  # until what blocks of a cluster send has come
+APART_SHARE = 1.3  # as long takes the slowest of blocks that share out what follows their loop
+# of all multiprocessors, what clusters of so many blocks can have at once
+# (cuOccupancyMaxActiveClusters on an H100; of 2 blocks all)
+CLUSTERED = {3: 0.886, 4: 0.909, 5: 0.833, 6: 0.773, 7: 0.795, 8: 0.909}
 ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
 MEMORY_CLOCKS = 1600  # more where it comes from memory
 TURN_CLOCKS = 80  # of an iteration at least, until the next can begin
 STEP_CLOCKS = 270  # and for each 128 bytes of K
 ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
-ROW_BYTES = 128  # of a box, which TMA brings at once
-ROW_CLOCKS = 1.85  # that it takes for one, long or short
-ROW_SHARE = 0.007  # slower, for each row of instructions of a warpgroup but the first
+ROW_CLOCKS = 1.85  # that TMA takes for a row of a box, long or short
+ROW_SHARE = 0.005  # slower, for each row of instructions of a warpgroup but the first
 ABSENT_CLOCKS = 5.0  # for one that lies outside of the tensor
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
-MEMORY_SHARE = 0.9  # of the peak bandwidth
+MEMORY_SHARE = 0.965  # of the peak bandwidth
 SCATTER_BYTES = 900  # of what an iteration brings, that cost memory time and are not there
-ALONE_SHARE = 0.02  # of work and memory traffic, whichever is shorter, that does not overlap
-IDLE_SHARE = 0.08  # slower, where few multiprocessors work: they do not draw all of the memory
-EDGE_SHARE = 0.05  # of a block's work, in which the chip is not full yet or not any more
-UNWRITTEN_BYTES = 20e6  # in the L2 cache from before, which make room as others are read
+COVER_SHARE = 0.9  # of the longest way of a tile, in which multiplying hides what delays it
+TOGETHER = 6  # how well overlaps what is done together: at 1 not at all
+IDLE_SHARE = 0.09  # slower, where few multiprocessors work: they do not draw all of the memory
+COOL_SHARE = 0.22  # faster runs the clock while the tensor cores idle, and draw no power
+EDGE_SHARE = 0.026  # of a block's work, in which the chip is not full yet or not any more
+UNWRITTEN_BYTES = 15e6  # in the L2 cache from before, which make room as others are read
 MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
@@ -88,6 +106,11 @@ class _Work:
     rows: float = 0.0
     read: float = 0.0
 
+    def times(self, factor: float) -> _Work:
+        result = _Work()
+        result.add(self, factor)
+        return result
+
     def add(self, other: _Work, times: float = 1.0) -> None:
         self.clocks += other.clocks * times
         self.tensor += other.tensor * times
@@ -100,15 +123,18 @@ class _Work:
 class Plan:
     """What is known of a kernel whose atoms are chosen.
 
-    loop: of the loops that blocks may share; rest: all else of a block. tiles: blocks of the grid.
-    sum_bytes: of a tile's accumulators. at_once: blocks that a multiprocessor holds. scatter: how
-    much longer memory takes because it is read in small pieces. has_turns: two teams of consumers
-    take turns. is_late: a tile's results leave during the next one's
-    multiplies.
+    loop: of the loops that blocks may share, apart: where clusters are used for that and not to
+    bring tiles; rest: all else of a block. has_room: blocks that each add up a part of the sums
+    have memory for what comes from others. tiles: blocks of the grid. sum_bytes: of a tile's
+    accumulators. at_once: blocks that a multiprocessor holds. scatter: how much longer memory takes
+    because it is read in small pieces. has_turns: two teams of consumers take turns. is_late: a
+    tile's results leave during the next one's multiplies.
     """
 
     target: Target
     loop: _Work
+    apart: _Work
+    has_room: bool
     rest: _Work
     tiles: float
     memory_bytes: float
@@ -118,44 +144,55 @@ class Plan:
     has_turns: bool = False
     is_late: bool = False
 
-    def estimate(self, parts: int = 1) -> Estimate:
-        """The time with so many blocks a tile."""
-        chip = self.target.chip
-        each = self.loop.clocks / parts + self.rest.clocks
-        sums = 0.0
-        if parts > 1:
+    def estimate(self, parts: int = 1, is_shared_out: bool = False) -> Estimate:
+        """The time with so many blocks a tile; is_shared_out: they are a cluster."""
+        chip, loop, running = self.target.chip, self.loop, self.target.chip.multiprocessors
+        rest, sums = self.rest.clocks, 0.0
+        if is_shared_out:
+            rest = TILE_CLOCKS + (rest - TILE_CLOCKS) / parts
+            clusters = int(running * CLUSTERED.get(parts, 1.0)) // parts
+            running = max(1, clusters) * parts
+            sums = SENT_CLOCKS + self.sum_bytes * (parts - 1) / parts / SENT_BYTES
+            loop = self.apart.times(APART_SHARE)
+        elif parts > 1:
             sums = SUM_CLOCKS + self.sum_bytes * (1 / KEEP_BYTES + parts / SUM_BYTES)
+        each = loop.clocks / parts + rest
         units = max(1.0, self.tiles) * parts
-        here = min(self.at_once, math.ceil(units / chip.multiprocessors))
-        throughput = here * max(self.loop.tensor, self.loop.brought / chip.brought_bytes) / parts
+        here = min(self.at_once, math.ceil(units / running))
+        throughput = here * max(loop.tensor, loop.brought / chip.brought_bytes) / parts
         each = max(each, throughput)
         if self.has_turns and parts == 1:
-            each = max(self.loop.clocks, each / 2)
+            each = max(loop.clocks, each / 2)
         if self.is_late and parts == 1:
-            each = self.loop.clocks + KEPT_CLOCKS
-        moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
-        memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter
-        waves, last = divmod(units, chip.multiprocessors * here)
+            each = loop.clocks + KEPT_CLOCKS
+        waves, last = divmod(units, running * here)
         whole = 1 - last / units
-        clocks = START_CLOCKS + _both(waves * each, memory * whole) + waves * sums
+        multiplied = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors
+        idle = max(0.0, 1 - multiplied / (each * math.ceil(units / running / here)))
+        moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
+        faster = 1 + COOL_SHARE * idle  # than the clock that memory's bytes are counted by
+        memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter * faster
+        clocks = START_CLOCKS * faster + _together(waves * each, memory * whole) + waves * sums
         if last:
-            clocks += _both(each, memory * (1 - whole)) + sums
+            clocks += _together(each, memory * (1 - whole)) + sums
         clocks += EDGE_SHARE * each
         clocks *= 1 + IDLE_SHARE * max(0.0, 1 - units / chip.multiprocessors)
-        busy = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors / clocks
+        busy = multiplied / clocks
         bound = "the tensor cores"
-        if 2 * (self.loop.tensor + self.rest.tensor) < each * parts:
+        if 2 * (loop.tensor + self.rest.tensor) < each * parts:
             bound = "work besides"
-        if memory > math.ceil(units / chip.multiprocessors / here) * each:
+        if memory > math.ceil(units / running / here) * each:
             bound = "memory"
-        elif self.loop.brought / chip.brought_bytes > self.loop.tensor:
+        elif loop.brought / chip.brought_bytes > loop.tensor:
             bound = "bringing tiles"
-        return Estimate(clocks / (chip.clock * 1e9), busy, bound)
+        return Estimate(clocks / (chip.clock * faster * 1e9), busy, bound)
 
 
-def _both(work: float, memory: float) -> float:
-    """Clocks of what overlaps, but not all of it."""
-    return max(work, memory) + ALONE_SHARE * min(work, memory)
+def _together(*clocks: float) -> float:
+    """Clocks of what overlaps, but less the more alike they are: each has to wait at times."""
+    longest = max(*clocks, 1.0)
+    shares = [(c / longest) ** TOGETHER for c in clocks]
+    return longest * math.pow(sum(shares), 1 / TOGETHER)
 
 
 def plan(kernel: Kernel) -> Plan | str:
@@ -176,6 +213,7 @@ class _Planner:
     arrival: float = ARRIVAL_CLOCKS
     least: float = 0.0
     has_turns: bool = False
+    halved: Sequence[Copy] = ()
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -212,6 +250,9 @@ class _Planner:
         self.has_turns = bool(brought) and threads == GROUP and is_enough
         self.has_turns &= not reduces_between(self.kernel)
         memory = self.memory_bytes()
+        if any(straddles(n) for n in brought):
+            inward = [n for n in brought if is_inward(n)]
+            _, self.halved = shared_by_two(self.kernel, inward, slow_clocks)
         self.visit(self.kernel.body)
         reads = max(1.0, tiles * self.loop.brought)
         self.arrival += MEMORY_CLOCKS * min(1.0, memory / reads)
@@ -219,9 +260,15 @@ class _Planner:
         rest = self.visit(self.kernel.body)
         rest.clocks += TILE_CLOCKS
         sums = {n.acc.buffer for n in nodes if isinstance(n, Gemm)}
+        together = self.loop
+        if self.halved:
+            self.halved, self.loop = (), _Work()
+            self.visit(self.kernel.body)
         return Plan(
             target=self.target,
-            loop=self.loop,
+            loop=together,
+            apart=self.loop,
+            has_room=self.has_room(sums, brought, shared + each * (self.slots - 1)),
             rest=rest,
             tiles=tiles,
             memory_bytes=memory,
@@ -231,6 +278,25 @@ class _Planner:
             is_late=bool(brought) and self.is_late(),
             scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
+
+    def has_room(self, sums: set[Buffer], brought: Sequence[Copy], shared: int) -> bool:
+        """Whether blocks that have each a part of the sums have memory for what comes from others:
+        beside all else, or where tiles were that are brought.
+
+        shared: bytes of a block with all slots.
+        """
+        room = 0
+        for buffer in sums:
+            *rows, columns = buffer.extents
+            gaps = MOST_BLOCKS * ROOM_GAP
+            room += math.prod(rows) * (columns + gaps) * max(4, buffer.dtype.bytes)
+        loops = (n for n in self.kernel.body if isinstance(n, For))
+        inside = (n for loop in loops for n in loop.body if isinstance(n, Copy))
+        tiles = {n.dst.buffer for n in inside if n in brought}
+        if tiles:
+            apart = (b for b in self.kernel.scoped(Scope.SHARED) if b not in tiles)
+            shared = sum(math.prod(b.extents) * b.dtype.bytes for b in apart)
+        return shared + room + SPARE_BYTES <= self.target.shared_bytes
 
     def is_late(self) -> bool:
         """Whether the tile's results can leave during the next one's multiplies."""
@@ -286,16 +352,16 @@ class _Planner:
         transfer = inner.brought / chip.brought_bytes
         arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
-        issue = ISSUE_CLOCKS if groups < 2 and not self.has_turns else 0.0
         slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
         slab = max(1.0, *slabs, 1.0)  # of K, in lines of memory
         piece = inner.brought / slab
         self.least = min(self.least or piece, piece)
+        is_alone = groups < 2 and not self.has_turns  # nobody multiplies while it waits
+        ways = (inner.read + inner.brought) / SHARED_BYTES, transfer, inner.rows
+        is_covered = not is_alone and inner.tensor > COVER_SHARE * max(ways)
         step = max(
-            inner.tensor + issue,
-            (inner.read + inner.brought) / SHARED_BYTES,
-            transfer,
-            inner.rows,
+            inner.tensor + (ISSUE_CLOCKS if is_alone else 0),
+            max(ways) if is_covered else _together(*ways),
             arrival,
             TURN_CLOCKS + STEP_CLOCKS * slab,
         )
@@ -310,7 +376,7 @@ class _Planner:
                 row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
                 share = existing(node.src)
                 absent = 0.0 if rows_there(node) else ABSENT_CLOCKS
-                each = share * ROW_CLOCKS + (1 - share) * absent
+                each = share * self.row_clocks(node) + (1 - share) * absent
                 rows = size / row * each if node.is_tma else 0.0
                 return _Work(brought=size * share, rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
@@ -324,6 +390,13 @@ class _Planner:
             size = math.prod(node.src.extents)
             return _Work(clocks=size / REDUCE_A_CLOCK + TRADE_CLOCKS)
         return _Work()
+
+    def row_clocks(self, node: Copy) -> float:
+        """That TMA takes for a row of the tile, in a block that shares it with another one half of
+        that."""
+        if not straddles(node):
+            return ROW_CLOCKS
+        return STRADDLING_CLOCKS / 2 if node in self.halved else STRADDLING_CLOCKS
 
     def operand_words(self, node: Gemm) -> float:
         """Registers of a thread for the operands of mma.sync: of this step of K and the next."""
@@ -358,11 +431,12 @@ class _Planner:
 
 
 def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:
-    """What a multiply by warpgroups reads of shared memory: B once for instructions in a row that
-    differ in A only."""
+    """What a multiply by warpgroups reads of shared memory: B half as often for instructions in a
+    row that differ in A only."""
     groups = atom.groups_m * atom.groups_n * atom.columns
     rows = atom.rows * ROWS if node.a.buffer.scope is Scope.SHARED else 0
-    return groups * (rows + atom.wgmma.n) * node.k * node.a.buffer.dtype.bytes
+    columns = atom.wgmma.n * (1 + atom.rows) / 2
+    return groups * (rows + columns) * node.k * node.a.buffer.dtype.bytes
 
 
 def _speed(operand: DType) -> float:

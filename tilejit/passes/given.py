@@ -28,6 +28,8 @@ def cluster_of(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None
         UnsupportedError: passes cannot let blocks share along what the user gave.
     """
     given = kernel.given.cluster
+    if kernel.is_shared_out:
+        return 1, None  # the cluster has another use
     if given is None:
         return choose_cluster(kernel, brought) if unevenness(kernel) is None else (1, None)
     axes = [axis for axis, blocks in enumerate(given) if blocks > 1]
@@ -103,7 +105,7 @@ def order_tiles(kernel: Kernel) -> Kernel:
     if kernel.given.register_span is not None and not kernel.extra_threads:
         note = "registers stay as they are: the block has no producers"
         kernel = replace(kernel, notes=(*kernel.notes, note))
-    if not kernel.given.panel or kernel.is_persistent:
+    if not kernel.given.panel or kernel.extra_threads:  # those have an order already
         return kernel
     raw = tuple(
         Var(f"block_{'xyz'[d]}", var.dtype, VarKind.BLOCK, var.low, var.high)

@@ -161,7 +161,7 @@ def _obstacle(kernel: Kernel, nodes: list[Node]) -> str:
         return "the kernel orders asynchronous work itself"
     if any(isinstance(n, SyncThreads) and n.number is not None for n in nodes):
         return "the kernel names hardware barriers itself"
-    if any(isinstance(n, ClusterExchange) for n in nodes):
+    if any(isinstance(n, ClusterExchange) for n in nodes) and not kernel.is_shared_out:
         return "all threads of a cluster's blocks exchange tiles"
     if kernel.threads[1:] != (1, 1):
         return "the block's threads have more than one dimension"

@@ -48,7 +48,7 @@ def parted(
             first.append(node)
             continue
         loop = as_parallel(node) if isinstance(node, Parallel | Copy) else None
-        if loop is None or not _is_elementwise(loop, acc, layouts):
+        if loop is None or not is_elementwise(loop, acc, layouts):
             return None
         if any(b.scope is not Scope.FRAGMENT for b in all_writes(loop)):
             return None
@@ -58,8 +58,8 @@ def parted(
     return first, loops
 
 
-def _is_elementwise(
-    loop: Parallel, acc: Buffer, layouts: Mapping[Buffer, FragmentLayout] | None
+def is_elementwise(
+    loop: Parallel, acc: Buffer, layouts: Mapping[Buffer, FragmentLayout] | None = None
 ) -> bool:
     """Whether each iteration reads and writes its own element of matrices that lie as `acc` does,
     and of other fragments only reads."""

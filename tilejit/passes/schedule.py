@@ -12,25 +12,34 @@ from tilejit.errors import ArgumentError, TileError
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, walk
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.cost import Estimate, plan
+from tilejit.passes.cost import Estimate, Plan, plan
 from tilejit.passes.select import select_atoms
+from tilejit.passes.shared_out import divides, share_out, why_whole
 from tilejit.passes.split import Splittable, split_loop, splittable
 from tilejit.target import Target
 
 FREE_THREADS = (128, 256, 384)  # whole warpgroups; a fourth one brings tiles
 MOST_PARTS = 16
 FEWEST_TRIPS = 4  # iterations that are left of a loop that is split
-WORTH = 0.97  # of the time without it: what a split must save
+WORTH = 0.95  # of the time without it: what a split must save
+MOST_SUM_REGISTERS = 128  # of a thread: it adds up sums of blocks while it holds its own
 MOST_SUM_BYTES = 64 << 20  # of memory that the runtime keeps for a kernel
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """threads: of a block along x. parts: blocks that share each tile's iterations."""
+    """threads: of a block along x. parts: blocks that share each tile's iterations; is_shared_out:
+    and what follows them."""
 
     threads: int
     parts: int
     estimate: Estimate
+    is_shared_out: bool = False
+
+    @property
+    def weight(self) -> float:
+        """The seconds by which it is compared: a split has to be worth more than it seems."""
+        return self.estimate.seconds / (WORTH if self.parts > 1 else 1)
 
 
 def choose_schedule(kernel: Kernel, target: Target) -> Kernel:
@@ -45,14 +54,23 @@ def choose_schedule(kernel: Kernel, target: Target) -> Kernel:
     found = best_schedule(kernel, target)
     if isinstance(found, str):  # a later pass says what is wrong
         return replace(kernel, is_free=False)
-    return apply(kernel, found)
+    return apply(kernel, found, target)
 
 
-def apply(kernel: Kernel, chosen: Schedule) -> Kernel:
+def apply(kernel: Kernel, chosen: Schedule, target: Target) -> Kernel:
     """The kernel under a schedule."""
     if kernel.is_free:
         kernel = replace(kernel, threads=(chosen.threads, 1, 1), is_free=False)
-    return split_loop(kernel, chosen.parts) if chosen.parts > 1 else kernel
+    if chosen.parts == 1:
+        return kernel
+    if chosen.is_shared_out:
+        return share_out(kernel, chosen.parts)
+    found = splittable(kernel)
+    assert isinstance(found, Splittable), "a split has a loop"
+    why = why_whole(kernel, found, target)
+    if not why and not divides(found, chosen.parts):
+        why = f"{chosen.parts} blocks cannot share out the columns"
+    return split_loop(kernel, chosen.parts, why)
 
 
 def best_schedule(kernel: Kernel, target: Target) -> Schedule | str:
@@ -71,14 +89,12 @@ def best_schedule(kernel: Kernel, target: Target) -> Schedule | str:
         if isinstance(weighed, str):
             reasons.append(weighed)
             continue
-        whole = weighed.estimate()
-        found = [(whole.seconds, 1)]
-        for parts in _part_choices(kernel, asked, weighed.sum_bytes):
-            found.append((weighed.estimate(parts).seconds / WORTH, parts))
-        _, parts = min(found) if asked is None or asked == 1 else (0.0, asked)
-        chosen = Schedule(tried.threads[0], parts, weighed.estimate(parts))
-        if best is None or chosen.estimate.seconds < best.estimate.seconds:
-            best = chosen
+        ways = [(1, False)] if asked is None or asked == 1 else []
+        for parts, is_shared_out in (*ways, *_part_choices(tried, asked, weighed, target)):
+            estimate = weighed.estimate(parts, is_shared_out)
+            found = Schedule(tried.threads[0], parts, estimate, is_shared_out)
+            if best is None or found.weight < best.weight:
+                best = found
     return best if best is not None else reasons[0]
 
 
@@ -114,13 +130,24 @@ def _asked_parts(kernel: Kernel) -> int | None:
     return None
 
 
-def _part_choices(kernel: Kernel, asked: int | None, sum_bytes: float) -> list[int]:
-    if asked is not None:
+def _part_choices(
+    kernel: Kernel, asked: int | None, weighed: Plan, target: Target
+) -> list[tuple[int, bool]]:
+    """Blocks a tile, and whether they share out what follows, that may be faster than one; where
+    so many are asked for, the ways to have them."""
+    if asked == 1:
         return []
     found = splittable(kernel)
-    assert isinstance(found, Splittable), "an open split has a loop"
+    assert isinstance(found, Splittable), "a split has a loop"
+    can_share_out = weighed.has_room and not why_whole(kernel, found, target)
+    if asked is not None:
+        ways = [(asked, False)]
+        return [*ways, (asked, True)] if can_share_out and divides(found, asked) else ways
     if found.trips is None:
         return []
     most = min(MOST_PARTS, found.trips // FEWEST_TRIPS)
-    most = min(most, int(MOST_SUM_BYTES // max(1, sum_bytes * found.tiles)))
-    return list(range(2, most + 1))
+    choices = [(n, True) for n in range(2, most + 1) if can_share_out and divides(found, n)]
+    most = min(most, int(MOST_SUM_BYTES // max(1, weighed.sum_bytes * found.tiles)))
+    if weighed.sum_bytes / 4 > MOST_SUM_REGISTERS * kernel.num_threads:
+        most = 1
+    return [*choices, *((n, False) for n in range(2, most + 1))]

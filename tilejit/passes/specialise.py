@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tilejit.dtypes import int32
-from tilejit.ir.buffer import Scope
+from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import (
     Expr,
     Var,
@@ -39,7 +39,13 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
-from tilejit.ir.sync import BarrierArrive, BarrierSlot, BarrierWait, Control, ControlOp
+from tilejit.ir.sync import (
+    BarrierArrive,
+    BarrierSlot,
+    BarrierWait,
+    Control,
+    ControlOp,
+)
 from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
@@ -55,6 +61,7 @@ from tilejit.passes.pipeline import into_slot, with_slots
 from tilejit.passes.queue import queue_walk, unevenness
 from tilejit.passes.registers import GROUP
 from tilejit.passes.rounds import first_turn, overlapped
+from tilejit.passes.shared_out import once_tiles_are_used, over_tiles, shared_copies
 from tilejit.passes.tail import Tail, find_tail, row_by_row, shortened
 from tilejit.passes.teams import team_count, times
 from tilejit.passes.tiles import Walk, is_same_along, tile_walk, visit_number
@@ -89,6 +96,7 @@ class _Specialiser:
         self.brought = brought
         self.kernel = kernel
         self.shared = dict(kernel.shared)
+        self.over_tiles = over_tiles(kernel, brought)  # has the place of slots, later
         self.teams = team_count(kernel, brought)
         self.turn = counter("turn")
         self.team = Var("team", int32, VarKind.THREAD, index(0), index(self.teams - 1))
@@ -122,6 +130,8 @@ class _Specialiser:
         self._open_channels(kernel.body, None, self.free_slots)
         produced = _prune(self.produce(kernel.body))
         consumed = self.consume(kernel.body, None)
+        if self.over_tiles:
+            consumed = once_tiles_are_used(kernel, consumed, self.thread)
         walked = self._walk()
         self.notes += walked.notes
         threads = kernel.num_threads * self.teams
@@ -133,6 +143,8 @@ class _Specialiser:
             consumer.append(Control(op=ControlOp.REGISTERS_UP, count=up))
         channels = list(dict.fromkeys(self.channels.values()))
         producer.append(OneThread(body=(*zeros(c.fed for c in channels), *walked.around(produced))))
+        if kernel.is_shared_out:  # who has come to the cluster's barrier may not end before it
+            producer.append(Control(op=ControlOp.CLUSTER_WAIT, span=kernel.span))
         role = Role("consumer", 0, threads)
         if self.teams > 1:
             role = replace(role, teams=self.teams, team=self.team, meeting=TEAM_BARRIER)
@@ -173,10 +185,19 @@ class _Specialiser:
                 body=tuple(body),
                 shared=self.shared,
                 slots=self.slots,
+                unions=self._unions(),
                 extra_threads=threads - kernel.num_threads + GROUP,
                 notes=(*kernel.notes, *self.notes),
             )
         )
+
+    def _unions(self) -> tuple[tuple[tuple[Buffer, ...], tuple[Buffer, ...]], ...]:
+        """What comes from other blocks lies over the slots of tiles that have been used."""
+        if not self.over_tiles:
+            return ()
+        slots = {b: s for c in self.channels.values() for b, s in c.slotted.items()}
+        fed = (slots[c.dst.buffer] for c in shared_copies(self.kernel, self.brought))
+        return ((tuple(dict.fromkeys(fed)), self.over_tiles),)
 
     def _trims(self) -> dict[Copy, int]:
         """The rows of copies that bring fewer than their tile has, and are alone to write it."""
@@ -202,7 +223,12 @@ class _Specialiser:
 
     def _walk(self) -> Walk:
         """How blocks come to their tiles: in a fixed order, unless some tiles are longer."""
-        is_free = self.cluster == 1 and self.teams == 1 and self.staging.late is None
+        is_free = (
+            self.cluster == 1
+            and not self.kernel.is_shared_out
+            and self.teams == 1
+            and self.staging.late is None
+        )
         if self.uneven is not None and is_free and not self.kernel.given.panel:
             return queue_walk(self.kernel, self.uneven)
         return tile_walk(self.kernel, self.cluster, self.axis)
@@ -285,7 +311,8 @@ class _Specialiser:
         what is brought outside of loops."""
         fed = {c.dst.buffer for c in self.brought}
         size = {b: -(-layout.bytes // 1024) * 1024 for b, layout in self.shared.items()}
-        taken = BARRIER_BYTES + sum(n for b, n in size.items() if b not in fed)
+        apart = (n for b, n in size.items() if b not in fed and b not in self.over_tiles)
+        taken = BARRIER_BYTES + sum(apart)
         each = once = 0
         for loop, copies in self._fed_loops(self.kernel.body, None):
             bytes_ = sum(size[b] for b in {c.dst.buffer for c in copies})

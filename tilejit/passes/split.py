@@ -6,20 +6,23 @@ block comes last, so that two runs give the same bits. Does not know how many pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tilejit.dtypes import int32, uint64
-from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     Expr,
     Var,
     VarKind,
     arith,
     binary,
+    cast,
     const,
     index,
     int_value,
     is_const,
+    variables,
 )
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.node import (
@@ -37,6 +40,7 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
+from tilejit.ir.substitution import substituted
 from tilejit.ir.sync import Control, ControlOp, SyncThreads
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import loop_variables
@@ -78,6 +82,7 @@ def splittable(kernel: Kernel) -> Splittable | str:
     before, after = kernel.body[:place], kernel.body[place + 1 :]
     sums = tuple(dict.fromkeys(n.acc.buffer for n in loop.body if isinstance(n, Gemm)))
     reason = _more_than_adds(loop, sums) or _not_from_zero(before, sums)
+    reason = reason or _left_behind(loop, after)
     if reason:
         return reason
     around = list(walk((*before, *after)))
@@ -102,8 +107,13 @@ def _is_candidate(node: Node) -> bool:
 
 def _more_than_adds(loop: For, sums: tuple[Buffer, ...]) -> str:
     """What iterations change that outlives them, besides the sums; "" for nothing."""
+    tiles = {b.root for n in loop.body if isinstance(n, Copy) for b in n.writes}
+    brought: list[Region] = []
     for node in loop.body:
         if isinstance(node, Gemm):
+            for region in (node.a, node.b):
+                if region.buffer.root in tiles and not _is_brought(region, brought, loop.var):
+                    return "an iteration multiplies what another one has copied"
             if node.clear:
                 return "an iteration clears an accumulator"
             if not node.acc.is_whole or {node.a.buffer.root, node.b.buffer.root} & set(sums):
@@ -112,9 +122,18 @@ def _more_than_adds(loop: For, sums: tuple[Buffer, ...]) -> str:
             scopes = node.src.buffer.root.scope, node.dst.buffer.root.scope
             if scopes != (Scope.GLOBAL, Scope.SHARED):
                 return f"an iteration copies to {node.dst.buffer.name}"
+            brought.append(node.dst)
         elif not isinstance(node, Load) or node.buffer.root.scope is not Scope.GLOBAL:
             return "an iteration does more than copy and multiply"
     return ""
+
+
+def _is_brought(region: Region, brought: Sequence[Region], turn: Var) -> bool:
+    """Whether what is copied before in an iteration is what it then uses: at the same place, or
+    where all iterations copy to the same places. turn: the loop's variable."""
+    mine = [r for r in brought if r.buffer.root is region.buffer.root]
+    moves = any(turn in variables(e) for r in (region, *mine) for e in r.starts)
+    return bool(mine) and (not moves or any(r.starts == region.starts for r in mine))
 
 
 def _not_from_zero(before: Body, sums: tuple[Buffer, ...]) -> str:
@@ -133,6 +152,25 @@ def _not_from_zero(before: Body, sums: tuple[Buffer, ...]) -> str:
     return f"{names} does not begin at zero" if names else ""
 
 
+def _left_behind(loop: For, after: Body) -> str:
+    """Which tile is read after the loop as its last iteration leaves it: blocks that do what
+    follows have done other iterations; "" for none."""
+    tiles = {b.root for n in loop.body if isinstance(n, Copy) for b in n.writes}
+
+    def stale(body: Body, fresh: frozenset[Buffer]) -> Buffer | None:
+        for node in body:
+            read = next((b for b in node.reads if b.root in tiles and b not in fresh), None)
+            read = read or next(filter(None, (stale(b, fresh) for b in node.bodies)), None)
+            if read is not None:
+                return read
+            if isinstance(node, Copy | Fill) and node.dst.is_whole:
+                fresh |= {node.dst.buffer}
+        return None
+
+    found = stale(after, frozenset())
+    return f"{found.name} is used after it as it leaves it" if found else ""
+
+
 def _trips(loop: For) -> Expr:
     """Iterations of the loop."""
     span = arith("sub", loop.stop, loop.start)
@@ -142,19 +180,36 @@ def _trips(loop: For) -> Expr:
     return arith("max", arith("floordiv", arith("add", span, step - 1), step), 0)
 
 
-def split_loop(kernel: Kernel, parts: int) -> Kernel:
+def share_of(loop: For, part: Var, parts: int) -> For:
+    """The loop over one of `parts` parts of its iterations, of which the first may have one more
+    than the others; counted from 0, so that who compiles it sees whether it has any."""
+    trips = _trips(loop)
+    each, more = arith("floordiv", trips, parts), arith("floormod", trips, parts)
+    first, count = arith("mul", part, each), each
+    if int_value(more) != 0:
+        first = arith("add", first, arith("min", part, more))
+        count = arith("add", count, cast(binary("lt", part, more), int32))
+    var = Var(loop.var.name, loop.var.dtype, VarKind.LOOP, index(0), arith("sub", trips, 1))
+    place = arith("add", loop.start, arith("mul", arith("add", first, var), loop.step))
+    at = {loop.var: cast(place, loop.var.dtype)}
+    start, body = index(0), substituted(loop.body, at)
+    return replace(loop, var=var, start=start, stop=count, step=1, body=body)
+
+
+def split_loop(kernel: Kernel, parts: int, why: str = "") -> Kernel:
     """The kernel whose splittable loop is done by `parts` blocks a tile.
 
     Each writes its sums to memory that the runtime keeps and counts itself; the last one adds them
-    up in the order of the parts, and goes on alone.
+    up in the order of the parts, and goes on alone. why: blocks do not each add up a part.
     """
     found = splittable(kernel)
     assert isinstance(found, Splittable) and parts > 1, found
-    return _Splitter(kernel, found, parts).run()
+    return _Splitter(kernel, found, parts, why).run()
 
 
 class _Splitter:
-    def __init__(self, kernel: Kernel, found: Splittable, parts: int) -> None:
+    def __init__(self, kernel: Kernel, found: Splittable, parts: int, why: str) -> None:
+        self.why = f" ({why})" if why else ""
         self.kernel = kernel
         self.found = found
         self.parts = parts
@@ -208,7 +263,12 @@ class _Splitter:
     def run(self) -> Kernel:
         kernel, place = self.kernel, self.found.place
         before, after = kernel.body[:place], kernel.body[place + 1 :]
-        body = (*before, self.share(), *self.keep(), *self.finish(after))
+        body = (
+            *before,
+            share_of(self.found.loop, self.part, self.parts),
+            *self.keep(),
+            *self.finish(after),
+        )
         return replace(
             kernel,
             grid=(*kernel.grid, index(self.parts)),
@@ -218,21 +278,10 @@ class _Splitter:
             parts=self.parts,
             notes=(
                 *kernel.notes,
-                f"{self.parts} blocks a tile share its iterations; the last adds up their sums",
+                f"{self.parts} blocks a tile share its iterations; the last adds up their sums"
+                f"{self.why}",
             ),
         )
-
-    def share(self) -> For:
-        """The loop over this part of the iterations."""
-        loop = self.found.loop
-        trips = _trips(loop)
-        each = arith("floordiv", arith("add", trips, self.parts - 1), self.parts)
-
-        def bound(part: Expr) -> Expr:
-            done = arith("min", arith("mul", part, each), trips)
-            return arith("add", loop.start, arith("mul", done, loop.step))
-
-        return replace(loop, start=bound(self.part), stop=bound(arith("add", self.part, 1)))
 
     def keep(self) -> list[Node]:
         """Write the sums, and let everybody know."""

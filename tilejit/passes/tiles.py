@@ -6,7 +6,7 @@ Knows grids, clusters and which tiles share operands. Does not know what a tile'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
@@ -22,6 +22,9 @@ from tilejit.ops.gemm import Gemm
 from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.wgmma import multiply_clocks
 
+SECTOR_BYTES = 32  # of memory and the L2 cache
+ROW_BYTES = 128  # of a box, which TMA brings at once
+STRADDLING_CLOCKS = 5  # that it takes for one that begins amid a sector
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
 MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
@@ -188,6 +191,22 @@ class Walk:
         )
 
 
+class Stay(Walk):
+    """Each block has one tile, or a part of one: launched are as many blocks as there are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = arith("sub", arith("mul", self._total(), self.cluster), 1)
+        self.block = Var("block", int32, VarKind.BLOCK, index(0), last)
+
+    def around(self, body: Body, role: Role | None = None, visit: Var | None = None) -> Body:
+        return (*self.place(index(0)), *body) if body else body
+
+    def finish(self, kernel: Kernel) -> Kernel:
+        fresh = super().finish(kernel)
+        return replace(fresh, blocks_var=None, is_persistent=False)
+
+
 def visit_number() -> Var:
     """A variable for the number of a block's tile."""
     return Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
@@ -195,7 +214,9 @@ def visit_number() -> Var:
 
 def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:
     """The order of a kernel's tiles: groups of rows such that what runs at once reads little."""
-    if len(kernel.grid) == 1:
+    if kernel.is_shared_out:
+        cluster, axis = kernel.parts, len(kernel.grid) - 1
+    if len(kernel.grid) - kernel.is_shared_out == 1:
         group = 1
         order = "in order"
     else:
@@ -205,6 +226,9 @@ def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:
     if kernel.given.panel:
         group = max(1, kernel.given.panel // (cluster if axis == (0 if by_columns else 1) else 1))
         order = f"in panels of {kernel.given.panel} {kernel.given.order}s, as asked"
+    if kernel.is_shared_out:
+        note = f"a tile for each cluster, {order}"
+        return Stay(kernel, cluster, axis, group, by_columns, [note])
     walked = Walk(kernel, cluster, axis, group, by_columns)
     walked.notes.append(f"each block computes tiles one after the other, {order}")
     if cluster > 1 and axis is not None:
@@ -284,35 +308,73 @@ def moving_along(kernel: Kernel, axis: int) -> set[Var]:
     return moving
 
 
+def straddles(copy: Copy) -> bool:
+    """Whether the rows of what is brought begin amid sectors of memory, of which each row then has
+    a piece of two more: TMA takes three times as long for them."""
+    kept = copy.src.kept
+    if len(kept) < 2:
+        return False
+    stride = nominal(copy.src.buffer.element_strides[kept[-2]])
+    return bool(stride * copy.src.buffer.dtype.bytes % SECTOR_BYTES)
+
+
+def slow_clocks(copy: Copy) -> float:
+    """How long TMA takes for a tile whose rows begin so; 0 for others."""
+    row = min(copy.dst.extents[-1] * copy.dst.buffer.dtype.bytes, ROW_BYTES)
+    rows = tile_bytes(copy) / row * existing(copy.src)
+    return rows * STRADDLING_CLOCKS if straddles(copy) else 0.0
+
+
+def shared_by_two(
+    kernel: Kernel,
+    brought: Sequence[Copy],
+    weigh: Callable[[Copy], float],
+    is_dividable: Callable[[Copy], bool] = lambda _: True,
+) -> tuple[int | None, list[Copy]]:
+    """Along which axis of the grid two neighbours save most by sharing tiles, and those tiles'
+    copies, where the grid and all such tiles divide so. weigh: what a tile takes."""
+    best: tuple[float, int | None, list[Copy]] = (0.0, None, [])
+    for axis, extent in enumerate(kernel.grid):
+        if divisor(extent) % 2 or not all(is_in_step(c, kernel, axis) for c in brought):
+            continue
+        same = [c for c in brought if is_same_along(c, kernel, axis)]
+        saved = sum(map(weigh, same))
+        if saved > best[0] and all(map(is_dividable, same)):
+            best = (saved, axis, same)
+    return best[1], best[2]
+
+
 def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None]:
     """How many blocks share tiles, and along which axis of the grid: two, along the axis that saves
     most, where the grid divides so and only multiplies by warpgroups read what is shared.
 
     Only where the L2 cache brings less than is multiplied: blocks that share tiles wait for each
-    other, and neighbours' requests for the same lines meet on their way even so.
+    other, and neighbours' requests for the same lines meet on their way even so. And where TMA
+    takes longer for the tiles' rows than it takes to multiply them: each block brings half then.
     """
-    best: tuple[float, int | None] = (0.0, None)
     if not only_multiplied(kernel, brought):
         return 1, None
     assert kernel.target is not None, "select did not run"
-    size = sum(tile_bytes(c) * existing(c.src) for c in brought)
     gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
     clocks = sum(multiply_clocks(n) for n in gemms if isinstance(n.atom, WgmmaAtom))
     chip = kernel.target.chip
     tiles = math.prod(nominal(extent) for extent in kernel.grid)
-    if size <= clocks * chip.brought_bytes or tiles < MANY_WAVES * chip.multiprocessors:
-        return 1, None
-    for axis, extent in enumerate(kernel.grid):
-        if divisor(extent) % 2 or not all(is_in_step(c, kernel, axis) for c in brought):
-            continue
-        saved = 0.0
-        for copy in brought:
-            layout = kernel.shared[copy.dst.buffer]
-            if is_same_along(copy, kernel, axis) and boxes_of(layout, copy.dst.extents, 2):
-                saved += tile_bytes(copy) * existing(copy.src) / 2
-        if saved > max(best[0], size / 5):
-            best = (saved, axis)
-    return (2, best[1]) if best[0] else (1, None)
+
+    def size(copy: Copy) -> float:
+        return tile_bytes(copy) * existing(copy.src)
+
+    def is_dividable(copy: Copy) -> bool:
+        return bool(boxes_of(kernel.shared[copy.dst.buffer], copy.dst.extents, 2))
+
+    weigh = slow_clocks
+    if sum(map(slow_clocks, brought)) <= clocks:
+        weigh = size
+        is_many = tiles >= MANY_WAVES * chip.multiprocessors
+        if not is_many or sum(map(size, brought)) <= clocks * chip.brought_bytes:
+            return 1, None
+    axis, same = shared_by_two(kernel, brought, weigh, is_dividable)
+    saved = sum(map(weigh, same)) / 2
+    return (2, axis) if saved > sum(map(weigh, brought)) / 5 else (1, None)
 
 
 def only_multiplied(kernel: Kernel, brought: Sequence[Copy]) -> bool:

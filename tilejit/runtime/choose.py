@@ -118,23 +118,25 @@ class _Search:
         return sum(e.seconds * e.busy for e in self.estimates[values])
 
     def weigh(self, values: Values) -> float | None:
-        """Estimated seconds of a call; None where the kernel cannot be."""
+        """The seconds by which a call is compared; None where the kernel cannot be."""
         if values in self.found or values in self.failed:
             return self.found.get(values)
         try:
             program = self.build({**self.constants, **dict(zip(self.open, values, strict=True))})
             estimates: list[Estimate] = []
+            weight = 0.0
             for kernel in program.kernels:
                 chosen = best_schedule(kernel, self.target)
                 if isinstance(chosen, str):
                     self.failed[values] = chosen
                     return None
                 estimates.append(chosen.estimate)
+                weight += chosen.weight
         except TileError as error:
             self.failed[values] = error
             return None
         self.estimates[values] = estimates
-        self.found[values] = sum(e.seconds for e in estimates)
+        self.found[values] = weight
         return self.found[values]
 
     def notes(self, best: Values) -> tuple[str, ...]:
@@ -144,24 +146,22 @@ class _Search:
         if best in self.found:
             bound = max(self.estimates[best], key=lambda e: e.seconds)
             lines[0] += (
-                f", estimated {_time(self.found[best])}, "
+                f", estimated {self.estimated(best)}, "
                 f"tensor cores {bound.busy:.0%} busy, bound by {bound.bound}"
             )
         ranked = sorted((v for v in self.found if v != best), key=lambda v: self.found[v])
-        lines += [
-            f"  next {self.shown(v)}: estimated {_time(self.found[v])}" for v in ranked[:SHOWN]
-        ]
+        lines += [f"  next {self.shown(v)}: estimated {self.estimated(v)}" for v in ranked[:SHOWN]]
         for values, reason in itertools.islice(self.failed.items(), SHOWN):
             text = reason.headline if isinstance(reason, TileError) else reason
             lines.append(f"  not {self.shown(values)}: {text}")
         return tuple(lines)
 
+    def estimated(self, values: Values) -> str:
+        seconds = sum(e.seconds for e in self.estimates[values])
+        return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
     def shown(self, values: Values) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in zip(self.open, values, strict=True))
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
 def with_notes(program: Program, notes: tuple[str, ...]) -> Program:

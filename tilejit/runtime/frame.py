@@ -234,7 +234,7 @@ class TileFrame:
             axis = len(self.graph.grid)
             grid = (*grid[:axis], plan.parts, *grid[axis + 1 :])  # type: ignore[assignment]
         if not plan.is_persistent:
-            return grid
+            return grid if len(plan.grid) > 1 else (grid[0] * grid[1] * grid[2], 1, 1)
         blocks = SIMULATED_BLOCKS if ordinal is None else device.multiprocessors(ordinal)
         size = plan.cluster_size
         tiles = grid[0] * grid[1] * grid[2]
