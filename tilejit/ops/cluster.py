@@ -51,9 +51,14 @@ class ClusterExchange(Node):
         raise NotImplementedError
 
     @property
+    def accumulator(self) -> DType:
+        """The dtype in which elements are combined, where they are."""
+        return accumulator(self.given.buffer.dtype, self.result.buffer.dtype)
+
+    @property
     def sent_as(self) -> DType:
         """The dtype of what is under way, of 32 or 64 bits."""
-        raise NotImplementedError
+        return self.accumulator
 
     @property
     def title(self) -> str:
@@ -127,15 +132,6 @@ class ClusterReduce(ClusterExchange):
         return self.tile
 
     @property
-    def accumulator(self) -> DType:
-        """The dtype in which elements are combined."""
-        return accumulator(self.tile.buffer.dtype, self.tile.buffer.dtype)
-
-    @property
-    def sent_as(self) -> DType:
-        return self.accumulator
-
-    @property
     def title(self) -> str:
         return f"cluster_reduce {self.kind} {self.tile.buffer.name}"
 
@@ -145,19 +141,11 @@ class ClusterReduce(ClusterExchange):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ClusterGather(ClusterExchange):
-    """dst[..., r] = src of the cluster's block r, in all blocks.
-
-    src: a tile; after `select` a whole fragment.
-    dst: (*src's shape, blocks), of the same dtype; after `select` a whole fragment.
-
-    Bits stay as they are; elements of fewer than 32 are sent as uint32.
-    """
+class _FromTo(ClusterExchange):
+    """An exchange whose result is another tile than what is given."""
 
     src: Region
     dst: Region
-
-    call = "T.cluster_gather"
 
     @property
     def given(self) -> Region:
@@ -166,6 +154,19 @@ class ClusterGather(ClusterExchange):
     @property
     def result(self) -> Region:
         return self.dst
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClusterGather(_FromTo):
+    """dst[..., r] = src of the cluster's block r, in all blocks.
+
+    src: a tile; after `select` a whole fragment.
+    dst: (*src's shape, blocks), of the same dtype; after `select` a whole fragment.
+
+    Bits stay as they are; elements of fewer than 32 are sent as uint32.
+    """
+
+    call = "T.cluster_gather"
 
     @property
     def sent_as(self) -> DType:
@@ -188,7 +189,7 @@ class ClusterGather(ClusterExchange):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ClusterScatter(ClusterExchange):
+class ClusterScatter(_FromTo):
     """dst = the part of src that has the block's number, of the tiles of all blocks of the cluster
     combined element by element.
 
@@ -200,29 +201,10 @@ class ClusterScatter(ClusterExchange):
     Elements are converted to `accumulator` first and the result to dst's dtype last.
     """
 
-    src: Region
-    dst: Region
     kind: ReduceKind
     keeps_nan: bool = False
 
     call = "T.cluster_reduce_scatter"
-
-    @property
-    def given(self) -> Region:
-        return self.src
-
-    @property
-    def result(self) -> Region:
-        return self.dst
-
-    @property
-    def accumulator(self) -> DType:
-        """The dtype in which elements are combined."""
-        return accumulator(self.src.buffer.dtype, self.dst.buffer.dtype)
-
-    @property
-    def sent_as(self) -> DType:
-        return self.accumulator
 
     @property
     def title(self) -> str:
