@@ -229,6 +229,33 @@ def test_loop_that_does_more_than_add_is_not_split(parts, reason):
     assert "test_kernels_split.py" in message
 
 
+def test_loop_that_multiplies_half_of_what_was_copied_before_is_not_split(hopper, rng):
+    """And one that copies twice to a place, each time before it multiplies, is."""
+
+    @tilejit
+    def halves(A: T.Tensor, C: T.Tensor, *, is_late, split=2):
+        with T.Kernel(1, threads=128):
+            a = T.alloc_shared((64, 64), A.dtype)
+            acc = T.alloc_fragment((64, 64), "float32")
+            T.clear(acc)
+            T.clear(a)
+            for k in T.Pipelined(8, split=split):
+                T.copy(A[0, k * 64], a if not is_late else a[0:32, :])
+                T.gemm(a, a, acc, transpose_B=True)
+                T.copy(A[64, k * 64], a if not is_late else a[32:64, :])
+                if not is_late:
+                    T.gemm(a, a, acc, transpose_B=True)
+            T.copy(acc, C[0, 0])
+
+    tensors = T.Tensor((128, 512), "bfloat16"), T.Tensor((64, 64), "float32")
+    message = refused(lambda: halves.compile(*tensors, target="sm_90a", is_late=True))
+    assert "an iteration multiplies what another one has copied" in message
+    a = rng.integers(-4, 5, (128, 512)).astype(BF16)
+    c = hopper(halves, a, out=[((64, 64), "float32")], is_late=False)
+    top, bottom = a[:64].astype(np.float32), a[64:].astype(np.float32)
+    np.testing.assert_array_equal(c, top @ top.T + bottom @ bottom.T)
+
+
 @pytest.mark.parametrize("slots, split", [(1, 2), (2, 2), (2, None)])
 def test_loop_that_multiplies_what_was_copied_before_is_not_split(hopper, rng, slots, split):
     """By hand, the tile of the next iteration comes during this one's multiply."""

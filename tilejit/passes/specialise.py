@@ -39,13 +39,7 @@ from tilejit.ir.node import (
     all_writes,
     walk,
 )
-from tilejit.ir.sync import (
-    BarrierArrive,
-    BarrierSlot,
-    BarrierWait,
-    Control,
-    ControlOp,
-)
+from tilejit.ir.sync import BarrierArrive, BarrierSlot, BarrierWait, Control, ControlOp
 from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy

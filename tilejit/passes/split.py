@@ -107,12 +107,15 @@ def _is_candidate(node: Node) -> bool:
 
 def _more_than_adds(loop: For, sums: tuple[Buffer, ...]) -> str:
     """What iterations change that outlives them, besides the sums; "" for nothing."""
-    tiles = {b.root for n in loop.body if isinstance(n, Copy) for b in n.writes}
+    copied = [n.dst for n in loop.body if isinstance(n, Copy)]
+    tiles = {r.buffer.root for r in copied}
     brought: list[Region] = []
     for node in loop.body:
         if isinstance(node, Gemm):
             for region in (node.a, node.b):
-                if region.buffer.root in tiles and not _is_brought(region, brought, loop.var):
+                if region.buffer.root not in tiles:
+                    continue
+                if not _is_brought(region, brought, copied, loop.var):
                     return "an iteration multiplies what another one has copied"
             if node.clear:
                 return "an iteration clears an accumulator"
@@ -128,12 +131,22 @@ def _more_than_adds(loop: For, sums: tuple[Buffer, ...]) -> str:
     return ""
 
 
-def _is_brought(region: Region, brought: Sequence[Region], turn: Var) -> bool:
-    """Whether what is copied before in an iteration is what it then uses: at the same place, or
-    where all iterations copy to the same places. turn: the loop's variable."""
-    mine = [r for r in brought if r.buffer.root is region.buffer.root]
+def _is_brought(
+    region: Region, brought: Sequence[Region], copied: Sequence[Region], turn: Var
+) -> bool:
+    """Whether what an iteration copies before is all that it then uses of what iterations copy:
+    places that any of them copies to, and at the same place where places move.
+
+    brought: what has been copied in the iteration until then; copied: in all of it. turn: the
+    loop's variable.
+    """
+    root = region.buffer.root
+    mine, all_ = ([r for r in these if r.buffer.root is root] for these in (brought, copied))
+    places = {(r.starts, r.extents) for r in mine}
+    if any((r.starts, r.extents) not in places for r in all_):
+        return False
     moves = any(turn in variables(e) for r in (region, *mine) for e in r.starts)
-    return bool(mine) and (not moves or any(r.starts == region.starts for r in mine))
+    return not moves or any(r.starts == region.starts for r in mine)
 
 
 def _not_from_zero(before: Body, sums: tuple[Buffer, ...]) -> str:

@@ -40,11 +40,15 @@ class Cluster:
     """Blocks that run side by side, one at a time: a single one without clusters.
 
     members: what executes each block, by its rank.
+    is_come_first: all come to the cluster's barrier when they begin, and wait for that later.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self.shape = kernel.cluster
         self.threads = kernel.num_threads * kernel.cluster_size
+        exchanges = (n for n in walk(kernel.body) if isinstance(n, ClusterExchange))
+        is_planned = any(n.barrier is not None for n in exchanges)
+        self.is_come_first = is_planned and meets_late(kernel)
         self.strands = Strands()
         self.members: list[Any] = []
 
@@ -106,11 +110,9 @@ class Meetings:
         self._come_in = 0  # the round of the cluster's barrier that was come to
 
     def come_first(self) -> None:
-        """Come to the cluster's barrier where the kernel's beginning does: exchanges are planned,
-        and wait for that later."""
-        exchanges = [n for n in walk(self.kernel.body) if isinstance(n, ClusterExchange)]
+        """Come to the cluster's barrier where the kernel's beginning does."""
         self._come_in = 0
-        if any(n.barrier is not None for n in exchanges) and meets_late(self.kernel):
+        if self.cluster.is_come_first:
             self.cluster.meeting.come(self.kernel.num_threads)
 
     # --- waiting ---------------------------------------------------------------------------------
