@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -212,6 +212,20 @@ class FragmentLayout:
         shape = (*self.shape[:axis], self.shape[axis] // inner, inner, *self.shape[axis + 1 :])
         dims = (*self.dims[:axis], tuple(high), tuple(low), *self.dims[axis + 1 :])
         return FragmentLayout(shape, dims, self.threads)
+
+    def crop(self, axis: int, extent: int) -> FragmentLayout:
+        """The layout of `extent` neighbours along a dimension of whose places registers tell the
+        coarsest; they begin where such a place does."""
+        if extent == self.shape[axis]:
+            return self
+        top, *rest = self.dims[axis]
+        each = math.prod(d.size for d in rest)
+        assert top.place == REGISTER and extent % each == 0 and not self.flat, f"{self} to {extent}"
+        assert extent <= self.shape[axis], f"{extent} of {self}"
+        dims = list(self.dims)
+        dims[axis] = (replace(top, size=extent // each), *rest)
+        shape = (*self.shape[:axis], extent, *self.shape[axis + 1 :])
+        return FragmentLayout(shape, _renumber(dims), self.threads)
 
     def window(self, axis: int, extent: int) -> FragmentLayout | None:
         """The layout of any `extent` neighbours along a dimension that begin at a multiple of

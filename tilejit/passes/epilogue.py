@@ -7,6 +7,7 @@ Knows how the warpgroups hold an accumulator. Does not know roles or slots.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import DType, int32
@@ -22,26 +23,40 @@ from tilejit.ops.copy import Copy
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
 from tilejit.passes.bulk import refused
-from tilejit.passes.late import STRIP_ROW, Late, can_wait
+from tilejit.passes.late import Late, can_wait, strip_widths
 from tilejit.passes.registers import GROUP
 from tilejit.passes.tma import misfit
 from tilejit.passes.wgmma import ROWS, warpgroup_layout
 
 MOST_STRIPS = 2
+StripBuffers = dict[int, Buffer]  # by the columns of a strip
 FIRST_BARRIER = 2  # hardware barriers of the warpgroups; 0 is the block's, 1 the consumers'
 
 
 @dataclass(frozen=True)
-class Strips:
-    """The nodes that store an accumulator, strip by strip.
+class Place:
+    """Where a strip lies in a warpgroup's part of an accumulator, and through which slot it leaves.
 
-    width: columns of a strip. places: of each, in a warpgroup's part of the accumulator: the number
-    of the instruction along m, the strip's along n.
+    row: the number of the instruction along m. column: the first of `width`. slot: among those of
+    strips as wide.
     """
 
-    copy: Copy
+    row: int
+    column: int
     width: int
-    places: tuple[tuple[int, int], ...]
+    slot: int = 0
+
+    def is_where(self, other: Place) -> bool:
+        """Whether both leave through the same slot."""
+        return (self.width, self.slot) == (other.width, other.slot)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """The nodes that store an accumulator, strip by strip."""
+
+    copy: Copy
+    places: tuple[Place, ...]
     nodes: tuple[Body, ...]
 
 
@@ -104,14 +119,15 @@ class _Stager:
         }
         # Copies that share strips follow each other in any order: the slot that one begins with
         # may be the one that another ended with.
-        counts = {
-            n: len(_strips(n, atom)[1])
+        strips = {
+            n: _strips(n, atom)
             for n, atom in held.items()
             if isinstance(n, Copy) and atom is not None
         }
-        self.is_uneven = any(count % MOST_STRIPS for count in counts.values())
+        last = [places[-1] for places in strips.values()]
+        self.is_uneven = any(s[0].is_where(end) for s in strips.values() for end in last)
         # After copies that send all strips together, none of their slots has been read.
-        self.is_together = any(c <= MOST_STRIPS and n in self.repeated for n, c in counts.items())
+        self.is_together = any(n in self.repeated and _is_apart(s) for n, s in strips.items())
 
     def _held(self, node: Node) -> WgmmaAtom | None:
         """The multiply by which warpgroups hold what the node copies to a tensor; None for other
@@ -130,36 +146,39 @@ class _Stager:
         if not isinstance(node, Copy) or atom is None:
             return node
         source, target = node.src.buffer, node.dst.buffer
-        width, strips = _strips(node, atom)
+        strips = _strips(node, atom)
         is_repeated = node in self.repeated
-        buffer = self._strip_buffer(source, target, atom, width, len(strips), is_repeated)
-        probe = self._store(node, buffer, atom, width, 0, (0, 0))
+        buffers, strips = self._strip_buffers(source, target, atom, strips, is_repeated)
         prefer = node.prefer if node.prefer == "tma" else None
-        reason = misfit(replace(probe, atom=None, prefer=prefer), self.kernel)
+        reason = ""
+        for place in {p.width: p for p in strips}.values():
+            probe = self._store(node, buffers, atom, place)
+            probe = replace(probe, atom=None, prefer=prefer)
+            reason = reason or misfit(probe, self.kernel)
         if self.aliases.of(target) in self.by_threads:
             reason = reason or f"threads write {target.name} too"
-        size = math.prod(buffer.extents) * buffer.dtype.bytes
-        if buffer not in self.shared and size > self.free:
+        fresh = [b for b in buffers.values() if b not in self.shared]
+        size = sum(math.prod(b.extents) * b.dtype.bytes for b in fresh)
+        if size > self.free:
             reason = reason or f"{size} bytes of shared memory for it are not left"
         if reason:
             return self._by_threads(node, reason)
-        if buffer not in self.shared:
-            self.free -= size
-            self.shared[buffer] = warpgroup_layout(buffer.extents, buffer.dtype)
-            self.staging.buffers.append(buffer)
+        self.free -= size
+        self.shared.update((b, warpgroup_layout(b.extents, b.dtype)) for b in fresh)
+        self.staging.buffers += fresh
         added = "" if node.combine is None else "added "
-        note = f"{source.name} -> {target.name}: {added}by TMA, through strips of {width} columns"
+        widths = " and ".join(str(width) for width in buffers)
+        note = f"{source.name} -> {target.name}: {added}by TMA, through strips of {widths} columns"
         if self.teams == 1 and can_wait(self.kernel, node, len(strips)):
             self.staging.notes.append(f"{note}, while the next tile is multiplied")
-            return (self._hold(node, buffer, atom, width, strips),)
+            return (self._hold(node, buffers, atom, strips),)
         self.staging.notes.append(note)
-        if is_repeated and len(strips) == buffer.extents[0]:
-            return self._at_once(node, buffer, atom, width, strips)
+        if is_repeated and _is_apart(strips):
+            return self._at_once(node, buffers, atom, strips)
         nodes = [
-            tuple(self._strip(node, buffer, atom, width, number, place))
-            for number, place in enumerate(strips)
+            tuple(self._strip(node, buffers, atom, strips, number)) for number in range(len(strips))
         ]
-        self.staging.strips.append(Strips(node, width, tuple(strips), tuple(nodes)))
+        self.staging.strips.append(Strips(node, tuple(strips), tuple(nodes)))
         return tuple(n for strip in nodes for n in strip)
 
     def _by_threads(self, node: Copy, reason: str) -> Node:
@@ -176,12 +195,7 @@ class _Stager:
         return loop or node
 
     def _hold(
-        self,
-        node: Copy,
-        buffer: Buffer,
-        atom: WgmmaAtom,
-        width: int,
-        strips: list[tuple[int, int]],
+        self, node: Copy, buffers: StripBuffers, atom: WgmmaAtom, strips: Sequence[Place]
     ) -> Parallel:
         """The loop that keeps what the copy stores, which waits."""
         source = node.src.buffer
@@ -196,8 +210,7 @@ class _Stager:
 
         def strip(number: int, region: Region) -> list[Node]:
             kept = replace(node, src=replace(node.src, buffer=held), dst=region, whole=node)
-            place = strips[number]
-            return self._strip(kept, buffer, atom, width, number, place)
+            return self._strip(kept, buffers, atom, strips, number)
 
         self.staging.late = Late(node, held, len(strips), strip)
         places = tuple(
@@ -221,49 +234,51 @@ class _Stager:
                     return gemm.atom
         return None
 
-    def _strip_buffer(
+    def _strip_buffers(
         self,
         source: Buffer,
         target: Buffer,
         atom: WgmmaAtom,
-        width: int,
-        strips: int,
+        strips: Sequence[Place],
         is_repeated: bool,
-    ) -> Buffer:
-        """Two strips a warpgroup, so that one is written while the other is sent; one where space
-        is short. Copies in loops share none with those outside."""
+    ) -> tuple[StripBuffers, list[Place]]:
+        """Memory for the strips of each width, and the strips with the slots that they have there:
+        two of a warpgroup for the widest, so that one is written while the other is sent; one where
+        space is short. Copies in loops share none with those outside."""
         groups = self.teams * atom.groups_m * atom.groups_n
-        each = groups * ROWS * width * target.dtype.bytes
-        shape = (self.teams * atom.groups_m, atom.groups_n, ROWS, width)
-        slots = max(1, min(MOST_STRIPS, strips, self.free // each))
-        found = self.strips.get((shape, target.dtype, is_repeated))
-        if found is None or found.extents[0] < slots:
-            found = self.strips[shape, target.dtype, is_repeated] = Buffer(
-                name=f"{target.name}_strips",
-                shape=tuple(index(n) for n in (slots, *shape)),
-                dtype=target.dtype,
-                scope=Scope.SHARED,
-                span=source.span,
-            )
-        return found
+        column = groups * ROWS * target.dtype.bytes
+        most = {place.width: 0 for place in strips}
+        for place in strips:
+            most[place.width] = max(most[place.width], place.slot + 1)
+        widest, *others = most
+        left = self.free - column * sum(others)
+        most[widest] = max(1, min(most[widest], left // (column * widest)))
+        buffers: StripBuffers = {}
+        for width, slots in most.items():
+            shape = (self.teams * atom.groups_m, atom.groups_n, ROWS, width)
+            found = self.strips.get((shape, target.dtype, is_repeated))
+            if found is None or found.extents[0] < slots:
+                found = self.strips[shape, target.dtype, is_repeated] = Buffer(
+                    name=f"{target.name}_strips",
+                    shape=tuple(index(n) for n in (slots, *shape)),
+                    dtype=target.dtype,
+                    scope=Scope.SHARED,
+                    span=source.span,
+                )
+            buffers[width] = found
+        return buffers, [replace(p, slot=p.slot % buffers[p.width].extents[0]) for p in strips]
 
     def _at_once(
-        self,
-        node: Copy,
-        buffer: Buffer,
-        atom: WgmmaAtom,
-        width: int,
-        strips: list[tuple[int, int]],
+        self, node: Copy, buffers: StripBuffers, atom: WgmmaAtom, strips: Sequence[Place]
     ) -> tuple[Node, ...]:
         """All strips, each in its slot: written when those of the round before have been read,
         which is long ago, and sent together."""
         span = node.span
-        places = list(enumerate(strips))
-        stores = [self._store(node, buffer, atom, width, k, place) for k, place in places]
+        stores = [self._store(node, buffers, atom, place) for place in strips]
         return (
             Control(op=ControlOp.STORE_WAIT_READ, span=span),
             self._meeting(node, atom),
-            *(self._written(node, buffer, atom, width, k, place) for k, place in places),
+            *(self._written(node, buffers, atom, place) for place in strips),
             Control(op=ControlOp.FENCE_ASYNC, span=span),
             self._meeting(node, atom),
             OneThread(body=tuple(stores), each=GROUP, span=span),
@@ -278,29 +293,31 @@ class _Stager:
     def _strip(
         self,
         node: Copy,
-        buffer: Buffer,
+        buffers: StripBuffers,
         atom: WgmmaAtom,
-        width: int,
+        strips: Sequence[Place],
         number: int,
-        place: tuple[int, int],
     ) -> list[Node]:
         """One strip: write it when its slot has been read, send it."""
-        slots, span = buffer.extents[0], node.span
+        span, place = node.span, strips[number]
         meeting = self._meeting(node, atom)
-        store = self._store(node, buffer, atom, width, number % slots, place)
-        written = self._written(node, buffer, atom, width, number % slots, place)
+        store = self._store(node, buffers, atom, place)
+        written = self._written(node, buffers, atom, place)
         read = Control(op=ControlOp.STORE_WAIT_READ, span=span)
-        read_before = Control(op=ControlOp.STORE_WAIT_READ, count=max(slots - 2, 0), span=span)
         sent: list[Node] = [
             OneThread(body=(store,), each=GROUP, span=span),
             Control(op=ControlOp.STORE_COMMIT, span=span),
         ]
         fence = Control(op=ControlOp.FENCE_ASYNC, span=span)
-        # where they meet for this strip, all learn that the other slot has been read
-        filled = [written, fence, read_before, meeting, *sent]
-        is_unread = self.is_uneven or (self.is_together and node in self.repeated)
-        follows_itself = slots == 1 or (number == 0 and is_unread)
-        return [read, meeting, *filled] if follows_itself else filled
+        # where they meet for this strip, all learn that the slots of those before have been read
+        filled = [written, fence, read, meeting, *sent]
+        if number:
+            is_unread = place.is_where(strips[number - 1])
+        else:
+            is_short = buffers[place.width].extents[0] < _slots_of(strips, place.width)
+            is_unread = self.is_uneven or (self.is_together and node in self.repeated)
+            is_unread = is_unread or is_short
+        return [read, meeting, *filled] if is_unread else filled
 
     def _barrier(self, atom: WgmmaAtom) -> Expr:
         """The hardware barrier of the thread's warpgroup."""
@@ -313,34 +330,28 @@ class _Stager:
         return arith("add", arith("mul", self.team, atom.groups_m), number)
 
     def _written(
-        self,
-        node: Copy,
-        buffer: Buffer,
-        atom: WgmmaAtom,
-        width: int,
-        slot: int,
-        place: tuple[int, int],
+        self, node: Copy, buffers: StripBuffers, atom: WgmmaAtom, place: Place
     ) -> Parallel:
         """The loop by which each thread writes the part of a strip that it holds."""
         source, target = node.src.buffer, node.dst.buffer
         columns = source.extents[1] // atom.groups_n
-        extents = (atom.groups_m, atom.groups_n, ROWS, width)
+        extents = (atom.groups_m, atom.groups_n, ROWS, place.width)
         d, g, i, j = variables = tuple(
             Var(name, int32, VarKind.PARALLEL, index(0), index(n - 1))
             for name, n in zip("dgij", extents, strict=True)
         )
         at = (
-            arith("add", arith("mul", d, atom.rows * ROWS), arith("add", i, place[0] * ROWS)),
-            arith("add", arith("mul", g, columns), arith("add", j, place[1] * width)),
+            arith("add", arith("mul", d, atom.rows * ROWS), arith("add", i, place.row * ROWS)),
+            arith("add", arith("mul", g, columns), arith("add", j, place.column)),
         )
         loaded = Var(source.name, source.dtype, VarKind.VALUE)
         load = Load(out=loaded, buffer=source, index=at, span=node.span)
         value = cast(loaded, target.dtype)
-        home = (index(slot), self._of_team(d, atom), g, i, j)
-        store = Store(buffer=buffer, index=home, value=value, span=node.span)
-        # (groups_m, rows, ROWS, groups_n, strips, width)
+        home = (index(place.slot), self._of_team(d, atom), g, i, j)
+        store = Store(buffer=buffers[place.width], index=home, value=value, span=node.span)
+        # (groups_m, rows, ROWS, groups_n, instructions, columns of one)
         held = self.fragments[source].split(0, ROWS).split(0, atom.rows)
-        held = held.split(3, columns).split(4, width)
+        held = held.split(3, columns).split(4, atom.wgmma.n).crop(5, place.width)
         return Parallel(
             vars=variables,
             extents=extents,
@@ -349,28 +360,21 @@ class _Stager:
             span=node.span,
         )
 
-    def _store(
-        self,
-        node: Copy,
-        buffer: Buffer,
-        atom: WgmmaAtom,
-        width: int,
-        slot: int,
-        place: tuple[int, int],
-    ) -> Copy:
+    def _store(self, node: Copy, buffers: StripBuffers, atom: WgmmaAtom, place: Place) -> Copy:
         """The copy of a warpgroup's strip to the tensor, issued by one thread of it."""
         source, target = node.src.buffer, node.dst.buffer
         columns = source.extents[1] // atom.groups_n
         group = arith("floordiv", self.thread, GROUP)
         down = arith("floordiv", group, atom.groups_n)
         across = arith("floormod", group, atom.groups_n)
-        row = arith("add", arith("mul", down, atom.rows * ROWS), place[0] * ROWS)
-        column = arith("add", arith("mul", across, columns), place[1] * width)
-        corner = (index(slot), self._of_team(down, atom), across, index(0), index(0))
-        inner = Region(buffer, corner, (1, 1, 1, ROWS, width), frozenset({0, 1, 2}))
+        row = arith("add", arith("mul", down, atom.rows * ROWS), place.row * ROWS)
+        column = arith("add", arith("mul", across, columns), place.column)
+        corner = (index(place.slot), self._of_team(down, atom), across, index(0), index(0))
+        shape = (ROWS, place.width)
+        inner = Region(buffers[place.width], corner, (1, 1, 1, *shape), frozenset({0, 1, 2}))
         starts: list[Expr] = list(node.dst.starts)
         extents = list(node.dst.extents)
-        for d, offset, extent in zip(node.dst.kept, (row, column), (ROWS, width), strict=True):
+        for d, offset, extent in zip(node.dst.kept, (row, column), shape, strict=True):
             starts[d] = arith("add", starts[d], offset)
             extents[d] = extent
         outer = Region(target, tuple(starts), tuple(extents), node.dst.dropped)
@@ -385,8 +389,31 @@ class _Stager:
         )
 
 
-def _strips(node: Copy, atom: WgmmaAtom) -> tuple[int, list[tuple[int, int]]]:
-    """The columns of a strip, and where in a warpgroup's part of the accumulator each lies."""
+def _strips(node: Copy, atom: WgmmaAtom) -> list[Place]:
+    """The strips of a warpgroup's part of the accumulator, one row of instructions after the other:
+    as wide as a swizzle is, what is left of an instruction in powers of two. The widest take turns
+    at two slots."""
+    places: list[Place] = []
     columns = node.src.buffer.extents[1] // atom.groups_n
-    width = math.gcd(STRIP_ROW // node.dst.buffer.dtype.bytes, atom.wgmma.n)
-    return width, [(r, c) for r in range(atom.rows) for c in range(columns // width)]
+    for row in range(atom.rows):
+        for first in range(0, columns, atom.wgmma.n):
+            column = first
+            for width in strip_widths(atom.wgmma.n, node.dst.buffer.dtype.bytes):
+                places.append(Place(row, column, width))
+                column += width
+    widest, turn = places[0].width, 0
+    for number, place in enumerate(places):
+        if place.width == widest:
+            places[number] = replace(place, slot=turn % MOST_STRIPS)
+            turn += 1
+    return places
+
+
+def _slots_of(strips: Sequence[Place], width: int) -> int:
+    """How many slots strips of a width take where there is space."""
+    return min(MOST_STRIPS, sum(place.width == width for place in strips))
+
+
+def _is_apart(strips: Sequence[Place]) -> bool:
+    """Whether each strip has a slot of its own."""
+    return len({(place.width, place.slot) for place in strips}) == len(strips)

@@ -58,6 +58,15 @@ class Late:
     strip: Callable[[int, Region], list[Node]]
 
 
+def strip_widths(columns: int, bytes_: int) -> list[int]:
+    """The columns of the strips in which an instruction's leave: of whole swizzles, and what is
+    left of them in powers of two. bytes_: of an element."""
+    widest = min(STRIP_ROW // bytes_, 1 << (columns.bit_length() - 1))
+    widths = [widest] * (columns // widest)
+    left = columns % widest
+    return widths + [1 << bit for bit in reversed(range(left.bit_length())) if left >> bit & 1]
+
+
 def can_wait(kernel: Kernel, copy: Copy, strips: int) -> bool:
     """Whether the copy's strips can leave during the next tile's multiplies: the copy ends the
     tile's work, nothing else reads or writes the tensor, and registers and iterations are enough.

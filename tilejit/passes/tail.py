@@ -89,8 +89,8 @@ def find_tail(
         if any(b.root in slotted for n in others for b in all_reads(n) | all_writes(n)):
             continue  # it waits for what it reads, at a place of its own; products still read slots
         rows: dict[int, list[Body]] = {}
-        for (row, _), nodes in zip(stored.places, stored.nodes, strict=True):
-            rows.setdefault(row, []).append(nodes)
+        for place, nodes in zip(stored.places, stored.nodes, strict=True):
+            rows.setdefault(place.row, []).append(nodes)
         for row, pieces in rows.items():
             work = (of_row(loop, row, found.atom, layout) for loop in loops)
             pieces[0] = (*work, *pieces[0])
