@@ -16,12 +16,13 @@ from tilejit.ir.kernel import Kernel, ParamKind
 from tilejit.ir.node import Body, For, Load, LoopKind, Node, Parallel, Store, walk
 from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.isa.mma import WARP
+from tilejit.layout.boxes import SWIZZLE_ROWS
 from tilejit.ops.cluster import MOST_BLOCKS, ROOM_GAP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
 from tilejit.passes.bring import is_inward
-from tilejit.passes.late import STRIP_ROW, can_wait
+from tilejit.passes.late import can_wait, strip_widths
 from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.pipeline import SPARE_BYTES
 from tilejit.passes.registers import (
@@ -36,45 +37,52 @@ from tilejit.passes.teams import FEWEST_TILES, reduces_between
 from tilejit.passes.tiles import (
     ROW_BYTES,
     STRADDLING_CLOCKS,
-    shared_by_two,
-    slow_clocks,
+    slow_shared_by_two,
     straddles,
 )
 from tilejit.passes.trim import rows_there
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
 from tilejit.target import Target
 
-START_CLOCKS = 5000  # launch, the first tiles from memory, the last stores
-TILE_CLOCKS = 1500  # of a block's tile, before and after what is counted
-KEPT_CLOCKS = 600  # of a block's tile whose results leave later
-STORE_BYTES = 32  # a clock, that a block writes from registers
+START_CLOCKS = 6250  # launch, the first tiles from memory, the last stores
+TILE_CLOCKS = 1000  # of a block's tile, before and after what is counted
+KEPT_CLOCKS = 590  # of a block's tile whose results leave later
+STORE_BYTES = 53  # a clock, that a block writes from registers
+LONE_STORE_BYTES = 44  # a block of one warpgroup
+WIDE_SHARE = 1.57  # as long take elements of more than 16 bits, which stmatrix does not write
 KEEP_BYTES = 16  # a clock, that a block writes of the sums of a loop that blocks share
 SUM_BYTES = 30  # a clock, that the last of those blocks adds up
 SUM_CLOCKS = 5500  # until it knows that it is the last
-SENT_BYTES = 4.8  # a clock, that a block sends to others of its cluster
-SENT_CLOCKS = 650  # until what blocks of a cluster send has come
-APART_SHARE = 1.3  # as long takes the slowest of blocks that share out what follows their loop
+SENT_BYTES = 7.3  # a clock, that a block sends to others of its cluster
+SENT_CLOCKS = 750  # until what blocks of a cluster send has come
 # of all multiprocessors, what clusters of so many blocks can have at once
 # (cuOccupancyMaxActiveClusters on an H100; of 2 blocks all)
 CLUSTERED = {3: 0.886, 4: 0.909, 5: 0.833, 6: 0.773, 7: 0.795, 8: 0.909}
 ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
-MEMORY_CLOCKS = 1600  # more where it comes from memory
-TURN_CLOCKS = 80  # of an iteration at least, until the next can begin
+MEMORY_CLOCKS = 1800  # more where it comes from memory
+TURN_CLOCKS = 130  # of an iteration at least, until the next can begin
 STEP_CLOCKS = 270  # and for each 128 bytes of K
-ISSUE_CLOCKS = 60  # of an iteration in which a single warpgroup does not multiply
-ROW_CLOCKS = 1.85  # that TMA takes for a row of a box, long or short
-ROW_SHARE = 0.005  # slower, for each row of instructions of a warpgroup but the first
-ABSENT_CLOCKS = 5.0  # for one that lies outside of the tensor
+ISSUE_CLOCKS = 58  # of an iteration in which a single warpgroup does not multiply
+READ_SHARE = (
+    0.7  # of B, that an instruction reads again which differs in A only from the one before
+)
+TMA_BYTES = 128  # a clock, that it brings a multiprocessor where neighbours want the same lines
+ROW_CLOCKS = 1.35  # that TMA takes for a row of a box of 128 bytes
+SHORT_ROW_CLOCKS = 1.75  # for one of fewer
+SHARED_STRADDLING_CLOCKS = 3.8  # for one amid sectors, where blocks share such tiles
+CLUSTER_CLOCKS = 750  # until blocks that share them have met and ended
+ABSENT_CLOCKS = 3.7  # for one that lies outside of the tensor
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
-MEMORY_SHARE = 0.965  # of the peak bandwidth
-SCATTER_BYTES = 900  # of what an iteration brings, that cost memory time and are not there
-COVER_SHARE = 0.9  # of the longest way of a tile, in which multiplying hides what delays it
-TOGETHER = 6  # how well overlaps what is done together: at 1 not at all
-IDLE_SHARE = 0.09  # slower, where few multiprocessors work: they do not draw all of the memory
-COOL_SHARE = 0.22  # faster runs the clock while the tensor cores idle, and draw no power
-EDGE_SHARE = 0.026  # of a block's work, in which the chip is not full yet or not any more
-UNWRITTEN_BYTES = 15e6  # in the L2 cache from before, which make room as others are read
+MEMORY_SHARE = 0.945  # of the peak bandwidth
+SCATTER_BYTES = 620  # of what an iteration brings, that cost memory time and are not there
+TOGETHER = 3.4  # how well overlaps what is done together: at 1 not at all
+IDLE_SHARE = 0.083  # slower, where few multiprocessors work: they do not draw all of the memory
+COOL_SHARE = 0.195  # faster runs the clock while the tensor cores idle, and draw no power
+HOT_SHARE = 0.03  # slower it runs where they never idle
+BUSY_SHARE = 0.75  # of the time, from which on it gets slower
+EDGE_SHARE = 0.022  # of a block's work, in which the chip is not full yet or not any more
+UNWRITTEN_BYTES = 17.2e6  # in the L2 cache from before, which make room as others are read
 MAX_SLOTS = 12
 PLAIN_SLOTS = 3  # of loops that bring tiles by cp.async
 STRIP_BYTES = 32 * 1024  # of shared memory, where results leave by TMA
@@ -126,9 +134,10 @@ class Plan:
     loop: of the loops that blocks may share, apart: where clusters are used for that and not to
     bring tiles; rest: all else of a block. has_room: blocks that each add up a part of the sums
     have memory for what comes from others. tiles: blocks of the grid. sum_bytes: of a tile's
-    accumulators. at_once: blocks that a multiprocessor holds. scatter: how much longer memory takes
-    because it is read in small pieces. has_turns: two teams of consumers take turns. is_late: a
-    tile's results leave during the next one's multiplies.
+    accumulators. brought_bytes: a clock, that a block brings of tiles. at_once: blocks that a
+    multiprocessor holds. scatter: how much longer memory takes because it is read in small pieces.
+    has_turns: two teams of consumers take turns. is_late: a tile's results leave during the next
+    one's multiplies. is_shared: blocks share tiles that are slow to bring.
     """
 
     target: Target
@@ -139,10 +148,12 @@ class Plan:
     tiles: float
     memory_bytes: float
     sum_bytes: float
+    brought_bytes: float
     at_once: int = 1
     scatter: float = 1.0
     has_turns: bool = False
     is_late: bool = False
+    is_shared: bool = False
 
     def estimate(self, parts: int = 1, is_shared_out: bool = False) -> Estimate:
         """The time with so many blocks a tile; is_shared_out: they are a cluster."""
@@ -153,13 +164,13 @@ class Plan:
             clusters = int(running * CLUSTERED.get(parts, 1.0)) // parts
             running = max(1, clusters) * parts
             sums = SENT_CLOCKS + self.sum_bytes * (parts - 1) / parts / SENT_BYTES
-            loop = self.apart.times(APART_SHARE)
+            loop = self.apart
         elif parts > 1:
             sums = SUM_CLOCKS + self.sum_bytes * (1 / KEEP_BYTES + parts / SUM_BYTES)
         each = loop.clocks / parts + rest
         units = max(1.0, self.tiles) * parts
         here = min(self.at_once, math.ceil(units / running))
-        throughput = here * max(loop.tensor, loop.brought / chip.brought_bytes) / parts
+        throughput = here * max(loop.tensor, loop.brought / self.brought_bytes) / parts
         each = max(each, throughput)
         if self.has_turns and parts == 1:
             each = max(loop.clocks, each / 2)
@@ -170,21 +181,24 @@ class Plan:
         multiplied = (self.loop.tensor + self.rest.tensor) * self.tiles / chip.multiprocessors
         idle = max(0.0, 1 - multiplied / (each * math.ceil(units / running / here)))
         moved = self.memory_bytes + min(self.memory_bytes, UNWRITTEN_BYTES)
-        faster = 1 + COOL_SHARE * idle  # than the clock that memory's bytes are counted by
+        hot = max(0.0, 1 - idle - BUSY_SHARE) / (1 - BUSY_SHARE)
+        # than the clock that memory's bytes are counted by
+        faster = (1 + COOL_SHARE * idle) * (1 - HOT_SHARE * hot)
         memory = moved / (chip.memory_bytes * MEMORY_SHARE) * self.scatter * faster
         clocks = START_CLOCKS * faster + _together(waves * each, memory * whole) + waves * sums
         if last:
             clocks += _together(each, memory * (1 - whole)) + sums
         clocks += EDGE_SHARE * each
+        if self.is_shared and not is_shared_out:
+            clocks += CLUSTER_CLOCKS
         clocks *= 1 + IDLE_SHARE * max(0.0, 1 - units / chip.multiprocessors)
         busy = multiplied / clocks
         bound = "the tensor cores"
-        if 2 * (loop.tensor + self.rest.tensor) < each * parts:
-            bound = "work besides"
         if memory > math.ceil(units / running / here) * each:
             bound = "memory"
-        elif loop.brought / chip.brought_bytes > loop.tensor:
-            bound = "bringing tiles"
+        elif 2 * (loop.tensor + self.rest.tensor) < each * parts:
+            is_late = 2 * loop.clocks > each * parts  # tiles: they are not there in time
+            bound = "bringing tiles" if is_late and loop.brought else "work besides"
         return Estimate(clocks / (chip.clock * faster * 1e9), busy, bound)
 
 
@@ -214,10 +228,14 @@ class _Planner:
     least: float = 0.0
     has_turns: bool = False
     halved: Sequence[Copy] = ()
+    brought_bytes: float = 0.0  # a clock
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
         brought = [n for n in nodes if isinstance(n, Copy) and n.is_tma]
+        self.brought_bytes = self.target.chip.brought_bytes
+        if brought:
+            self.brought_bytes = max(self.brought_bytes, TMA_BYTES)
         shared, each = self.shared_bytes()
         if shared + each > self.target.shared_bytes:
             return f"{shared + each} bytes of shared memory are more than a block can have"
@@ -252,7 +270,7 @@ class _Planner:
         memory = self.memory_bytes()
         if any(straddles(n) for n in brought):
             inward = [n for n in brought if is_inward(n)]
-            _, self.halved = shared_by_two(self.kernel, inward, slow_clocks)
+            _, self.halved = slow_shared_by_two(self.kernel, inward, _is_dividable)
         self.visit(self.kernel.body)
         reads = max(1.0, tiles * self.loop.brought)
         self.arrival += MEMORY_CLOCKS * min(1.0, memory / reads)
@@ -260,7 +278,7 @@ class _Planner:
         rest = self.visit(self.kernel.body)
         rest.clocks += TILE_CLOCKS
         sums = {n.acc.buffer for n in nodes if isinstance(n, Gemm)}
-        together = self.loop
+        together, is_shared = self.loop, bool(self.halved)
         if self.halved:
             self.halved, self.loop = (), _Work()
             self.visit(self.kernel.body)
@@ -272,10 +290,12 @@ class _Planner:
             rest=rest,
             tiles=tiles,
             memory_bytes=memory,
+            brought_bytes=self.brought_bytes,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
             has_turns=self.has_turns,
             is_late=bool(brought) and self.is_late(),
+            is_shared=is_shared,
             scatter=1 + SCATTER_BYTES / self.least if self.least else 1.0,
         )
 
@@ -304,8 +324,12 @@ class _Planner:
         if self.kernel.num_threads == GROUP or not isinstance(copy, Copy):
             return False
         scopes = copy.src.buffer.scope, copy.dst.buffer.scope
-        row = copy.src.extents[-1] * copy.dst.buffer.dtype.bytes
-        strips = math.ceil(row / STRIP_ROW)
+        atoms = (n.atom for n in walk(self.kernel.body) if isinstance(n, Gemm))
+        atom = next((a for a in atoms if isinstance(a, WgmmaAtom)), None)
+        if atom is None:
+            return False
+        widths = strip_widths(atom.wgmma.n, copy.dst.buffer.dtype.bytes)
+        strips = atom.rows * atom.columns * len(widths)
         return scopes == (Scope.FRAGMENT, Scope.GLOBAL) and can_wait(self.kernel, copy, strips)
 
     def shared_bytes(self) -> tuple[int, int]:
@@ -348,8 +372,7 @@ class _Planner:
         if node.kind is not LoopKind.PIPELINED or not any(_is_ahead(n) for n in node.body):
             work.add(inner, times)
             return
-        chip = self.target.chip
-        transfer = inner.brought / chip.brought_bytes
+        transfer = inner.brought / self.brought_bytes
         arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
         slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
@@ -358,13 +381,15 @@ class _Planner:
         self.least = min(self.least or piece, piece)
         is_alone = groups < 2 and not self.has_turns  # nobody multiplies while it waits
         ways = (inner.read + inner.brought) / SHARED_BYTES, transfer, inner.rows
-        is_covered = not is_alone and inner.tensor > COVER_SHARE * max(ways)
+        is_covered = not is_alone and inner.tensor > max(ways)
         step = max(
             inner.tensor + (ISSUE_CLOCKS if is_alone else 0),
             max(ways) if is_covered else _together(*ways),
             arrival,
             TURN_CLOCKS + STEP_CLOCKS * slab,
         )
+        if self.slots < 2:
+            step += arrival  # it has nothing to do meanwhile
         self.loop.add(_Work(step + inner.clocks, inner.tensor, inner.brought), times)
 
     def single(self, node: Node) -> _Work:
@@ -376,27 +401,35 @@ class _Planner:
                 row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
                 share = existing(node.src)
                 absent = 0.0 if rows_there(node) else ABSENT_CLOCKS
-                each = share * self.row_clocks(node) + (1 - share) * absent
+                each = share * self.row_clocks(node, row) + (1 - share) * absent
                 rows = size / row * each if node.is_tma else 0.0
                 return _Work(brought=size * share, rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
                 rows = rows_in_turn(self.kernel, node)  # all but the last leave meanwhile
-                return _Work(clocks=size / STORE_BYTES / rows)
+                wide = WIDE_SHARE if node.dst.buffer.dtype.bytes > 2 else 1
+                return _Work(clocks=size / self.store_bytes * wide / rows)
         if isinstance(node, Parallel):
             touched = [n.buffer for n in walk(node.body) if isinstance(n, Load | Store)]
             size = sum(b.dtype.bytes for b in touched if b.scope is Scope.GLOBAL)
-            return _Work(clocks=math.prod(node.extents) * size / STORE_BYTES)
+            return _Work(clocks=math.prod(node.extents) * size / self.store_bytes)
         if isinstance(node, Reduce):
             size = math.prod(node.src.extents)
             return _Work(clocks=size / REDUCE_A_CLOCK + TRADE_CLOCKS)
         return _Work()
 
-    def row_clocks(self, node: Copy) -> float:
-        """That TMA takes for a row of the tile, in a block that shares it with another one half of
-        that."""
+    @property
+    def store_bytes(self) -> float:
+        """What the block writes from registers in a clock."""
+        return STORE_BYTES if self.kernel.num_threads > GROUP else LONE_STORE_BYTES
+
+    def row_clocks(self, node: Copy, row: int) -> float:
+        """That TMA takes for a row of so many bytes of the tile, in a block that shares it with
+        another one half of that."""
         if not straddles(node):
-            return ROW_CLOCKS
-        return STRADDLING_CLOCKS / 2 if node in self.halved else STRADDLING_CLOCKS
+            return ROW_CLOCKS if row == ROW_BYTES else SHORT_ROW_CLOCKS
+        if not self.halved:
+            return STRADDLING_CLOCKS
+        return SHARED_STRADDLING_CLOCKS / (2 if node in self.halved else 1)
 
     def operand_words(self, node: Gemm) -> float:
         """Registers of a thread for the operands of mma.sync: of this step of K and the next."""
@@ -413,7 +446,7 @@ class _Planner:
     def gemm(self, node: Gemm) -> _Work:
         chip, operand = self.target.chip, node.a.buffer.dtype
         if isinstance(node.atom, WgmmaAtom):
-            clocks = multiply_clocks(node) * (1 + ROW_SHARE * (node.atom.rows - 1))
+            clocks = multiply_clocks(node)
             return _Work(tensor=clocks, read=_operand_bytes(node, node.atom))
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
@@ -431,12 +464,19 @@ class _Planner:
 
 
 def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:
-    """What a multiply by warpgroups reads of shared memory: B half as often for instructions in a
-    row that differ in A only."""
-    groups = atom.groups_m * atom.groups_n * atom.columns
-    rows = atom.rows * ROWS if node.a.buffer.scope is Scope.SHARED else 0
-    columns = atom.wgmma.n * (1 + atom.rows) / 2
-    return groups * (rows + columns) * node.k * node.a.buffer.dtype.bytes
+    """What a multiply by warpgroups reads of shared memory."""
+    down = atom.groups_m * atom.rows
+    rows = down * ROWS if node.a.buffer.scope is Scope.SHARED else 0
+    columns = atom.wgmma.n * (1 + READ_SHARE * (down - 1))
+    across = atom.groups_n * atom.columns
+    return across * (rows + columns) * node.k * node.a.buffer.dtype.bytes
+
+
+def _is_dividable(copy: Copy) -> bool:
+    """Whether two blocks can bring half of a tile each, in whole swizzles."""
+    *_, rows, columns = copy.dst.extents
+    panels = columns * copy.dst.buffer.dtype.bytes // ROW_BYTES
+    return rows % (2 * SWIZZLE_ROWS) == 0 or (panels > 0 and panels % 2 == 0)
 
 
 def _speed(operand: DType) -> float:

@@ -24,8 +24,9 @@ from tilejit.passes.wgmma import multiply_clocks
 
 SECTOR_BYTES = 32  # of memory and the L2 cache
 ROW_BYTES = 128  # of a box, which TMA brings at once
-STRADDLING_CLOCKS = 5  # that it takes for one that begins amid a sector
+STRADDLING_CLOCKS = 4.9  # that it takes for one that begins amid a sector
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
+SAVED_SHARE = 1 / 6  # of what bringing tiles takes: what sharing them must save
 MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
 
@@ -329,19 +330,36 @@ def shared_by_two(
     kernel: Kernel,
     brought: Sequence[Copy],
     weigh: Callable[[Copy], float],
-    is_dividable: Callable[[Copy], bool] = lambda _: True,
+    is_dividable: Callable[[Copy], bool],
 ) -> tuple[int | None, list[Copy]]:
     """Along which axis of the grid two neighbours save most by sharing tiles, and those tiles'
-    copies, where the grid and all such tiles divide so. weigh: what a tile takes."""
+    copies, where the grid and all such tiles divide so and it is worth it. weigh: what a tile
+    takes."""
     best: tuple[float, int | None, list[Copy]] = (0.0, None, [])
     for axis, extent in enumerate(kernel.grid):
         if divisor(extent) % 2 or not all(is_in_step(c, kernel, axis) for c in brought):
             continue
         same = [c for c in brought if is_same_along(c, kernel, axis)]
-        saved = sum(map(weigh, same))
-        if saved > best[0] and all(map(is_dividable, same)):
+        saved = sum(map(weigh, same)) / 2
+        is_worth = saved > SAVED_SHARE * sum(map(weigh, brought))
+        if is_worth and saved > best[0] and all(map(is_dividable, same)):
             best = (saved, axis, same)
     return best[1], best[2]
+
+
+def slow_shared_by_two(
+    kernel: Kernel, brought: Sequence[Copy], is_dividable: Callable[[Copy], bool]
+) -> tuple[int | None, list[Copy]]:
+    """`shared_by_two` of tiles whose rows TMA takes longer for than it takes to multiply them."""
+    if sum(map(slow_clocks, brought)) <= multiplied_clocks(kernel):
+        return None, []
+    return shared_by_two(kernel, brought, slow_clocks, is_dividable)
+
+
+def multiplied_clocks(kernel: Kernel) -> float:
+    """How long the tensor cores multiply what is brought once."""
+    gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
+    return sum(multiply_clocks(n) for n in gemms if isinstance(n.atom, WgmmaAtom))
 
 
 def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | None]:
@@ -355,10 +373,7 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     if not only_multiplied(kernel, brought):
         return 1, None
     assert kernel.target is not None, "select did not run"
-    gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
-    clocks = sum(multiply_clocks(n) for n in gemms if isinstance(n.atom, WgmmaAtom))
     chip = kernel.target.chip
-    tiles = math.prod(nominal(extent) for extent in kernel.grid)
 
     def size(copy: Copy) -> float:
         return tile_bytes(copy) * existing(copy.src)
@@ -366,15 +381,15 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     def is_dividable(copy: Copy) -> bool:
         return bool(boxes_of(kernel.shared[copy.dst.buffer], copy.dst.extents, 2))
 
-    weigh = slow_clocks
-    if sum(map(slow_clocks, brought)) <= clocks:
-        weigh = size
-        is_many = tiles >= MANY_WAVES * chip.multiprocessors
-        if not is_many or sum(map(size, brought)) <= clocks * chip.brought_bytes:
+    axis, _ = slow_shared_by_two(kernel, brought, is_dividable)
+    if axis is None:
+        tiles = math.prod(nominal(extent) for extent in kernel.grid)
+        if tiles < MANY_WAVES * chip.multiprocessors:
             return 1, None
-    axis, same = shared_by_two(kernel, brought, weigh, is_dividable)
-    saved = sum(map(weigh, same)) / 2
-    return (2, axis) if saved > sum(map(weigh, brought)) / 5 else (1, None)
+        if sum(map(size, brought)) <= multiplied_clocks(kernel) * chip.brought_bytes:
+            return 1, None
+        axis, _ = shared_by_two(kernel, brought, size, is_dividable)
+    return (1, None) if axis is None else (2, axis)
 
 
 def only_multiplied(kernel: Kernel, brought: Sequence[Copy]) -> bool:
