@@ -204,6 +204,17 @@ def plan(kernel: Kernel) -> Plan | str:
     return _Planner(kernel, kernel.target).run()
 
 
+def holds_fragments(kernel: Kernel, threads: int) -> bool:
+    """Whether so many threads may have registers for the kernel's fragments. False where `plan`
+    would say so too; it knows more once atoms are chosen."""
+    most = max(consumer_registers(threads), launch_registers(threads))
+    return _fragment_words(kernel) / threads + SPARE_REGISTERS <= most
+
+
+def _fragment_words(kernel: Kernel) -> float:
+    return sum(math.prod(b.extents) * b.dtype.bytes / 4 for b in kernel.scoped(Scope.FRAGMENT))
+
+
 @dataclass
 class _Planner:
     kernel: Kernel
@@ -221,9 +232,7 @@ class _Planner:
         shared, each = self.shared_bytes()
         if shared + each > self.target.shared_bytes:
             return f"{shared + each} bytes of shared memory are more than a block can have"
-        words = sum(
-            math.prod(b.extents) * b.dtype.bytes / 4 for b in self.kernel.scoped(Scope.FRAGMENT)
-        )
+        words = _fragment_words(self.kernel)
         threads = self.kernel.num_threads
         operands = [self.operand_words(n) for n in nodes if isinstance(n, Gemm)]
         registers = words / threads + SPARE_REGISTERS + max(operands, default=0)
