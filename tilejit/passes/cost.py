@@ -225,6 +225,7 @@ class _Planner:
     least: float = 0.0
     has_turns: bool = False
     halved: Sequence[Copy] = ()
+    weighed: dict[Node, _Work] = field(default_factory=dict)  # what `single` has found
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -272,6 +273,7 @@ class _Planner:
         together = self.loop
         if self.halved:
             self.halved, self.loop = (), _Work()
+            self.weighed.clear()
             self.visit(self.kernel.body)
         return Plan(
             target=self.target,
@@ -347,7 +349,10 @@ class _Planner:
                 for inner in node.bodies:
                     work.add(self.visit(inner))
             else:
-                work.add(self.single(node))
+                found = self.weighed.get(node)
+                if found is None:
+                    found = self.weighed[node] = self.single(node)
+                work.add(found)
         return work
 
     def repeat(self, node: For, work: _Work) -> None:
