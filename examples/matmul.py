@@ -17,7 +17,7 @@ from tilejit import tilejit
 def matmul(
     A: T.Tensor, B: T.Tensor, C: T.Tensor,
     *,
-    BM=T.auto(128, 64, 256), BN=T.auto(128, 256, 64, 192, 320, 32), BK=T.auto(64, 32, 128),
+    BM=T.auto(128, 64, 256), BN=T.auto(128, 256, 64, 192, 320, 32, step=8), BK=T.auto(64, 32, 128),
     transpose_B=False, tiles=None,
 ):  # fmt: skip
     """C = A @ B, or A @ B.T where B is stored N x K; `tiles` is another dtype for the tiles."""

@@ -13,7 +13,7 @@ from tilejit import device_name, tilejit
 @tilejit
 def matmul(
     A: T.Tensor, B: T.Tensor, C: T.Tensor,
-    *, BM=T.auto(128, 64, 256), BN=T.auto(128, 256, 64), BK=T.auto(64, 32),
+    *, BM=T.auto(128, 64, 256), BN=T.auto(128, 256, 64, step=8), BK=T.auto(64, 32),
 ):  # fmt: skip
     M, K = A.shape
     N = C.shape[1]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -152,6 +156,150 @@ def test_choice_of_a_factory_is_made_too():
     assert "block=32: chosen of 2 candidates" in kernel.explain()
     a = np.ones((128, 64), np.float32)
     np.testing.assert_array_equal(kernel(a), a + 1)
+
+
+WIDTHS = {"BM": T.auto(128), "BN": T.auto(128, 256, 64, 192, step=8), "BK": T.auto(64)}
+
+
+def weighed_grids(monkeypatch) -> list[tuple[int, ...]]:
+    """The grids of what the cost model is asked about from now on, in that order."""
+    seen: list[tuple[int, ...]] = []
+    real = choose.best_schedule
+
+    def best_schedule(kernel, target):
+        seen.append(tuple(e.value for e in kernel.grid))
+        return real(kernel, target)
+
+    monkeypatch.setattr(choose, "best_schedule", best_schedule)
+    return seen
+
+
+def test_value_between_candidates_is_taken_where_its_blocks_fill_the_chip():
+    kernel = compiled(1536, 1536, 1536, **WIDTHS)
+    blocks = 12 * -(-1536 // kernel.constants["BN"])
+    assert kernel.constants["BN"] == 144 and blocks == 132 == kernel.target.chip.multiprocessors
+    named = compiled(1536, 1536, 1536, **{**WIDTHS, "BN": T.auto(128, 256, 64, 192)})
+    assert estimate(kernel) < choose.BETWEEN_WORTH * estimate(named)
+    tried = int(re.search(r"BN=144, BK=64: chosen of (\d+) candidates", kernel.explain())[1])
+    assert 4 < tried <= 4 + 14
+
+
+def test_nothing_between_candidates_is_weighed_where_their_blocks_fill_the_chip(monkeypatch):
+    seen = weighed_grids(monkeypatch)
+    assert compiled(4096, 4096, 4096, **WIDTHS).constants["BN"] == 256
+    assert len(seen) == 4
+
+
+def test_values_between_are_multiples_next_to_the_best_candidate_with_fewer_blocks_each():
+    search = searched(1536, 1536, 1536, **WIDTHS)
+    between = [v[1] for v in search.found if v[1] not in (64, 128, 192, 256)]
+    assert between and between == sorted(between)
+    assert all(n % 8 == 0 and 128 < n < 256 for n in between)
+    blocks = [-(-1536 // n) for n in between]
+    assert all(a > b for a, b in itertools.pairwise(blocks))
+    assert not {-(-1536 // 128), -(-1536 // 192)} & set(blocks)
+
+
+@pytest.mark.parametrize("best, others", [(64, (128,)), (320, (256,))])
+def test_nothing_beyond_the_candidates_is_tried(best, others, monkeypatch):
+    real = choose.best_schedule
+    width = {"BM": T.auto(128), "BN": T.auto(best, *others, step=16), "BK": T.auto(64)}
+
+    def best_schedule(kernel, target):  # as if the first were much the best, but no chip full
+        found = real(kernel, target)
+        scale = 1e-3 if kernel.grid[0].value == -(-3000 // best) else 1
+        return replace(
+            found, estimate=replace(found.estimate, seconds=found.estimate.seconds * scale)
+        )
+
+    monkeypatch.setattr(choose, "best_schedule", best_schedule)
+    monkeypatch.setattr(choose, "BETWEEN_WORTH", 1e6)
+    tried = {v[1] for v in searched(3000, 3000, 3000, **width).grids}
+    assert tried >= {best, *others} and min(tried) == min(best, *others)
+    assert max(tried) == max(best, *others)
+    assert len(tried) == 2 + abs(best - others[0]) // 16 - 1
+
+
+def searched(M, N, K, **constants) -> choose._Search:
+    """The search of a call's values, after it."""
+    found = []
+    real = choose._Search.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose._Search, "run", lambda s: (found.append(s), real(s))[1])
+        matmul_of(M, N, K, **constants)
+    (search,) = found
+    return search
+
+
+def matmul_of(M, N, K, **constants):
+    fresh = tilejit(matmul.__wrapped__)  # with a cache of its own
+    return fresh.compile(
+        T.Tensor((M, K), "bfloat16"), T.Tensor((K, N), "bfloat16"), T.Tensor((M, N), "bfloat16"),
+        target="sm_90a", **constants,
+    )  # fmt: skip
+
+
+def test_value_between_has_to_be_worth_more_than_an_estimate_is_wrong_by(monkeypatch):
+    monkeypatch.setattr(choose, "BETWEEN_WORTH", 0.5)
+    assert searched(1536, 1536, 1536, **WIDTHS).run().values["BN"] == 192
+
+
+def test_two_parameters_may_have_steps():
+    sizes = {"BM": T.auto(128, 64, step=64), "BN": T.auto(128, 192, step=8), "BK": T.auto(64)}
+    assert matmul_of(1536, 1536, 1536, **sizes).constants["BN"] == 144
+
+
+def test_result_of_a_value_between_is_right(monkeypatch):
+    monkeypatch.setattr(choose, "BETWEEN_WORTH", 1e6)  # taken in any case
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(s).astype(np.float16) for s in ((50, 40), (40, 88)))
+    c = np.full((50, 88), np.nan, np.float32)
+    fresh = tilejit(matmul.__wrapped__)
+    fresh(a, b, c, BM=32, BN=T.auto(32, 64, step=8), BK=16)
+    np.testing.assert_allclose(c, a.astype(np.float64) @ b.astype(np.float64), rtol=1e-3, atol=1e-3)
+    specs = [T.Tensor(x.shape, str(x.dtype)) for x in (a, b, c)]
+    wide = fresh.compile(*specs, BM=32, BN=T.auto(32, 64, step=8), BK=16).constants["BN"]
+    assert wide in (40, 48, 56)
+
+
+def test_value_between_that_cannot_be_is_passed_over(monkeypatch):
+    @tilejit
+    def rows(A: T.Tensor, *, n=T.auto(4, 12, step=2)):
+        if n == 6:
+            T.alloc_shared((1,), "float32")  # outside of a kernel
+        with T.Kernel(T.ceildiv(A.shape[0], n), threads=32) as b:
+            for i in T.Parallel(n):
+                A[b * n + i] = A[b * n + i] + 1
+
+    monkeypatch.setattr(choose, "BETWEEN_WORTH", 1e6)
+    text = rows.compile(T.Tensor((100,), "float32"), target="sm_80").explain()
+    assert "not n=6: T.alloc_shared" in text
+    assert re.search(r"  n=(8|10): chosen of \d candidates", text)
+
+
+def test_step_is_part_of_what_is_asked():
+    assert T.auto(64, 128, step=8) is T.auto(64, 128, step=8)
+    assert T.auto(64, 128, step=8) is not T.auto(64, 128)
+    assert T.auto(64, 128, step=8) != T.auto(64, 128, step=16)
+    assert repr(T.auto(64, 128, step=8)) == "T.auto(64, 128, step=8)"
+
+
+@pytest.mark.parametrize(
+    "candidates, step, kind, message",
+    [
+        ((), 8, ArgumentError, "T.auto needs candidates."),
+        ((64,), 0, ArgumentError, "T.auto: step is 0; it must be positive."),
+        ((64,), -8, ArgumentError, "T.auto: step is -8; it must be positive."),
+        ((64,), 8.0, ArgumentTypeError, "T.auto: step is an int, got 8.0."),
+        ((64,), True, ArgumentTypeError, "T.auto: step is an int, got True."),
+        ((64, "a"), 8, ArgumentTypeError, "T.auto: step is for ints, and 'a' is none."),
+        ((64, None), 8, ArgumentTypeError, "T.auto: step is for ints, and None is none."),
+        ((64, True), 8, ArgumentTypeError, "T.auto: step is for ints, and True is none."),
+    ],
+)  # fmt: skip
+def test_wrong_steps_are_refused(candidates, step, kind, message):
+    with pytest.raises(kind, match=message):
+        T.auto(*candidates, step=step)
 
 
 @pytest.mark.parametrize(

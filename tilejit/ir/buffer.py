@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from tilejit.dtypes import DType
 from tilejit.errors import Span
@@ -59,7 +60,7 @@ class Section:
     first: Expr
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Buffer:
     """Memory that tile ops read and write.
 
@@ -101,7 +102,7 @@ class Buffer:
     def rank(self) -> int:
         return len(self.shape)
 
-    @property
+    @cached_property
     def extents(self) -> tuple[int, ...]:
         """The shape as ints; only where all extents are constants."""
         result = tuple(int_value(e) for e in self.shape)
@@ -112,7 +113,7 @@ class Buffer:
     def is_static(self) -> bool:
         return all(isinstance(e, Const) for e in self.shape)
 
-    @property
+    @cached_property
     def element_strides(self) -> tuple[Expr, ...]:
         """Strides in elements, derived from the shape when none were given."""
         if self.strides is not None:
@@ -149,7 +150,7 @@ def _is_of_kernel(e: Expr) -> bool:
     return any(v.kind not in _AT_CALL for v in variables(e))
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Region:
     """A box of a buffer: `extents[d]` elements from `starts[d]` along each dimension.
 
@@ -165,12 +166,12 @@ class Region:
     def __post_init__(self) -> None:
         assert len(self.starts) == len(self.extents) == self.buffer.rank
 
-    @property
+    @cached_property
     def kept(self) -> tuple[int, ...]:
         """Dimensions of the buffer that are dimensions of the region."""
         return tuple(d for d in range(self.buffer.rank) if d not in self.dropped)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.extents[d] for d in self.kept)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Expr, Var, walk
+from tilejit.ir.expr import Expr, Var, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Atomic, Body, For, If, Let, Load, Node, Parallel, Roles, Store, While
 from tilejit.ir.node import walk as walk_nodes
@@ -32,7 +32,7 @@ class Divergence:
 
     def of(self, exprs: Iterable[Expr]) -> bool:
         """True when any of the expressions may differ between threads."""
-        return any(node in self.vars for e in exprs for node in walk(e) if isinstance(node, Var))
+        return any(not self.vars.isdisjoint(variables(e)) for e in exprs)
 
 
 def divergence(kernel: Kernel) -> Divergence:

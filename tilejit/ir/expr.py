@@ -7,6 +7,7 @@ object: compare with `is`, use as dictionary keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -89,9 +90,10 @@ class Op(Expr):
     """An operation `op` on `children`. Which names exist: `BINARY`, `COMPARE`, `UNARY`, `select`,
     `cast`, `bitcast`, and the functions of `MATH`."""
 
-    __slots__ = ("children", "op")
+    __slots__ = ("children", "known_variables", "op")
     op: str
     children: tuple[Expr, ...]
+    known_variables: frozenset[Var] | None  # once `variables` was asked
 
 
 BINARY = frozenset(
@@ -119,6 +121,17 @@ def _intern(key: object, build: Callable[[], Expr]) -> Expr:
 
 def const(value: Number | np.generic, dtype: DType = int32) -> Const:
     """A constant of `dtype`; the value is wrapped (integers) or rounded (floats) to it."""
+    if type(value) is int and dtype is int32:
+        return _int32(value)
+    return _const(value, dtype)
+
+
+@functools.lru_cache(maxsize=4096)  # extents and steps: the same ones over and over
+def _int32(value: int) -> Const:
+    return _const(value, int32)
+
+
+def _const(value: Number | np.generic, dtype: DType) -> Const:
     if isinstance(value, np.generic):
         value = value.item()
     if dtype.is_integer:
@@ -150,7 +163,7 @@ def _op(name: str, dtype: DType, *children: Expr) -> Expr:
 
     def build() -> Expr:
         node = Op()
-        node._set(op=name, dtype=dtype, children=children)
+        node._set(op=name, dtype=dtype, children=children, known_variables=None)
         return node
 
     return _intern(key, build)
@@ -223,26 +236,25 @@ def binary(op: str, a: Expr, b: Expr) -> Expr:
 
 def _integer_identity(op: str, a: Expr, b: Expr) -> Expr | None:
     x, y = int_value(a), int_value(b)
-    zero = const(0, a.dtype)
     if op in ("add", "or", "xor", "sub", "shl", "shr") and y == 0:
         return a
     if op in ("add", "or", "xor") and x == 0:
         return b
     if op == "mul":
         if 0 in (x, y):
-            return zero
+            return const(0, a.dtype)
         if y == 1:
             return a
         if x == 1:
             return b
     if op in ("floordiv", "floormod") and y == 1:
-        return a if op == "floordiv" else zero
+        return a if op == "floordiv" else const(0, a.dtype)
     if op == "and" and 0 in (x, y):
-        return zero
+        return const(0, a.dtype)
     if op in ("min", "max", "and", "or") and a is b:
         return a
     if op in ("sub", "xor") and a is b:
-        return zero
+        return const(0, a.dtype)
     if op in ("le", "ge", "eq") and a is b:
         return const(True, bool_)
     if op in ("lt", "gt", "ne") and a is b:
@@ -326,6 +338,9 @@ def ceildiv(a: int | Expr, b: int | Expr) -> Expr:
 
 def walk(e: Expr) -> Iterator[Expr]:
     """Every distinct sub-expression, operands first."""
+    if not e.children:
+        yield e
+        return
     seen: set[Expr] = set()
     stack: list[tuple[Expr, bool]] = [(e, False)]
     while stack:
@@ -340,16 +355,17 @@ def walk(e: Expr) -> Iterator[Expr]:
 
 def variables(e: Expr) -> frozenset[Var]:
     """Every variable of the expression."""
-    if isinstance(e, Const):
+    if isinstance(e, Var):
+        return frozenset((e,))
+    if not isinstance(e, Op):
         return _NONE
-    found = _variables.get(e)
-    if found is None:
-        found = _variables[e] = frozenset(n for n in walk(e) if isinstance(n, Var))
-    return found
+    if e.known_variables is None:
+        e._set(known_variables=frozenset(n for n in walk(e) if isinstance(n, Var)))
+    assert e.known_variables is not None
+    return e.known_variables
 
 
 _NONE: frozenset[Var] = frozenset()
-_variables: weakref.WeakKeyDictionary[Expr, frozenset[Var]] = weakref.WeakKeyDictionary()
 
 
 def substitute(e: Expr, mapping: dict[Var, Expr]) -> Expr:

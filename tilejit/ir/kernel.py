@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -194,7 +195,7 @@ class Kernel:
         """The block's number in its cluster."""
         return rank_in_cluster(self.block_vars, self.cluster)
 
-    @property
+    @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """Every buffer the body touches, in order of first use, views after what they view."""
         seen: dict[Buffer, None] = {}
@@ -215,7 +216,7 @@ class Kernel:
     def scoped(self, *scopes: Scope) -> tuple[Buffer, ...]:
         return tuple(b for b in self.buffers if b.scope in scopes)
 
-    @property
+    @cached_property
     def written(self) -> frozenset[Buffer]:
         """Root buffers that the kernel writes."""
         return frozenset(b.root for node in walk(self.body) for b in node.writes)

@@ -16,15 +16,18 @@ MAX_CANDIDATES = 16
 
 @dataclass(frozen=True)
 class Auto:
-    """A parameter left open. candidates: values that it may take, the usual one first."""
+    """A parameter left open. candidates: values that it may take, the usual one first. step: it may
+    also take multiples of it between them; 0 where it may not."""
 
     candidates: tuple[Any, ...]
+    step: int = 0
 
     def __repr__(self) -> str:
-        return f"T.auto({', '.join(map(repr, self.candidates))})"
+        step = (f"step={self.step}",) if self.step else ()
+        return f"T.auto({', '.join((*map(repr, self.candidates), *step))})"
 
 
-def auto(*candidates: Any) -> Any:
+def auto(*candidates: Any, step: int | None = None) -> Any:
     """A compile-time parameter that the compiler chooses: `def f(A, B, *, BM=T.auto(64, 128))`.
 
     Each call signature gets those candidates whose kernel the cost model estimates to be fastest
@@ -34,9 +37,14 @@ def auto(*candidates: Any) -> Any:
     Args:
         candidates: ints, strings, booleans or None, at most 16; the first is taken where nothing
             tells them apart.
+        step: of ints: once the best of the candidates are known, the multiples of it next to them
+            are compared too, up to the next smaller and larger candidate. `T.auto(128, 256, 64,
+            step=8)` may give 144: a tile of that width, whose blocks leave no part of the chip
+            without work.
 
     Raises:
-        ArgumentError, ArgumentTypeError: no candidates, too many, one twice, or of another type.
+        ArgumentError, ArgumentTypeError: no candidates, too many, one twice, or of another type; a
+            step that is not positive, or with candidates that are not all ints.
 
     Example:
         >>> @tilejit
@@ -56,9 +64,28 @@ def auto(*candidates: Any) -> Any:
             )
     if len(set(map(repr, candidates))) < len(candidates):
         raise ArgumentError(f"T.auto{candidates!r} names a candidate twice.")
-    return _auto(*((type(value), value) for value in candidates))
+    if step is not None:
+        _check_step(candidates, step)
+    return _auto(step or 0, *((type(value), value) for value in candidates))
+
+
+def _check_step(candidates: tuple[Any, ...], step: Any) -> None:
+    if not _is_int(step):
+        raise ArgumentTypeError(f"T.auto: step is an int, got {step!r}.")
+    if step < 1:
+        raise ArgumentError(f"T.auto: step is {step}; it must be positive.")
+    for value in candidates:
+        if not _is_int(value):
+            raise ArgumentTypeError(
+                f"T.auto: step is for ints, and {value!r} is none.",
+                hint="Leave `step` out, or the candidate.",
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @functools.cache  # equal candidates are one object, so that a call that repeats them is warm
-def _auto(*typed: tuple[type, Any]) -> Auto:
-    return Auto(tuple(value for _, value in typed))
+def _auto(step: int, *typed: tuple[type, Any]) -> Auto:
+    return Auto(tuple(value for _, value in typed), step)

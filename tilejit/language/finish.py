@@ -142,6 +142,8 @@ class _Guards:
 
     def _use(self, e: Expr, path: Path) -> None:
         """Note the loads that `e` needs, and when."""
+        if isinstance(e, Const):
+            return
         if not any(isinstance(n, Op) and n.op == "select" for n in walk(e)):
             for var in variables(e):
                 self._note(var, path)

@@ -72,6 +72,16 @@ class TracedFunction:
         """The rule of each parameter, in order."""
         return rules_of(self.user)
 
+    @functools.cached_property
+    def _places(self) -> dict[str, Span]:
+        """Where each parameter is written."""
+        code = self.function.__code__
+        return {name: definition_span(code, name) for name in self.parameters}
+
+    def place_of(self, parameter: str) -> Span:
+        """Where a parameter is written."""
+        return self._places[parameter]
+
     def trace(
         self, args: Mapping[str, Argument], *, name: str | None = None, fast_math: bool = False
     ) -> Program | PrimFunc:
@@ -180,7 +190,7 @@ def _enter_argument(
     """What the parameter is bound to inside the function."""
     if isinstance(arg, ConstArg):
         return arg.value
-    span = definition_span(function.function.__code__, rule.name)
+    span = function.place_of(rule.name)
     if rule.kind == "declared" and (arg is None or isinstance(arg, TensorArg)):
         return _tensor(host, rule.name, rule.annotation.buffer, arg, span, overlaps)
     if isinstance(arg, TensorArg):

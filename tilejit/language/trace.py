@@ -228,7 +228,8 @@ class Trace:
 
     def check_scope(self, expr: Expr, span: Span | None = None) -> None:
         """Refuse a variable whose frame is closed or belongs to another kernel."""
-        for var in sorted(variables(expr), key=lambda v: v.serial):
+        used = variables(expr)
+        for var in sorted(used, key=lambda v: v.serial) if used else ():
             if var.kind in (VarKind.SYMBOL, VarKind.SCALAR, VarKind.POINTER):
                 continue
             frame, defined = self._frames.get(var, (None, None))

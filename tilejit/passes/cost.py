@@ -218,6 +218,17 @@ def plan(kernel: Kernel) -> Plan | str:
     return _Planner(kernel, kernel.target).run()
 
 
+def holds_fragments(kernel: Kernel, threads: int) -> bool:
+    """Whether so many threads may have registers for the kernel's fragments. False where `plan`
+    would say so too; it knows more once atoms are chosen."""
+    most = max(consumer_registers(threads), launch_registers(threads))
+    return _fragment_words(kernel) / threads + SPARE_REGISTERS <= most
+
+
+def _fragment_words(kernel: Kernel) -> float:
+    return sum(math.prod(b.extents) * b.dtype.bytes / 4 for b in kernel.scoped(Scope.FRAGMENT))
+
+
 @dataclass
 class _Planner:
     kernel: Kernel
@@ -229,6 +240,7 @@ class _Planner:
     has_turns: bool = False
     halved: Sequence[Copy] = ()
     brought_bytes: float = 0.0  # a clock
+    weighed: dict[Node, _Work] = field(default_factory=dict)  # what `single` has found
 
     def run(self) -> Plan | str:
         nodes = list(walk(self.kernel.body))
@@ -239,9 +251,7 @@ class _Planner:
         shared, each = self.shared_bytes()
         if shared + each > self.target.shared_bytes:
             return f"{shared + each} bytes of shared memory are more than a block can have"
-        words = sum(
-            math.prod(b.extents) * b.dtype.bytes / 4 for b in self.kernel.scoped(Scope.FRAGMENT)
-        )
+        words = _fragment_words(self.kernel)
         threads = self.kernel.num_threads
         operands = [self.operand_words(n) for n in nodes if isinstance(n, Gemm)]
         registers = words / threads + SPARE_REGISTERS + max(operands, default=0)
@@ -281,6 +291,7 @@ class _Planner:
         together, is_shared = self.loop, bool(self.halved)
         if self.halved:
             self.halved, self.loop = (), _Work()
+            self.weighed.clear()
             self.visit(self.kernel.body)
         return Plan(
             target=self.target,
@@ -362,7 +373,10 @@ class _Planner:
                 for inner in node.bodies:
                     work.add(self.visit(inner))
             else:
-                work.add(self.single(node))
+                found = self.weighed.get(node)
+                if found is None:
+                    found = self.weighed[node] = self.single(node)
+                work.add(found)
         return work
 
     def repeat(self, node: For, work: _Work) -> None:

@@ -40,33 +40,54 @@ class Brought:
     gemm_reasons: dict[Gemm, list[str]] = field(default_factory=dict)
 
 
-def copies_to_bring(kernel: Kernel, target: Target, obstacle: str = "") -> Brought:
+class Bringable:
+    """What is known of a kernel's copies and multiplies whatever its threads.
+
+    reasons: of copies from global to shared memory, why they are not brought, "" where they can be.
+    repeated: copies that loops with stages make; refused: those of them that cannot be brought.
+    viewed: buffers that have views. unrounded: tiles that nobody would round to tf32.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.nodes = list(walk(kernel.body))
+        self.gemms = [n for n in self.nodes if isinstance(n, Gemm)]
+        self.reasons = _reasons(kernel)
+        self.unrounded = unrounded_tiles(kernel, {c for c, r in self.reasons.items() if not r})
+        self.viewed = {b.root for b in kernel.buffers if b.is_view}
+        self.repeated = repeated_copies(kernel)
+        self.refused = {c: r for c, r in self.reasons.items() if r and c in self.repeated}
+
+
+def brings(target: Target) -> bool:
+    """Whether the chip has what producers and warpgroups need."""
+    return target.has(Feature.TMA, Feature.WGMMA, Feature.SETMAXNREG)
+
+
+def copies_to_bring(
+    kernel: Kernel, target: Target, obstacle: str = "", known: Bringable | None = None
+) -> Brought:
     """What producers bring and warpgroups multiply.
 
-    obstacle: what rules producers out, if that is known.
+    obstacle: what rules producers out, if that is known. known: of the same body.
 
     A kernel has producers when it has a multiply for warpgroups and copies in T.Pipelined loops
     that can be brought, those of all such multiplies' operands among them.
     """
-    if not target.has(Feature.TMA, Feature.WGMMA, Feature.SETMAXNREG):
+    if not brings(target):
         return Brought()
-    nodes = list(walk(kernel.body))
-    reasons = _reasons(kernel)
-    unrounded = unrounded_tiles(kernel, {c for c, r in reasons.items() if not r})
-    viewed = {b.root for b in kernel.buffers if b.is_view}
-    gemms = [n for n in nodes if isinstance(n, Gemm)]
-    fits = {n: _choose(n, kernel, target, viewed, unrounded) for n in gemms}
+    known = known or Bringable(kernel)
+    gemms, reasons, refused = known.gemms, known.reasons, known.refused
+    unrounded, repeated = known.unrounded, known.repeated
+    fits = {n: _choose(n, kernel, target, known.viewed, unrounded) for n in gemms}
     atoms = {n: atom for n, atom in fits.items() if isinstance(atom, WgmmaAtom)}
     why = {n: [f"wgmma ({reason})"] for n, reason in fits.items() if isinstance(reason, str)}
-    repeated = repeated_copies(kernel)
-    refused = {c: r for c, r in reasons.items() if r and c in repeated}
     if not atoms:  # where it is for want of rounding by TMA, the copies say why
         threads = kernel.num_threads
         fit = [n for n in gemms if isinstance(choose_wgmma(n, kernel, target, threads), WgmmaAtom)]
         missed = unrounded & {r.buffer for n in fit for r in (n.a, n.b)}
         own = {c: r for c, r in refused.items() if c.dst.buffer in missed}
         return Brought(reasons=own, gemm_reasons=why)
-    general = obstacle or _obstacle(kernel, nodes)
+    general = obstacle or _obstacle(kernel, known.nodes)
     operands = {r.buffer for n in atoms for r in (n.a, n.b)}
     is_fed = any(c not in refused for c in repeated)
     missed = {c.dst.buffer for c in pipelined_copies(kernel) if c in refused}

@@ -6,14 +6,16 @@ Knows which choices there are and asks `cost` for each. Does not know how a choi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tilejit.errors import ArgumentError, TileError
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import For, walk
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.cost import Estimate, Plan, plan
-from tilejit.passes.select import select_atoms
+from tilejit.passes.cost import Estimate, Plan, holds_fragments, plan
+from tilejit.passes.select import Selection
 from tilejit.passes.shared_out import divides, share_out, why_whole
 from tilejit.passes.split import Splittable, split_loop, splittable
 from tilejit.target import Target
@@ -48,8 +50,7 @@ def choose_schedule(kernel: Kernel, target: Target) -> Kernel:
     Raises:
         ArgumentError: a split by hand of a loop that does not allow it.
     """
-    asked = _asked_parts(kernel)
-    if not kernel.is_free and asked == 1:
+    if not kernel.is_free and _asked_parts(kernel, splittable(kernel)) == 1:
         return kernel
     found = best_schedule(kernel, target)
     if isinstance(found, str):  # a later pass says what is wrong
@@ -75,39 +76,51 @@ def apply(kernel: Kernel, chosen: Schedule, target: Target) -> Kernel:
 
 def best_schedule(kernel: Kernel, target: Target) -> Schedule | str:
     """The schedule that is estimated to be fastest; why there is none, where nothing fits."""
-    asked = _asked_parts(kernel)
+    split = _Split(kernel, target)
+    try:
+        selection = Selection(replace(kernel, is_free=False), target)
+    except TileError as error:
+        if not kernel.is_free:
+            raise
+        return error.headline
+    choices = _thread_choices(kernel)
     best: Schedule | None = None
-    reasons: list[str] = []
-    for threads in _thread_choices(kernel):
-        tried = replace(kernel, threads=(threads, 1, 1), is_free=False) if threads else kernel
-        try:
-            weighed = plan(select_atoms(tried, target))
-        except TileError as error:
-            if not kernel.is_free:
-                raise
-            weighed = error.headline
-        if isinstance(weighed, str):
-            reasons.append(weighed)
+    for threads in choices:
+        if kernel.is_free and not holds_fragments(kernel, threads[0]):
             continue
-        ways = [(1, False)] if asked is None or asked == 1 else []
-        for parts, is_shared_out in (*ways, *_part_choices(tried, asked, weighed, target)):
+        weighed = _planned(selection, threads, kernel.is_free)
+        if isinstance(weighed, str):
+            continue
+        for parts, is_shared_out in split.choices(math.prod(threads), weighed):
             estimate = weighed.estimate(parts, is_shared_out)
-            found = Schedule(tried.threads[0], parts, estimate, is_shared_out)
+            found = Schedule(threads[0], parts, estimate, is_shared_out)
             if best is None or found.weight < best.weight:
                 best = found
-    return best if best is not None else reasons[0]
+    if best is not None:
+        return best
+    why = _planned(selection, choices[0], kernel.is_free)
+    assert isinstance(why, str), "it was planned before"
+    return why
 
 
-def _thread_choices(kernel: Kernel) -> tuple[int, ...]:
-    """Threads to try; 0 for those that the user gave."""
-    if not kernel.is_free:
-        return (0,)
-    if not any(isinstance(n, Gemm) for n in walk(kernel.body)):
-        return (kernel.threads[0],)
-    return FREE_THREADS
+def _planned(selection: Selection, threads: tuple[int, int, int], is_free: bool) -> Plan | str:
+    """What the kernel costs with so many threads; why not."""
+    try:
+        return plan(selection.of(threads))
+    except TileError as error:
+        if not is_free:
+            raise
+        return error.headline
 
 
-def _asked_parts(kernel: Kernel) -> int | None:
+def _thread_choices(kernel: Kernel) -> list[tuple[int, int, int]]:
+    """Threads to try."""
+    if not kernel.is_free or not any(isinstance(n, Gemm) for n in walk(kernel.body)):
+        return [kernel.threads]
+    return [(threads, 1, 1) for threads in FREE_THREADS]
+
+
+def _asked_parts(kernel: Kernel, found: Splittable | str) -> int | None:
     """Blocks a tile: 1 where a loop cannot or need not be split, None where that is open.
 
     Raises:
@@ -115,7 +128,6 @@ def _asked_parts(kernel: Kernel) -> int | None:
     """
     loops = [n for n in walk(kernel.body) if isinstance(n, For)]
     asked = next((n for n in loops if n.parts is not None and n.parts > 1), None)
-    found = splittable(kernel)
     if asked is not None:
         if isinstance(found, str) or found.loop is not asked:
             why = found if isinstance(found, str) else "another loop is the one that multiplies"
@@ -130,24 +142,41 @@ def _asked_parts(kernel: Kernel) -> int | None:
     return None
 
 
-def _part_choices(
-    kernel: Kernel, asked: int | None, weighed: Plan, target: Target
-) -> list[tuple[int, bool]]:
-    """Blocks a tile, and whether they share out what follows, that may be faster than one; where
-    so many are asked for, the ways to have them."""
-    if asked == 1:
-        return []
-    found = splittable(kernel)
-    assert isinstance(found, Splittable), "a split has a loop"
-    can_share_out = weighed.has_room and not why_whole(kernel, found, target)
-    if asked is not None:
-        ways = [(asked, False)]
-        return [*ways, (asked, True)] if can_share_out and divides(found, asked) else ways
-    if found.trips is None:
-        return []
-    most = min(MOST_PARTS, found.trips // FEWEST_TRIPS)
-    choices = [(n, True) for n in range(2, most + 1) if can_share_out and divides(found, n)]
-    most = min(most, int(MOST_SUM_BYTES // max(1, weighed.sum_bytes * found.tiles)))
-    if weighed.sum_bytes / 4 > MOST_SUM_REGISTERS * kernel.num_threads:
-        most = 1
-    return [*choices, *((n, False) for n in range(2, most + 1))]
+class _Split:
+    """Into how many blocks a tile's loop may be split, whatever the block's threads.
+
+    Raises:
+        ArgumentError: a split by hand of a loop that does not allow it.
+    """
+
+    def __init__(self, kernel: Kernel, target: Target) -> None:
+        self.kernel = kernel
+        self.target = target
+        self.found = splittable(kernel)
+        self.asked = _asked_parts(kernel, self.found)
+
+    @cached_property
+    def _is_divided(self) -> bool:
+        """Whether blocks can share out what follows the loop."""
+        assert isinstance(self.found, Splittable), "a split has a loop"
+        return not why_whole(self.kernel, self.found, self.target)
+
+    def choices(self, threads: int, weighed: Plan) -> list[tuple[int, bool]]:
+        """Blocks a tile, and whether they share out what follows, that may be fastest; where so
+        many are asked for, the ways to have them."""
+        found, asked = self.found, self.asked
+        if asked == 1:
+            return [(1, False)]
+        assert isinstance(found, Splittable), "a split has a loop"
+        can_share_out = weighed.has_room and self._is_divided
+        if asked is not None:
+            ways = [(asked, False)]
+            return [*ways, (asked, True)] if can_share_out and divides(found, asked) else ways
+        if found.trips is None:
+            return [(1, False)]
+        most = min(MOST_PARTS, found.trips // FEWEST_TRIPS)
+        choices = [(n, True) for n in range(2, most + 1) if can_share_out and divides(found, n)]
+        most = min(most, int(MOST_SUM_BYTES // max(1, weighed.sum_bytes * found.tiles)))
+        if weighed.sum_bytes / 4 > MOST_SUM_REGISTERS * threads:
+            most = 1
+        return [(1, False), *choices, *((n, False) for n in range(2, most + 1))]

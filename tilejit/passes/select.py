@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 from tilejit.dtypes import bool_, int32
 from tilejit.errors import TraceError, UnsupportedError
@@ -50,7 +51,7 @@ from tilejit.ops.elementwise import as_loops, as_parallel, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
 from tilejit.ops.reduce import Reduce
 from tilejit.passes.bulk import refused, whole_copy
-from tilejit.passes.hopper import copies_to_bring
+from tilejit.passes.hopper import Bringable, brings, copies_to_bring
 from tilejit.passes.manual import (
     Executing,
     bulk_copy,
@@ -77,16 +78,50 @@ def select_atoms(kernel: Kernel, target: Target) -> Kernel:
     Raises UnsupportedError if an op has no candidate, TraceError for a tile op in a branch that
     not all threads take.
     """
-    check_needs(kernel, target)
-    kernel = with_meetings(_with_thread_vars(own_tiles(kernel, target)))
-    selector = _Selector(kernel, target)
-    body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
-    return replace(
-        kernel,
-        target=target,
-        body=(*selector.first, *body),
-        notes=(*kernel.notes, *dict.fromkeys(selector.notes)),
-    )
+    return Selection(kernel, target).of(kernel.threads)
+
+
+class Selection:
+    """Atoms of a kernel for any number of threads: what does not depend on these is found once.
+
+    Raises:
+        UnsupportedError: the target lacks what the kernel asks for by name.
+    """
+
+    def __init__(self, kernel: Kernel, target: Target) -> None:
+        check_needs(kernel, target)
+        self.target = target
+        self.kernel = own_tiles(kernel, target)
+        self.used = _used_variables(self.kernel.body)
+
+    @cached_property
+    def _divergence(self) -> Divergence:
+        return divergence(self.kernel)
+
+    @cached_property
+    def _bringable(self) -> Bringable:
+        return Bringable(self.kernel)
+
+    def of(self, threads: tuple[int, int, int]) -> Kernel:
+        """The kernel with so many threads and its atoms; see `select_atoms`."""
+        kernel = self.kernel
+        if threads != kernel.threads:
+            kernel = replace(kernel, threads=threads)
+        kernel = with_meetings(_with_thread_vars(kernel))
+        if any(isinstance(n, Roles) for n in walk(kernel.body)):  # of some of the threads
+            selector = _Selector(kernel, self.target, divergence(kernel), self.used, None)
+        else:
+            varying = self._divergence.vars.union(kernel.thread_vars)
+            known = self._bringable if brings(self.target) else None
+            state = replace(self._divergence, vars=varying)
+            selector = _Selector(kernel, self.target, state, self.used, known)
+        body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
+        return replace(
+            kernel,
+            target=self.target,
+            body=(*selector.first, *body),
+            notes=(*kernel.notes, *dict.fromkeys(selector.notes)),
+        )
 
 
 def _with_thread_vars(kernel: Kernel) -> Kernel:
@@ -99,15 +134,22 @@ def _with_thread_vars(kernel: Kernel) -> Kernel:
 
 
 class _Selector:
-    def __init__(self, kernel: Kernel, target: Target) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        target: Target,
+        divergence: Divergence,
+        used: set[Var],
+        known: Bringable | None,
+    ) -> None:
         self.kernel = kernel
         self.target = target
         self.threads = kernel.num_threads
-        self.divergence: Divergence = divergence(kernel)
+        self.divergence = divergence
         self.notes: list[str] = []
         self.first: list[Node] = []  # what the kernel begins with
-        self.used = _used_variables(kernel.body)
-        self.brought = copies_to_bring(kernel, target)
+        self.used = used
+        self.brought = copies_to_bring(kernel, target, known=known)
         self.executing = Executing(kernel, self.divergence)
 
     def visit(self, body: Body, *, is_divergent: bool, is_pipelined: bool) -> Body:

@@ -7,7 +7,8 @@ Knows how candidates are combined and compared. Does not know costs, nor how a k
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,15 @@ from tilejit.errors import TileError
 from tilejit.ir.kernel import Program
 from tilejit.language.auto import Auto
 from tilejit.passes.cost import Estimate
+from tilejit.passes.nominal import nominal
 from tilejit.passes.schedule import best_schedule
 from tilejit.target import Target
 
 Values = tuple[Any, ...]
+Grids = tuple[tuple[int, ...], ...]  # blocks along each axis, of each kernel
 MOST_TRIED = 40  # combinations of all parameters at once; more are searched two at a time
+REFINED = 4  # combinations of other parameters with which values between candidates are tried
+BETWEEN_WORTH = 0.96  # of the time of the best candidate: what a value between must save
 SHOWN = 3  # of the best, in explain()
 WORTH = 0.99  # of the time of an earlier candidate: what a later one must save
 LIGHTER = 0.9  # of what an equally fast one multiplies: what counts as less
@@ -61,10 +66,13 @@ class _Search:
         self.constants = dict(constants)
         self.build = build
         self.target = target
-        self.open = {n: v.candidates for n, v in constants.items() if isinstance(v, Auto)}
+        autos = {n: v for n, v in constants.items() if isinstance(v, Auto)}
+        self.open = {n: v.candidates for n, v in autos.items()}
+        self.steps = [v.step for v in autos.values()]
         self.found: dict[Values, float] = {}
         self.failed: dict[Values, TileError | str] = {}
         self.estimates: dict[Values, list[Estimate]] = {}
+        self.grids: dict[Values, Grids] = {}
 
     def run(self) -> Choice:
         first = tuple(candidates[0] for candidates in self.open.values())
@@ -75,6 +83,8 @@ class _Search:
             best = self.best_of(itertools.product(*self.open.values()))
         else:
             best = self.climb(first)
+        if best is not None and any(self.steps):
+            best = self.refined(best)
         if best is None:
             reason = self.failed[first]
             if isinstance(reason, TileError):
@@ -94,6 +104,69 @@ class _Search:
             if best == before:
                 return best if best in self.found else None
 
+    def refined(self, best: Values) -> Values:
+        """The best where values between the candidates are tried too, of one parameter after the
+        other: they have to be worth more than what estimates are wrong by."""
+        named = set(self.found)
+        most = BETWEEN_WORTH * self.found[best]
+        for place, step in enumerate(self.steps):
+            tried = 0
+            for same in self.ways(place) if step else ():
+                between = [seconds for v, seconds in self.found.items() if v not in named]
+                if tried < REFINED and self.try_between(same, place, min([most, *between])):
+                    tried += 1
+        found = self.best_of([v for v in self.found if v not in named])
+        return found if found is not None and self.found[found] <= most else best
+
+    def ways(self, place: int) -> list[list[Values]]:
+        """What was tried of a parameter for each combination of the others, the best first."""
+        result: dict[Values, list[Values]] = {}
+        for values in sorted(self.found, key=self.found.__getitem__):
+            result.setdefault((*values[:place], *values[place + 1 :]), []).append(values)
+        return list(result.values())
+
+    def try_between(self, same: list[Values], place: int, most: float) -> bool:
+        """Weigh the multiples of a parameter's step between the candidates next to the first of
+        `same`, those that may take at most so many seconds; False where none can.
+
+        same: what was tried of the parameter with the same values of the others, the best first.
+
+        What can be better of a value between is that blocks fill the chip in every round and end
+        where tensors do. A round takes as long as its blocks are large, and the larger, the less
+        for each unit of it. Where there are as many blocks as for a smaller value, each does more
+        for nothing.
+        """
+        each = [self.found[v] / self.rounds(v) / max(1, abs(v[place])) for v in same]
+        if each[0] * min(self.covered(v, place) for v in same) > most:
+            return False
+        near, named = same[0], sorted(list(self.open.values())[place])
+        at, step = named.index(near[place]), self.steps[place]
+        low, high = named[max(0, at - 1)], named[min(at + 1, len(named) - 1)]
+        smaller: set[Grids] = set()
+        for number in sorted({low, near[place], *range(low // step * step + step, high, step)}):
+            values = (*near[:place], number, *near[place + 1 :])
+            if number not in named:
+                program = self.traced(values)
+                if program is None or self.grids[values] in smaller:
+                    continue
+                if min(each) * self.rounds(values) * abs(number) <= most:
+                    self.weigh_program(values, program)
+            if values in self.found:
+                smaller.add(self.grids[values])
+        return True
+
+    def rounds(self, values: Values) -> int:
+        """How often blocks begin at the same time, on a chip that has one for each multiprocessor
+        at once."""
+        chip = self.target.chip.multiprocessors
+        return max(1, sum(math.ceil(math.prod(grid) / chip) for grid in self.grids[values]))
+
+    def covered(self, values: Values, place: int) -> float:
+        """What a multiprocessor does at least, where all do as much: blocks' shares, in units of a
+        parameter that says how large they are."""
+        shares: int = sum(map(math.prod, self.grids[values])) * abs(values[place])
+        return max(1, shares) / self.target.chip.multiprocessors
+
     def varied(self, values: Values, i: int, j: int) -> Iterator[Values]:
         options = list(self.open.values())
         for a, b in itertools.product(options[i], options[j]):
@@ -101,7 +174,7 @@ class _Search:
             fresh[i], fresh[j] = a, b
             yield tuple(fresh)
 
-    def best_of(self, tried: Iterator[Values] | itertools.product[Values]) -> Values | None:
+    def best_of(self, tried: Iterable[Values]) -> Values | None:
         """Of those that are about as fast as the fastest the first, unless another one multiplies
         less that is not there."""
         weighed = [(seconds, v) for v in tried if (seconds := self.weigh(v)) is not None]
@@ -119,25 +192,39 @@ class _Search:
 
     def weigh(self, values: Values) -> float | None:
         """The seconds by which a call is compared; None where the kernel cannot be."""
-        if values in self.found or values in self.failed:
-            return self.found.get(values)
+        if values not in self.found and values not in self.failed:
+            program = self.traced(values)
+            if program is not None:
+                self.weigh_program(values, program)
+        return self.found.get(values)
+
+    def traced(self, values: Values) -> Program | None:
+        """The program for values of the open parameters; None where there is none."""
         try:
             program = self.build({**self.constants, **dict(zip(self.open, values, strict=True))})
+        except TileError as error:
+            self.failed[values] = error
+            return None
+        self.grids[values] = tuple(tuple(map(nominal, k.grid)) for k in program.kernels)
+        return program
+
+    def weigh_program(self, values: Values, program: Program) -> None:
+        """Note what the cost model says of a program, or why it says nothing."""
+        try:
             estimates: list[Estimate] = []
             weight = 0.0
             for kernel in program.kernels:
                 chosen = best_schedule(kernel, self.target)
                 if isinstance(chosen, str):
                     self.failed[values] = chosen
-                    return None
+                    return
                 estimates.append(chosen.estimate)
                 weight += chosen.weight
         except TileError as error:
             self.failed[values] = error
-            return None
+            return
         self.estimates[values] = estimates
         self.found[values] = weight
-        return self.found[values]
 
     def notes(self, best: Values) -> tuple[str, ...]:
         """What was chosen, and what came next."""
