@@ -21,6 +21,14 @@ from tilejit.ops.cluster import MOST_BLOCKS, ROOM_GAP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
+from tilejit.passes.box_rows import (
+    ABSENT_CLOCKS,
+    LINE_BYTES,
+    box_rows,
+    bring_clocks,
+    crosses_lines,
+    row_bytes,
+)
 from tilejit.passes.bring import is_inward
 from tilejit.passes.late import can_wait, strip_widths
 from tilejit.passes.nominal import existing, nominal
@@ -34,15 +42,10 @@ from tilejit.passes.registers import (
 )
 from tilejit.passes.tail import rows_in_turn
 from tilejit.passes.teams import FEWEST_TILES, reduces_between
-from tilejit.passes.tiles import (
-    ROW_BYTES,
-    STRADDLING_CLOCKS,
-    slow_shared_by_two,
-    straddles,
-)
+from tilejit.passes.tiles import slow_shared_by_two
 from tilejit.passes.trim import rows_there
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
-from tilejit.target import Target
+from tilejit.target import Feature, Target
 
 START_CLOCKS = 6250  # launch, the first tiles from memory, the last stores
 TILE_CLOCKS = 1000  # of a block's tile, before and after what is counted
@@ -67,11 +70,9 @@ READ_SHARE = (
     0.7  # of B, that an instruction reads again which differs in A only from the one before
 )
 TMA_BYTES = 128  # a clock, that it brings a multiprocessor where neighbours want the same lines
-ROW_CLOCKS = 1.35  # that TMA takes for a row of a box of 128 bytes
-SHORT_ROW_CLOCKS = 1.75  # for one of fewer
-SHARED_STRADDLING_CLOCKS = 3.8  # for one amid sectors, where blocks share such tiles
+APART_BYTES = 44  # where those are blocks of its cluster, which have other iterations
 CLUSTER_CLOCKS = 750  # until blocks that share them have met and ended
-ABSENT_CLOCKS = 3.7  # for one that lies outside of the tensor
+WARP_SHARE = 2 / 3  # of the peak of warpgroups, that warps alone reach
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
 MEMORY_SHARE = 0.945  # of the peak bandwidth
@@ -278,7 +279,7 @@ class _Planner:
         self.has_turns = bool(brought) and threads == GROUP and is_enough
         self.has_turns &= not reduces_between(self.kernel)
         memory = self.memory_bytes()
-        if any(straddles(n) for n in brought):
+        if any(crosses_lines(n) for n in brought):
             inward = [n for n in brought if is_inward(n)]
             _, self.halved = slow_shared_by_two(self.kernel, inward, _is_dividable)
         self.visit(self.kernel.body)
@@ -289,19 +290,23 @@ class _Planner:
         rest.clocks += TILE_CLOCKS
         sums = {n.acc.buffer for n in nodes if isinstance(n, Gemm)}
         together, is_shared = self.loop, bool(self.halved)
+        brought_bytes = self.brought_bytes
+        has_room = self.has_room(sums, brought, shared + each * (self.slots - 1))
         if self.halved:
-            self.halved, self.loop = (), _Work()
+            self.halved = ()
             self.weighed.clear()
+        if has_room and brought:
+            self.loop, self.brought_bytes = _Work(), APART_BYTES
             self.visit(self.kernel.body)
         return Plan(
             target=self.target,
             loop=together,
             apart=self.loop,
-            has_room=self.has_room(sums, brought, shared + each * (self.slots - 1)),
+            has_room=has_room,
             rest=rest,
             tiles=tiles,
             memory_bytes=memory,
-            brought_bytes=self.brought_bytes,
+            brought_bytes=brought_bytes,
             sum_bytes=sum(math.prod(b.extents) * b.dtype.bytes for b in sums),
             at_once=max(1, at_once),
             has_turns=self.has_turns,
@@ -389,7 +394,9 @@ class _Planner:
         transfer = inner.brought / self.brought_bytes
         arrival = (self.arrival + transfer) / max(1, self.slots - 1)
         groups = self.kernel.num_threads // GROUP
-        slabs = [n.k * n.a.buffer.dtype.bytes / ROW_BYTES for n in node.body if isinstance(n, Gemm)]
+        slabs = [
+            n.k * n.a.buffer.dtype.bytes / LINE_BYTES for n in node.body if isinstance(n, Gemm)
+        ]
         slab = max(1.0, *slabs, 1.0)  # of K, in lines of memory
         piece = inner.brought / slab
         self.least = min(self.least or piece, piece)
@@ -412,11 +419,10 @@ class _Planner:
         if isinstance(node, Copy):
             size = math.prod(node.dst.extents) * node.src.buffer.dtype.bytes
             if _is_ahead(node):
-                row = min(node.dst.extents[-1] * node.src.buffer.dtype.bytes, ROW_BYTES)
                 share = existing(node.src)
-                absent = 0.0 if rows_there(node) else ABSENT_CLOCKS
-                each = share * self.row_clocks(node, row) + (1 - share) * absent
-                rows = size / row * each if node.is_tma else 0.0
+                rows = bring_clocks([node], self.halved) if node.is_tma else 0.0
+                if node.is_tma and not rows_there(node):
+                    rows += box_rows(node) * (1 - share) * ABSENT_CLOCKS
                 return _Work(brought=size * share, rows=rows)
             if Scope.GLOBAL in (node.src.buffer.scope, node.dst.buffer.scope):
                 rows = rows_in_turn(self.kernel, node)  # all but the last leave meanwhile
@@ -435,15 +441,6 @@ class _Planner:
     def store_bytes(self) -> float:
         """What the block writes from registers in a clock."""
         return STORE_BYTES if self.kernel.num_threads > GROUP else LONE_STORE_BYTES
-
-    def row_clocks(self, node: Copy, row: int) -> float:
-        """That TMA takes for a row of so many bytes of the tile, in a block that shares it with
-        another one half of that."""
-        if not straddles(node):
-            return ROW_CLOCKS if row == ROW_BYTES else SHORT_ROW_CLOCKS
-        if not self.halved:
-            return STRADDLING_CLOCKS
-        return SHARED_STRADDLING_CLOCKS / (2 if node in self.halved else 1)
 
     def operand_words(self, node: Gemm) -> float:
         """Registers of a thread for the operands of mma.sync: of this step of K and the next."""
@@ -465,6 +462,8 @@ class _Planner:
         if node.atom is None or node.atom.mma is None:
             return _Work(clocks=node.m * node.n * node.k / FMA_A_CLOCK)
         rate = chip.tensor_macs * (1 if self.is_unpacked(node) else _speed(operand))
+        if self.target.has(Feature.WGMMA):
+            rate *= WARP_SHARE
         down, across = node.atom.warps_m, node.atom.warps_n
         reads = node.m * across + node.n * down  # rows of operands that all warps load
         warps = self.kernel.num_threads // WARP
@@ -488,9 +487,11 @@ def _operand_bytes(node: Gemm, atom: WgmmaAtom) -> float:
 
 def _is_dividable(copy: Copy) -> bool:
     """Whether two blocks can bring half of a tile each, in whole swizzles."""
+    if len(copy.dst.extents) < 2:
+        return False
     *_, rows, columns = copy.dst.extents
-    panels = columns * copy.dst.buffer.dtype.bytes // ROW_BYTES
-    return rows % (2 * SWIZZLE_ROWS) == 0 or (panels > 0 and panels % 2 == 0)
+    panels = columns * copy.dst.buffer.dtype.bytes // row_bytes(copy)
+    return rows % (2 * SWIZZLE_ROWS) == 0 or panels % 2 == 0
 
 
 def _speed(operand: DType) -> float:

@@ -19,14 +19,12 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
+from tilejit.passes.box_rows import SHARED_SHARE, bring_clocks, crosses_lines
 from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.wgmma import multiply_clocks
 
-SECTOR_BYTES = 32  # of memory and the L2 cache
-ROW_BYTES = 128  # of a box, which TMA brings at once
-STRADDLING_CLOCKS = 4.9  # that it takes for one that begins amid a sector
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
-SAVED_SHARE = 1 / 6  # of what bringing tiles takes: what sharing them must save
+SAVED_SHARE = 1 / 5  # of what bringing tiles takes: what sharing them must save
 MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
 
@@ -309,40 +307,22 @@ def moving_along(kernel: Kernel, axis: int) -> set[Var]:
     return moving
 
 
-def straddles(copy: Copy) -> bool:
-    """Whether the rows of what is brought begin amid sectors of memory, of which each row then has
-    a piece of two more: TMA takes three times as long for them."""
-    kept = copy.src.kept
-    if len(kept) < 2:
-        return False
-    stride = nominal(copy.src.buffer.element_strides[kept[-2]])
-    return bool(stride * copy.src.buffer.dtype.bytes % SECTOR_BYTES)
-
-
-def slow_clocks(copy: Copy) -> float:
-    """How long TMA takes for a tile whose rows begin so; 0 for others."""
-    row = min(copy.dst.extents[-1] * copy.dst.buffer.dtype.bytes, ROW_BYTES)
-    rows = tile_bytes(copy) / row * existing(copy.src)
-    return rows * STRADDLING_CLOCKS if straddles(copy) else 0.0
-
-
 def shared_by_two(
     kernel: Kernel,
     brought: Sequence[Copy],
-    weigh: Callable[[Copy], float],
+    weigh: Callable[[Sequence[Copy]], float],
     is_dividable: Callable[[Copy], bool],
 ) -> tuple[int | None, list[Copy]]:
-    """Along which axis of the grid two neighbours save most by sharing tiles, and those tiles'
-    copies, where the grid and all such tiles divide so and it is worth it. weigh: what a tile
-    takes."""
+    """Along which axis of the grid two neighbours share the most, and those tiles' copies, where
+    the grid and all such tiles divide so. weigh: what is saved by sharing tiles; 0 where that is
+    not worth it."""
     best: tuple[float, int | None, list[Copy]] = (0.0, None, [])
     for axis, extent in enumerate(kernel.grid):
         if divisor(extent) % 2 or not all(is_in_step(c, kernel, axis) for c in brought):
             continue
         same = [c for c in brought if is_same_along(c, kernel, axis)]
-        saved = sum(map(weigh, same)) / 2
-        is_worth = saved > SAVED_SHARE * sum(map(weigh, brought))
-        if is_worth and saved > best[0] and all(map(is_dividable, same)):
+        saved = weigh(same)
+        if saved > best[0] and all(map(is_dividable, same)):
             best = (saved, axis, same)
     return best[1], best[2]
 
@@ -351,9 +331,14 @@ def slow_shared_by_two(
     kernel: Kernel, brought: Sequence[Copy], is_dividable: Callable[[Copy], bool]
 ) -> tuple[int | None, list[Copy]]:
     """`shared_by_two` of tiles whose rows TMA takes longer for than it takes to multiply them."""
-    if sum(map(slow_clocks, brought)) <= multiplied_clocks(kernel):
+    alone = bring_clocks(brought)
+    if not any(map(crosses_lines, brought)) or alone <= multiplied_clocks(kernel):
         return None, []
-    return shared_by_two(kernel, brought, slow_clocks, is_dividable)
+
+    def saved(same: Sequence[Copy]) -> float:
+        return max(0.0, SHARED_SHARE * alone - bring_clocks(brought, same)) if same else 0.0
+
+    return shared_by_two(kernel, brought, saved, is_dividable)
 
 
 def multiplied_clocks(kernel: Kernel) -> float:
@@ -375,8 +360,11 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
     assert kernel.target is not None, "select did not run"
     chip = kernel.target.chip
 
-    def size(copy: Copy) -> float:
-        return tile_bytes(copy) * existing(copy.src)
+    size = sum(tile_bytes(c) * existing(c.src) for c in brought)
+
+    def saved(same: Sequence[Copy]) -> float:
+        half = sum(tile_bytes(c) * existing(c.src) for c in same) / 2
+        return half if half > SAVED_SHARE * size else 0.0
 
     def is_dividable(copy: Copy) -> bool:
         return bool(boxes_of(kernel.shared[copy.dst.buffer], copy.dst.extents, 2))
@@ -386,9 +374,9 @@ def choose_cluster(kernel: Kernel, brought: Sequence[Copy]) -> tuple[int, int | 
         tiles = math.prod(nominal(extent) for extent in kernel.grid)
         if tiles < MANY_WAVES * chip.multiprocessors:
             return 1, None
-        if sum(map(size, brought)) <= multiplied_clocks(kernel) * chip.brought_bytes:
+        if size <= multiplied_clocks(kernel) * chip.brought_bytes:
             return 1, None
-        axis, _ = shared_by_two(kernel, brought, size, is_dividable)
+        axis, _ = shared_by_two(kernel, brought, saved, is_dividable)
     return (1, None) if axis is None else (2, axis)
 
 
