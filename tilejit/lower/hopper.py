@@ -6,11 +6,13 @@ Knows boxes, descriptors and who issues. Does not know why a copy or multiply wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
-from tilejit.ir.node import Let, Node, OneThread
+from tilejit.ir.node import Body, Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect
 from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import launch as isa_launch
@@ -102,14 +104,22 @@ class KernelEmitter(MatmulEmitter):
         warps: Expr = self.thread
         if node.each:
             warps = arith("floormod", warps, node.each)
-        is_first = self._elected(warps)
+        self._in_thread(warps, lambda: self.emit_body(node.body, points), node.body)
 
-        def body() -> None:
+    def in_elected_thread(self, emit: Callable[[], None]) -> None:
+        """What `emit` emits is done by the thread that does `OneThread` of the whole role."""
+        self._in_thread(self.thread, emit)
+
+    def _in_thread(self, number: Expr, emit: Callable[[], None], body: Body = ()) -> None:
+        """body: what is emitted, as far as it is nodes."""
+
+        def inside() -> None:
             with self.scope():
-                self.emit_body(node.body, points)
+                emit()
 
+        is_first = self._elected(number)
         self.divergent += 1
-        self.m.branch(is_first, body, None, self.changed(node.body))
+        self.m.branch(is_first, inside, None, self.changed(body))
         self.divergent -= 1
 
     def _elected(self, number: Expr) -> Value:
