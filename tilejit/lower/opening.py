@@ -62,12 +62,17 @@ def of_block(kernel: Kernel, threads: int) -> Opening | None:
 
 
 def of_role(kernel: Kernel, roles: Roles, role: Role) -> Opening | None:
-    """What a role does first: one thread of the opener makes the barriers, the one that uses them,
-    and its role only says that it has come; the others wait for that. None where the block has met.
+    """What a role does first: one thread of the opener makes the barriers, and its role only says
+    that it has come; the others wait for that. None where the block has met.
+
+    The thread that makes the barriers is the one that uses them: for its own copies its order and
+    the fence, which tells the accelerator, are enough. For the others they are made before the
+    role comes to the hardware barrier (PTX ISA, "bar": what threads did before they arrive is done
+    for those who wait), for other blocks before it comes to the cluster's, where no thread but
+    that one has anything to release.
 
     The opener fetches the maps of what it brings. Those of results have time: a thread that waits
-    fetches them. To the cluster's barrier, where others learn of the barriers, each thread comes
-    after its fence, if it has made any.
+    fetches them.
     """
     if roles.opener is None:
         return None

@@ -102,12 +102,13 @@ def _is_in_one_thread(body: Body, role: Role, elected: Set[Expr]) -> bool:
 
 
 def _free_barrier(body: Body) -> int | None:
-    """The last hardware barrier that no role meets at and no node names."""
+    """The first hardware barrier that no role meets at and no node names: a block takes as many of
+    the multiprocessor's as its highest number says."""
     used = named_barriers(body)
     for node in walk(body):
         if isinstance(node, Roles):
             for number, role in enumerate(node.roles):
                 first = role.meeting or number + 1
                 used.update(range(first, first + role.teams))
-    free = (n for n in range(NUM_BARRIERS - 1, 0, -1) if n not in used)
+    free = (n for n in range(1, NUM_BARRIERS) if n not in used)
     return next(free, None)
