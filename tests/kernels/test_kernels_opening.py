@@ -167,11 +167,14 @@ def clustered(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, cluster, BM=128, BN=128,
         T.copy(acc, C[by * BM, bx * BN])
 
 
-def test_maps_of_results_are_fetched_by_a_thread_that_waits():
+def test_maps_of_results_are_fetched_after_those_of_what_is_brought():
     kernel = clustered.compile(*[half(512, 512)] * 3, target=HOPPER, cluster=1)
-    calls = dict(re.findall(r"(init_barriers|await_barriers)\((.*?)\)", kernel.source))
-    assert calls == {"init_barriers": "A_map, B_map", "await_barriers": "C_map"}
-    assert kernel.ptx.count("prefetch.tensormap") == 3
+    names = ("prefetch.tensormap", "mbarrier.init", "bar.arrive ", "cp.async.bulk.tensor.2d.shared")
+    order = re.findall("|".join(map(re.escape, names)), kernel.ptx)
+    fetched = [n for n, name in enumerate(order) if name == "prefetch.tensormap"]
+    made, come = order.index("mbarrier.init"), order.index("bar.arrive ")
+    assert len(fetched) == 3
+    assert fetched[1] < made < come < fetched[2] < order.index("cp.async.bulk.tensor.2d.shared")
     (frame,) = kernel.kernels
     assert re.findall(r"# (\w+), .*makes the barriers", str(frame.planned)) == ["producer"]
 

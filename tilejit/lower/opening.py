@@ -71,36 +71,41 @@ def of_role(kernel: Kernel, roles: Roles, role: Role) -> Opening | None:
     for those who wait), for other blocks before it comes to the cluster's, where no thread but
     that one has anything to release.
 
-    The opener fetches the maps of what it brings. Those of results have time: a thread that waits
-    fetches them.
+    That thread fetches the maps of what the opener brings. The opener's second warp, which has
+    nothing to do, fetches the others: a role that uses them would keep their addresses until then.
     """
     if roles.opener is None:
         return None
-    opener = roles.roles[roles.opener]
     threads = sum(r.threads for r in roles.roles)
-    copies = (n for n in walk(opener.body) if isinstance(n, Copy))
-    brought = {copy.tensor_map for copy in copies}
-    is_opener = role is opener
-    is_next = role is next((r for r in roles.roles if r is not opener), None)
-    fetched = tuple(v for v in _maps(kernel) if (v in brought) == is_opener)
-    maps = fetched if is_opener or is_next else ()
+    opener = roles.roles[roles.opener]
+    if role is not opener:
+        return Opening("await_barriers", (), lambda emitter: _come(emitter, roles.opening, threads))
+    used = {n.tensor_map for n in walk(role.body) if isinstance(n, Copy)}
+    maps = _maps(kernel)
+    brought = tuple(v for v in maps if v in used)
+    others = tuple(v for v in maps if v not in used)
 
     def make(emitter: KernelEmitter) -> None:
-        _fetch(emitter, maps)
+        _fetch(emitter, brought)
         _make(emitter, _barriers(kernel))
         emitter.m.issue(isa_mbarrier.FENCE_INIT)
 
     def emit(emitter: KernelEmitter) -> None:
-        if is_opener:
-            emitter.in_elected_thread(lambda: make(emitter))
-        else:
-            _fetch(emitter, maps, emitter.inside_first_thread() if maps else None)
-        if kernel.cluster_size > 1:
-            emitter.m.issue(isa_cluster.CLUSTER_ARRIVE_RELAXED)
-        come = isa_barrier.bar_arrive if is_opener else isa_barrier.bar_sync
-        emitter.m.issue(come(roles.opening, threads))
+        emitter.in_elected_thread(lambda: make(emitter))
+        _come(emitter, roles.opening, threads, is_waiting=False)
+        if others:
+            emitter.in_warp(1, lambda: _fetch(emitter, others))
 
-    return Opening("init_barriers" if is_opener else "await_barriers", maps, emit)
+    return Opening("init_barriers", maps, emit)
+
+
+def _come(emitter: KernelEmitter, barrier: int, threads: int, is_waiting: bool = True) -> None:
+    """All threads of the executing role come to the cluster's barrier, for later, and to the
+    hardware barrier where the block learns of its barriers."""
+    if emitter.kernel.cluster_size > 1:
+        emitter.m.issue(isa_cluster.CLUSTER_ARRIVE_RELAXED)
+    come = isa_barrier.bar_sync if is_waiting else isa_barrier.bar_arrive
+    emitter.m.issue(come(barrier, threads))
 
 
 def _barriers(kernel: Kernel) -> tuple[Buffer, ...]:
