@@ -9,7 +9,7 @@ from tilejit.errors import InternalError, Span
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import Op, Var, VarKind, arith, binary, const, index, unary
 from tilejit.ir.kernel import Given, GivenLayout, Kernel, Param, ParamKind
-from tilejit.ir.node import Atomic, For, If, Load, Parallel, Store, While
+from tilejit.ir.node import Atomic, For, If, Load, Parallel, Role, Roles, Store, While
 from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierWait, SyncThreads
 from tilejit.ir.verify import verify
 from tilejit.layout.fragment import blocked
@@ -179,6 +179,14 @@ def test_pointer_of_a_buffer_must_be_in_scope_at_each_use():
             "Parallel: stands in a T.Parallel.",
         ),
         (AsyncWait(pending=-1), "AsyncWait: -1 pending groups."),
+        (
+            Roles(roles=(Role("first", 0, 32),), opener=1, opening=3),
+            "Roles: role 1 opens at barrier 3.",
+        ),
+        (
+            Roles(roles=(Role("first", 0, 32),), opener=0),
+            "Roles: role 0 opens at barrier 0.",
+        ),
         (BarrierArrive(barrier=MBAR, slot=const(2)), "BarrierArrive: `mbar` has no slot 2."),
         (BarrierArrive(barrier=S, slot=ZERO), "BarrierArrive: `s` is no barrier."),
         (load(var("v", uint64), ZERO, source=MBAR), "Load: `mbar` is a barrier."),

@@ -243,9 +243,16 @@ class Role:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Roles(Node):
-    """The bodies of all roles at the same time, each by its own threads; threads of none go on."""
+    """The bodies of all roles at the same time, each by its own threads; threads of none go on.
+
+    opener, opening: decided by `open_early`: the number of the role that makes the block's
+        barriers and goes on at once, and the hardware barrier at which it says so and the other
+        roles wait for that; None where the block makes them and meets before it does anything.
+    """
 
     roles: tuple[Role, ...]
+    opener: int | None = None
+    opening: int = 0
 
     @property
     def bodies(self) -> tuple[Body, ...]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from tilejit.ir.analysis import interval
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, Node, Part, Role, Roles, walk
+from tilejit.ir.sync import SyncThreads
+from tilejit.isa.barrier import NUM_BARRIERS
 
 Home = tuple[int, int]  # the first thread and how many
 
@@ -18,6 +21,18 @@ Home = tuple[int, int]  # the first thread and how many
 def roles_of(body: Body) -> list[Role]:
     """All roles, in program order."""
     return [role for node in walk(body) if isinstance(node, Roles) for role in node.roles]
+
+
+def named_barriers(body: Body) -> set[int]:
+    """The hardware barriers that nodes name by number, as far as is known of the numbers."""
+    named: set[int] = set()
+    for node in walk(body):
+        if isinstance(node, SyncThreads) and node.number is not None:
+            bounds = interval(node.number)
+            low = 1 if bounds.low is None else bounds.low
+            high = NUM_BARRIERS - 1 if bounds.high is None else bounds.high
+            named.update(range(low, high + 1))
+    return named
 
 
 def part_kernel(kernel: Kernel, role: Role) -> Kernel:

@@ -246,13 +246,14 @@ class _Printer:
         elif isinstance(node, While):
             yield from self.loop_while(node, indent)
         elif isinstance(node, Roles):
-            for role in node.roles:
+            for number, role in enumerate(node.roles):
                 last = role.first + role.threads - 1
                 groups = range(role.first // GROUP, (last + 1) // GROUP)
                 name = "" if role.name.startswith("ws") else f"{role.name}, "
                 text = f"{indent}with T.ws({', '.join(map(str, groups))}):"
                 teams = f", {role.teams} teams" if role.teams > 1 else ""
-                yield f"{text}  # {name}threads {role.first} to {last}{teams}"
+                opens = ", makes the barriers" if node.opener == number else ""
+                yield f"{text}  # {name}threads {role.first} to {last}{teams}{opens}"
                 yield from self.block(role.body, indent)
         elif isinstance(node, OneThread):
             each = f"each={node.each}" if node.each else ""

@@ -41,6 +41,7 @@ from tilejit.ir.node import (
     While,
 )
 from tilejit.ir.sync import AsyncWait, BarrierArrive, BarrierExpect, BarrierWait
+from tilejit.isa.barrier import NUM_BARRIERS
 
 _PER_ITERATION = (Load, Store, Atomic, For, If, While)  # what may stand in a T.Parallel
 _COMBINE = frozenset(("add", "min", "max", "and", "or", "xor", "exch"))
@@ -278,6 +279,9 @@ class _Verifier:
             self.nested(role.body, defines=() if role.team is None else (role.team,))
         total = self.kernel.num_threads + self.kernel.extra_threads
         self.require(end <= total, f"roles of {end} threads in a block of {total}")
+        if node.opener is not None:
+            is_there = 0 <= node.opener < len(node.roles) and 0 < node.opening < NUM_BARRIERS
+            self.require(is_there, f"role {node.opener} opens at barrier {node.opening}")
 
     def barrier(self, node: BarrierArrive | BarrierExpect | BarrierWait) -> None:
         barrier = node.barrier

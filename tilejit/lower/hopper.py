@@ -6,11 +6,13 @@ Knows boxes, descriptors and who issues. Does not know why a copy or multiply wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tilejit.dtypes import DType, float16, int32, uint16, uint32, uint64
 from tilejit.errors import InternalError
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, binary, const, index
-from tilejit.ir.node import Let, Node, OneThread
+from tilejit.ir.node import Body, Let, Node, OneThread
 from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect
 from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import launch as isa_launch
@@ -102,24 +104,39 @@ class KernelEmitter(MatmulEmitter):
         warps: Expr = self.thread
         if node.each:
             warps = arith("floormod", warps, node.each)
-        is_first = self._elected(warps)
+        self._where(self._elected(warps), lambda: self.emit_body(node.body, points), node.body)
 
-        def body() -> None:
+    def in_elected_thread(self, emit: Callable[[], None]) -> None:
+        """What `emit` emits is done by the thread that does `OneThread` of the whole role."""
+        self._where(self._elected(self.thread), emit)
+
+    def in_warp(self, number: int, emit: Callable[[], None]) -> None:
+        """What `emit` emits is done by one warp of the role."""
+        warp = self._warp(self.thread)
+        self._where(self.m.binary("eq", warp, self.m.const(number, uint32), uint32), emit)
+
+    def _where(self, condition: Value, emit: Callable[[], None], body: Body = ()) -> None:
+        """body: what is emitted, as far as it is nodes."""
+
+        def inside() -> None:
             with self.scope():
-                self.emit_body(node.body, points)
+                emit()
 
         self.divergent += 1
-        self.m.branch(is_first, body, None, self.changed(node.body))
+        self.m.branch(condition, inside, None, self.changed(body))
         self.divergent -= 1
+
+    def _warp(self, number: Expr) -> Value:
+        """The number of the thread's warp, in a uniform register, of the number of the thread."""
+        warp = self.value(arith("floordiv", number, WARP))
+        return self.m.issue(UNIFORM, [self.m.bitcast(warp, int32, uint32)])[0]
 
     def _elected(self, number: Expr) -> Value:
         """True in one of the threads of the warp that has the numbers below 32."""
         m = self.m
         if not self.target.has(*ELECT.needs):
             return self.value(binary("eq", number, const(0, int32)))
-        warp = self.value(arith("floordiv", number, WARP))
-        (warp,) = m.issue(UNIFORM, [m.bitcast(warp, int32, uint32)])
-        is_first = m.binary("eq", warp, m.const(0, uint32), uint32)
+        is_first = m.binary("eq", self._warp(number), m.const(0, uint32), uint32)
         (elected,) = m.issue(ELECT, [])
         return self.both(is_first, m.binary("ne", elected, m.const(0, uint32), uint32))
 

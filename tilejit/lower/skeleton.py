@@ -37,10 +37,7 @@ from tilejit.ir.node import (
 from tilejit.ir.parts import part_kernel
 from tilejit.ir.sync import BarrierWait, SyncThreads
 from tilejit.isa import barrier as isa_barrier
-from tilejit.isa import cluster as isa_cluster
 from tilejit.isa import launch as isa_launch
-from tilejit.isa import mbarrier as isa_mbarrier
-from tilejit.isa import tma as isa_tma
 from tilejit.isa.machine import Granule, Lowered, Machine, Slot, Value
 from tilejit.isa.mma import WARP
 from tilejit.isa.wgmma import WARPGROUP as GROUP
@@ -56,7 +53,7 @@ from tilejit.lower.grouping import (
 )
 from tilejit.lower.held import Held, held_as
 from tilejit.lower.hopper import KernelEmitter
-from tilejit.ops.cluster import meets_late
+from tilejit.lower.opening import Opening, of_block, of_role
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.uses import used_variables
 
@@ -139,7 +136,7 @@ class _Skeleton:
         if kernel.blocks_var is not None:
             blocks = self.expression("grid_blocks", _grid_blocks, [], int32)
             self.line(f"{self.name(kernel.blocks_var, 'blocks')} = {blocks}")
-        self._init_barriers()
+        self._open(of_block(kernel, math.prod(self.threads)))
         self._define_state(kernel.body)
         self.body(self._merged(kernel.body))
         if not self.lines:
@@ -182,40 +179,10 @@ class _Skeleton:
                     return WARP
         return threads
 
-    def _init_barriers(self) -> None:
-        """One thread sets the counts of all mbarriers before any thread goes on."""
-        barriers = [b for b in self.kernel.scoped(Scope.BARRIER) if not b.is_view]
-        if not barriers:
-            return
-
-        maps = [p.var for p in self.kernel.params if p.kind is ParamKind.TENSOR_MAP]
-        is_late = meets_late(self.kernel)
-
-        def emit(emitter: KernelEmitter) -> None:
-            m = emitter.m
-            first = emitter.inside_first_thread()
-            for var in maps:  # each is fetched while the barriers are made
-                m.issue(isa_tma.PREFETCH_MAP, [emitter.value(var)], first)
-            for barrier in barriers:
-                for number, count in enumerate(barrier.arrive_counts):
-                    where = emitter.barrier_address(
-                        barrier, index(number), emitter.single().points[0]
-                    )
-                    m.issue(isa_mbarrier.INIT, [where, m.const(count, uint32)], first)
-            if self.kernel.cluster_size > 1:
-                m.issue(isa_mbarrier.FENCE_INIT)
-                if not is_late:
-                    m.issue(isa_cluster.CLUSTER_ARRIVE)
-                    m.issue(isa_cluster.CLUSTER_WAIT)
-                    return
-                m.issue(isa_cluster.CLUSTER_ARRIVE_RELAXED)
-                if not self.kernel.is_shared_out:
-                    return  # no barrier is used before the cluster has met
-            else:
-                m.issue(isa_mbarrier.FENCE_INIT if maps else isa_barrier.FENCE_BLOCK)
-            m.issue(isa_barrier.bar_sync(isa_barrier.WHOLE_BLOCK, math.prod(self.threads)))
-
-        self.call("init_barriers", maps, emit, (), (), [], None)
+    def _open(self, opening: Opening | None) -> None:
+        """The call with which the block, or a role, begins."""
+        if opening is not None:
+            self.call(opening.name, opening.maps, opening.emit, (), (), [], None)
 
     def _merged(self, body: Body) -> list[Body]:
         """The top-level nodes in granule-sized groups: nodes between which memory of the thread's
@@ -345,12 +312,13 @@ class _Skeleton:
                 condition = self.expression(f"is_{role.name}", _is_in(role), [], bool_)
                 self.line(f"{'elif' if number else 'if'} {condition}:", node.span)
             self.role = _Part(self.kernel, replace(role, meeting=role.meeting or number + 1))
-            self._nested(role.body, is_region=True)
+            self._nested(role.body, is_region=True, opening=of_role(self.kernel, node, role))
             self.role = before
 
-    def _nested(self, body: Body, is_region: bool = False) -> None:
+    def _nested(self, body: Body, is_region: bool = False, opening: Opening | None = None) -> None:
         self.depth += 1
         before = len(self.lines)
+        self._open(opening)
         if is_region:
             self._define_state(body)
         self.body((n,) for n in body)

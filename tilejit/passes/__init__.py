@@ -16,6 +16,7 @@ from tilejit.passes.exchange import plan_exchanges
 from tilejit.passes.given import order_tiles
 from tilejit.passes.halves import halve_operands
 from tilejit.passes.layouts import infer_layouts
+from tilejit.passes.opening import open_early
 from tilejit.passes.pipeline import pipeline_loops
 from tilejit.passes.proxies import order_reads
 from tilejit.passes.schedule import choose_schedule
@@ -40,6 +41,7 @@ PASSES: tuple[Pass, ...] = (
     insert_sync,  # hazards depend on what runs ahead
     order_reads,  # meetings and arrivals are what tells others
     describe_tensors,  # boxes depend on slots and clusters
+    open_early,  # hardware barriers that nothing else uses
     allocate_memory,  # last: every buffer, slot and scratch is known
 )
 

@@ -16,15 +16,14 @@ import numpy as np
 from tilejit.dtypes import int32
 from tilejit.errors import ResourceError, TraceError, UnsupportedError
 from tilejit.ir.access import INTEGER
-from tilejit.ir.analysis import interval
 from tilejit.ir.buffer import Scope
 from tilejit.ir.divergence import Divergence
 from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, substitute, variables, walk
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, If, Node, OneThread, Role, Roles
 from tilejit.ir.node import walk as walk_nodes
-from tilejit.ir.parts import roles_of
-from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect, SyncThreads
+from tilejit.ir.parts import named_barriers, roles_of
+from tilejit.ir.sync import BarrierArrive, BarrierExpect, Control, ControlOp, Elect
 from tilejit.isa.atom import CopyAtom, CopyMethod, WgmmaAtom
 from tilejit.isa.barrier import NUM_BARRIERS
 from tilejit.isa.mma import WARP
@@ -130,13 +129,7 @@ def with_meetings(kernel: Kernel) -> Kernel:
     homes = list(dict.fromkeys(role.home for role in roles_of(kernel.body) if not role.meeting))
     if not homes:
         return kernel
-    named: set[int] = set()
-    for node in walk_nodes(kernel.body):
-        if isinstance(node, SyncThreads) and node.number is not None:
-            bounds = interval(node.number)
-            low = 1 if bounds.low is None else bounds.low
-            high = NUM_BARRIERS - 1 if bounds.high is None else bounds.high
-            named.update(range(low, high + 1))
+    named = named_barriers(kernel.body)
     free = [n for n in range(NUM_BARRIERS - 1, 0, -1) if n not in named]
     if len(free) < len(homes):
         first = next(n for n in walk_nodes(kernel.body) if isinstance(n, Roles))
