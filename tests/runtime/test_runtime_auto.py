@@ -21,26 +21,30 @@ pytestmark = pytest.mark.usefixtures("reference")
 def matmul(
     A: T.Tensor, B: T.Tensor, C: T.Tensor,
     *, BM=T.auto(64, 128, 256), BN=T.auto(128, 256, 64), BK=T.auto(64, 32), threads=None,
+    tB=False,
 ):  # fmt: skip
     M, K = A.shape
     N = C.shape[1]
     with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), threads=threads) as (bx, by):
         a = T.alloc_shared((BM, BK), A.dtype)
-        b = T.alloc_shared((BK, BN), B.dtype)
+        b = T.alloc_shared((BN, BK) if tB else (BK, BN), B.dtype)
         acc = T.alloc_fragment((BM, BN), "float32")
         T.clear(acc)
         for k in T.Pipelined(T.ceildiv(K, BK)):
             T.copy(A[by * BM, k * BK], a)
-            T.copy(B[k * BK, bx * BN], b)
-            T.gemm(a, b, acc)
+            T.copy(B[(bx * BN, k * BK) if tB else (k * BK, bx * BN)], b)
+            T.gemm(a, b, acc, transpose_B=tB)
         T.copy(acc, C[by * BM, bx * BN])
 
 
+def specs(M, N, K, tB=False):
+    shapes = (M, K), (N, K) if tB else (K, N), (M, N)
+    return tuple(T.Tensor(shape, "bfloat16") for shape in shapes)
+
+
 def compiled(M, N, K, target="sm_90a", **constants):
-    return matmul.compile(
-        T.Tensor((M, K), "bfloat16"), T.Tensor((K, N), "bfloat16"), T.Tensor((M, N), "bfloat16"),
-        target=target, **constants,
-    )  # fmt: skip
+    tensors = specs(M, N, K, constants.get("tB", False))
+    return matmul.compile(*tensors, target=target, **constants)
 
 
 @pytest.mark.parametrize("size", [2048, 4096, 8192, 16384])
@@ -158,7 +162,9 @@ def test_choice_of_a_factory_is_made_too():
     np.testing.assert_array_equal(kernel(a), a + 1)
 
 
-WIDTHS = {"BM": T.auto(128), "BN": T.auto(128, 256, 64, 192, step=8), "BK": T.auto(64)}
+WIDTHS = {
+    "BM": T.auto(128), "BN": T.auto(128, 256, 64, 192, step=8), "BK": T.auto(64), "tB": True
+}  # fmt: skip
 
 
 def weighed_grids(monkeypatch) -> list[tuple[int, ...]]:
@@ -233,10 +239,8 @@ def searched(M, N, K, **constants) -> choose._Search:
 
 def matmul_of(M, N, K, **constants):
     fresh = tilejit(matmul.__wrapped__)  # with a cache of its own
-    return fresh.compile(
-        T.Tensor((M, K), "bfloat16"), T.Tensor((K, N), "bfloat16"), T.Tensor((M, N), "bfloat16"),
-        target="sm_90a", **constants,
-    )  # fmt: skip
+    tensors = specs(M, N, K, constants.get("tB", False))
+    return fresh.compile(*tensors, target="sm_90a", **constants)
 
 
 def test_value_between_has_to_be_worth_more_than_an_estimate_is_wrong_by(monkeypatch):
@@ -246,7 +250,7 @@ def test_value_between_has_to_be_worth_more_than_an_estimate_is_wrong_by(monkeyp
 
 def test_two_parameters_may_have_steps():
     sizes = {"BM": T.auto(128, 64, step=64), "BN": T.auto(128, 192, step=8), "BK": T.auto(64)}
-    assert matmul_of(1536, 1536, 1536, **sizes).constants["BN"] == 144
+    assert matmul_of(1536, 1536, 1536, **sizes, tB=True).constants["BN"] == 144
 
 
 def test_result_of_a_value_between_is_right(monkeypatch):
@@ -359,3 +363,9 @@ def test_program_of_several_kernels_is_weighed_as_a_whole():
     kernel = twice.compile(spec, spec, target="sm_90a")
     assert kernel.kernels[0].explain().splitlines()[1].startswith("  block=")
     assert "chosen of" not in kernel.kernels[1].explain()
+
+
+def test_columns_in_narrow_panels_cost_what_their_rows_take():
+    """A tile of 144 columns stored K x N comes in rows of 32 bytes."""
+    sizes = {**WIDTHS, "tB": False}
+    assert matmul_of(1536, 1536, 1536, **sizes).constants["BN"] % 64 == 0

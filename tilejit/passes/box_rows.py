@@ -20,7 +20,7 @@ SHORT_ROW_CLOCKS = 2.0  # for a shorter one
 CROSSING_CLOCKS = {64: 2.7, 32: 3.4, 16: 4.9}
 SHARED_CROSSING_CLOCKS = 3.8  # for one of them, where blocks share such tiles
 ABSENT_CLOCKS = 3.7  # for one that lies outside of the tensor
-SHARED_SHARE = 0.95  # of what it takes without: what sharing tiles must come down to
+CLUSTER_CLOCKS = 2000  # of a kernel whose blocks share tiles, until they have met and ended
 
 
 def row_bytes(copy: Copy) -> int:

@@ -23,6 +23,7 @@ from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
 from tilejit.passes.box_rows import (
     ABSENT_CLOCKS,
+    CLUSTER_CLOCKS,
     LINE_BYTES,
     box_rows,
     bring_clocks,
@@ -41,7 +42,7 @@ from tilejit.passes.registers import (
     launch_registers,
 )
 from tilejit.passes.tail import rows_in_turn
-from tilejit.passes.teams import FEWEST_TILES, reduces_between
+from tilejit.passes.teams import may_take_turns
 from tilejit.passes.tiles import slow_shared_by_two
 from tilejit.passes.trim import rows_there
 from tilejit.passes.wgmma import ROWS, SHARED_BYTES, multiply_clocks
@@ -71,7 +72,6 @@ READ_SHARE = (
 )
 TMA_BYTES = 128  # a clock, that it brings a multiprocessor where neighbours want the same lines
 APART_BYTES = 44  # where those are blocks of its cluster, which have other iterations
-CLUSTER_CLOCKS = 750  # until blocks that share them have met and ended
 WARP_SHARE = 2 / 3  # of the peak of warpgroups, that warps alone reach
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
@@ -275,9 +275,7 @@ class _Planner:
                 )
             )
         tiles = math.prod(nominal(e) for e in self.kernel.grid)
-        is_enough = tiles >= FEWEST_TILES * self.target.chip.multiprocessors
-        self.has_turns = bool(brought) and threads == GROUP and is_enough
-        self.has_turns &= not reduces_between(self.kernel)
+        self.has_turns = bool(brought) and threads == GROUP and may_take_turns(self.kernel)
         memory = self.memory_bytes()
         if any(crosses_lines(n) for n in brought):
             inward = [n for n in brought if is_inward(n)]

@@ -151,7 +151,7 @@ class _Stager:
         buffers, strips = self._strip_buffers(source, target, atom, strips, is_repeated)
         prefer = node.prefer if node.prefer == "tma" else None
         reason = ""
-        for place in {p.width: p for p in strips}.values():
+        for place in {p.width: p for p in reversed(strips)}.values():  # the narrowest first
             probe = self._store(node, buffers, atom, place)
             probe = replace(probe, atom=None, prefer=prefer)
             reason = reason or misfit(probe, self.kernel)

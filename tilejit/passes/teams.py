@@ -37,15 +37,21 @@ def team_count(kernel: Kernel, brought: Sequence[Copy]) -> int:
     if not all(c.dst.is_whole for c in brought):
         return 1  # how often a piece is brought is not how often its tile is
     gemms = [n for n in walk(kernel.body) if isinstance(n, Gemm)]
-    if not gemms or not all(n.is_async for n in gemms) or reduces_between(kernel):
-        return 1
-    words = sum(math.prod(b.extents) * b.dtype.bytes / 4 for b in kernel.scoped(Scope.FRAGMENT))
-    if words / GROUP > consumer_registers(TEAMS * GROUP) - SPARE_REGISTERS:
-        return 1
-    tiles = math.prod(nominal(extent) for extent in kernel.grid)
-    if tiles < FEWEST_TILES * kernel.target.chip.multiprocessors:
+    if not gemms or not all(n.is_async for n in gemms) or not may_take_turns(kernel):
         return 1
     return TEAMS if all(times(kernel.body, c) is not None for c in brought) else 1
+
+
+def may_take_turns(kernel: Kernel) -> bool:
+    """Whether blocks have several tiles, registers are enough for two teams, and a team would not
+    reduce tiles while it has its turn."""
+    assert kernel.target is not None, "select did not run"
+    words = sum(math.prod(b.extents) * b.dtype.bytes / 4 for b in kernel.scoped(Scope.FRAGMENT))
+    if words / GROUP > consumer_registers(TEAMS * GROUP) - SPARE_REGISTERS:
+        return False
+    tiles = math.prod(nominal(extent) for extent in kernel.grid)
+    is_enough = tiles >= FEWEST_TILES * kernel.target.chip.multiprocessors
+    return is_enough and not reduces_between(kernel)
 
 
 def reduces_between(kernel: Kernel) -> bool:

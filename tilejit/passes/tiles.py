@@ -19,7 +19,7 @@ from tilejit.isa.atom import WgmmaAtom
 from tilejit.layout.boxes import boxes_of
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
-from tilejit.passes.box_rows import SHARED_SHARE, bring_clocks, crosses_lines
+from tilejit.passes.box_rows import CLUSTER_CLOCKS, bring_clocks, crosses_lines
 from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.wgmma import multiply_clocks
 
@@ -335,8 +335,12 @@ def slow_shared_by_two(
     if not any(map(crosses_lines, brought)) or alone <= multiplied_clocks(kernel):
         return None, []
 
+    loops = [n for n in walk(kernel.body) if isinstance(n, For)]
+    rounds = max((nominal(n.stop) - nominal(n.start) for n in loops), default=1)
+
     def saved(same: Sequence[Copy]) -> float:
-        return max(0.0, SHARED_SHARE * alone - bring_clocks(brought, same)) if same else 0.0
+        clocks = (alone - bring_clocks(brought, same)) * rounds if same else 0.0
+        return clocks if clocks > CLUSTER_CLOCKS else 0.0
 
     return shared_by_two(kernel, brought, saved, is_dividable)
 
