@@ -212,8 +212,9 @@ def test_blocks_of_a_cluster_that_share_a_loop_are_right(hopper, rng, size):
 
 
 @tilejit
-def scores(Q: T.Tensor, K: T.Tensor, V: T.Tensor, O: T.Tensor, *, B=64):
-    """softmax(Q @ K.T) @ V without running maxima, for small numbers."""
+def scores(Q: T.Tensor, K: T.Tensor, V: T.Tensor, O: T.Tensor, *, B=64, is_normal=True):
+    """softmax(Q @ K.T) @ V without running maxima, for small numbers; or not divided by the sums
+    of the rows."""
     S, D = K.shape
     with T.Kernel(T.ceildiv(Q.shape[0], B), threads=128) as block:
         q, k, v = (T.alloc_shared((B, D), Q.dtype) for _ in range(3))
@@ -228,22 +229,27 @@ def scores(Q: T.Tensor, K: T.Tensor, V: T.Tensor, O: T.Tensor, *, B=64):
             T.gemm(q, k, score, transpose_B=True, clear_accum=True)
             for i, j in T.Parallel(B, B):
                 score[i, j] = T.if_then_else(step * B + j < S, T.exp(score[i, j]), 0.0)
-            T.reduce_sum(score, total, dim=1, clear=False)
+            if is_normal:
+                T.reduce_sum(score, total, dim=1, clear=False)
             T.copy(score, weight)
             T.gemm(weight, v, out)
-        for i, d in T.Parallel(B, D):
-            out[i, d] /= total[i]
+        if is_normal:
+            for i, d in T.Parallel(B, D):
+                out[i, d] /= total[i]
         T.copy(out, O[block * B, 0])
 
 
+@pytest.mark.parametrize("is_normal", [False, True])
 @pytest.mark.parametrize("rows, keys", [(64, 64), (100, 200), (129, 70)])
-def test_attention_is_right(hopper, rng, rows, keys):
+def test_attention_is_right_and_meets_where_its_loop_reduces(hopper, rng, rows, keys, is_normal):
     q, k, v = (rng.uniform(-0.4, 0.4, (n, 64)).astype(BF16) for n in (rows, keys, keys))
-    o = hopper(scores, q, k, v, out=[((rows, 64), np.float32)])
-    exact = np.exp(q.astype(np.float64) @ k.astype(np.float64).T)
-    exact = exact / exact.sum(1, keepdims=True) @ v.astype(np.float64)
-    assert_near(o, exact, np.full(exact.shape, 2.0**-8))
-    assert is_early(scores.compile(q, k, v, o, target=HOPPER))
+    o = hopper(scores, q, k, v, out=[((rows, 64), np.float32)], is_normal=is_normal)
+    weights = np.exp(q.astype(np.float64) @ k.astype(np.float64).T)
+    sums = weights.sum(1, keepdims=True)
+    exact = weights @ v.astype(np.float64) / (sums if is_normal else 1)
+    assert_near(o, exact, np.full(exact.shape, 2.0**-8) * (1 if is_normal else sums))
+    kernel = scores.compile(q, k, v, o, target=HOPPER, is_normal=is_normal)
+    assert is_early(kernel) == (not is_normal)
 
 
 # ---- written by hand ----------------------------------------------------------------------------

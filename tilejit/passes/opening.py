@@ -15,6 +15,10 @@ barrier, and its copies follow. That is right where
   does not wait for (`meets_late`): blocks that hand each other tiles meet first, all of them;
 * nothing else uses that hardware barrier: the role that only says that it has come might come to
   its next use before the others have come to this one.
+
+Where a loop reduces tiles between its multiplies, instructions are what it waits for, and the block
+has work for long: the assembler puts those of such a loop in another order when barriers are not
+made before the roles part (attention, causal, D = 64 on an H100: 5 % slower), so they are.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from tilejit.isa.barrier import NUM_BARRIERS
 from tilejit.ops.cluster import meets_late
 from tilejit.ops.copy import Copy
 from tilejit.passes.bring import is_inward
+from tilejit.passes.teams import reduces_between
 
 
 def open_early(kernel: Kernel) -> Kernel:
@@ -42,6 +47,8 @@ def open_early(kernel: Kernel) -> Kernel:
     """
     place = next((k for k, n in enumerate(kernel.body) if isinstance(n, Roles)), None)
     if place is None or (kernel.cluster_size > 1 and not meets_late(kernel)):
+        return kernel
+    if reduces_between(kernel):
         return kernel
     roles = kernel.body[place]
     assert isinstance(roles, Roles)
