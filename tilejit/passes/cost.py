@@ -64,8 +64,8 @@ SENT_CLOCKS = 750  # until what blocks of a cluster send has come
 CLUSTERED = {3: 0.886, 4: 0.909, 5: 0.833, 6: 0.773, 7: 0.795, 8: 0.909}
 ARRIVAL_CLOCKS = 1300  # from the request for a tile to its arrival from the L2 cache, under load
 MEMORY_CLOCKS = 1800  # more where it comes from memory
-TURN_CLOCKS = 130  # of an iteration at least, until the next can begin
-STEP_CLOCKS = 270  # and for each 128 bytes of K
+TURN_CLOCKS = 320  # of an iteration at least, until the next can begin
+STEP_CLOCKS = 60  # and for each 128 bytes of K
 ISSUE_CLOCKS = 58  # of an iteration in which a single warpgroup does not multiply
 READ_SHARE = (
     0.7  # of B, that an instruction reads again which differs in A only from the one before

@@ -22,7 +22,7 @@ from tilejit.target import Target
 
 Values = tuple[Any, ...]
 Grids = tuple[tuple[int, ...], ...]  # blocks along each axis, of each kernel
-MOST_TRIED = 40  # combinations of all parameters at once; more are searched two at a time
+MOST_TRIED = 60  # combinations of all parameters at once; more are searched two at a time
 REFINED = 4  # combinations of other parameters with which values between candidates are tried
 BETWEEN_WORTH = 0.96  # of the time of the best candidate: what a value between must save
 SHOWN = 3  # of the best, in explain()
