@@ -57,7 +57,7 @@ WIDE_SHARE = 1.57  # as long take elements of more than 16 bits, which stmatrix 
 KEEP_BYTES = 16  # a clock, that a block writes of the sums of a loop that blocks share
 SUM_BYTES = 30  # a clock, that the last of those blocks adds up
 SUM_CLOCKS = 5500  # until it knows that it is the last
-SENT_BYTES = 7.3  # a clock, that a block sends to others of its cluster
+SENT_BYTES = 5.5  # a clock, that a block sends to others of its cluster
 SENT_CLOCKS = 750  # until what blocks of a cluster send has come
 # of all multiprocessors, what clusters of so many blocks can have at once
 # (cuOccupancyMaxActiveClusters on an H100; of 2 blocks all)
@@ -71,7 +71,7 @@ READ_SHARE = (
     0.7  # of B, that an instruction reads again which differs in A only from the one before
 )
 TMA_BYTES = 128  # a clock, that it brings a multiprocessor where neighbours want the same lines
-APART_BYTES = 44  # where those are blocks of its cluster, which have other iterations
+APART_BYTES = 50  # where those are blocks of its cluster, which have other iterations
 WARP_SHARE = 2 / 3  # of the peak of warpgroups, that warps alone reach
 MMA_SHARE = 0.8  # of the peak, where warps load their own operands and have time for it
 LOAD_ROWS = 16  # of an operand, that one ldmatrix loads for a step of k
