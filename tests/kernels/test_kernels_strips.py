@@ -15,7 +15,7 @@ from tilejit.passes.late import strip_widths
 from tilejit.runtime.device import use_executor
 
 BF16 = ml_dtypes.bfloat16
-WIDTHS = (24, 40, 72, 80, 120, 144, 208)
+WIDTHS = (24, 72, 120, 144, 208)
 
 
 @pytest.mark.parametrize("columns", range(8, 257, 8))
@@ -88,7 +88,7 @@ def test_strips_of_any_width_wait_for_the_next_tile(
 
 
 @pytest.mark.parametrize("columns", [144, 208])
-@pytest.mark.parametrize("kept", [0, 150_000, 160_000, 166_000, 170_000, 174_000, 176_000, 178_000])
+@pytest.mark.parametrize("kept", [0, 160_000, 166_000, 172_000, 178_000])
 @pytest.mark.parametrize("least", [0, 10**6], ids=["late", "at once"])
 def test_strips_have_the_slots_that_are_left(hopper, rng, monkeypatch, columns, kept, least):
     monkeypatch.setattr(late, "FEWEST_TILES", least)
@@ -152,9 +152,7 @@ def pair(
 
 
 @pytest.mark.parametrize("is_repeated", [False, True])
-@pytest.mark.parametrize(
-    "first, second", [(144, 72), (72, 144), (144, 16), (80, 16), (16, 80), (40, 8), (72, 72)]
-)
+@pytest.mark.parametrize("first, second", [(144, 72), (72, 144), (80, 16), (16, 80), (72, 72)])
 def test_outputs_of_any_widths_share_their_strips(hopper, rng, first, second, is_repeated):
     """A narrow strip may be another output's widest."""
     a, b, e = (operand(rng, s, BF16) for s in ((200, 96), (3 * first, 96), (3 * second, 96)))
