@@ -396,6 +396,42 @@ def test_outputs_of_unequal_strips_share_their_slots(
     assert explained(pair, a, b, e, c, d, **constants).count("by TMA, through strips") == 2
 
 
+@tilejit
+def two_loops(A: T.Tensor, B: T.Tensor, E: T.Tensor, C: T.Tensor, D: T.Tensor, *, BN):
+    """C = A @ B.T, then D = A @ E.T: the first could leave row by row, the second waits."""
+    M, K = A.shape
+    with T.Kernel(T.ceildiv(C.shape[1], BN), T.ceildiv(M, 256), threads=256) as (bx, by):
+        a, other = (T.alloc_shared((256, 32), A.dtype) for _ in range(2))
+        b, e = (T.alloc_shared((BN, 32), A.dtype) for _ in range(2))
+        x, y = (T.alloc_fragment((256, BN), "float32") for _ in range(2))
+        T.clear(x)
+        T.clear(y)
+        for k in T.Pipelined(T.ceildiv(K, 32)):
+            T.copy(A[by * 256, k * 32], a)
+            T.copy(B[bx * BN, k * 32], b)
+            T.gemm(a, b, x, transpose_B=True)
+        T.copy(x, C[by * 256, bx * BN])
+        for k in T.Pipelined(T.ceildiv(K, 32)):
+            T.copy(A[by * 256, k * 32], other)
+            T.copy(E[bx * BN, k * 32], e)
+            T.gemm(other, e, y, transpose_B=True)
+        T.copy(y, D[by * 256, bx * BN])
+
+
+@pytest.mark.parametrize("trips", range(1, 8))
+@pytest.mark.parametrize("BN", [32, 40])
+def test_a_loop_has_either_waiting_results_or_rows_in_turn(hopper, rng, BN, trips):
+    """Both together would need more iterations than there are."""
+    K = 32 * trips
+    a, b, e = (operand(rng, s, BF16) for s in ((768, K), (2 * BN, K), (2 * BN, K)))
+    out = [((768, 2 * BN), BF16)] * 2
+    c, d = hopper(two_loops, a, b, e, out=out, BN=BN)
+    assert_product(c, a, b.T)
+    assert_product(d, a, e.T)
+    strips = 2 * len(late.strip_widths(BN, 2))
+    assert waits(two_loops, a, b, e, c, d, BN=BN) == (trips >= strips)
+
+
 # ---- where a tile goes --------------------------------------------------------------------------
 
 

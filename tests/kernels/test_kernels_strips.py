@@ -128,9 +128,11 @@ def test_sums_of_any_width_are_added(rng, executor, columns):
 
 @tilejit
 def pair(
-    A: T.Tensor, B: T.Tensor, E: T.Tensor, C: T.Tensor, D: T.Tensor, *, first, second, is_repeated
-):
-    """C = A @ B.T and D = A @ E.T, whose tiles have other widths."""
+    A: T.Tensor, B: T.Tensor, E: T.Tensor, C: T.Tensor, D: T.Tensor, *,
+    first, second, is_repeated=False, kept=0,
+):  # fmt: skip
+    """C = A @ B.T and D = A @ E.T, whose tiles have other widths. kept: bytes of shared memory that
+    something else has."""
     M, K = A.shape
     with T.Kernel(T.ceildiv(C.shape[1], first), T.ceildiv(M, 64), threads=128) as (bx, by):
         a = T.alloc_shared((64, 32), A.dtype)
@@ -138,10 +140,13 @@ def pair(
         e = T.alloc_shared((second, 32), B.dtype)
         wide = T.alloc_fragment((64, first), "float32")
         slim = T.alloc_fragment((64, second), "float32")
-        for _turn in T.serial(2 if is_repeated else 1):
+        if kept:
+            other = T.alloc_shared((kept,), "uint8")
+            T.clear(other)
+        for _turn in T.serial(2) if is_repeated else range(1):
             T.clear(wide)
             T.clear(slim)
-            for k in T.Pipelined(T.ceildiv(K, 32)):
+            for k in T.Pipelined(T.ceildiv(K, 32), num_stages=2 if kept else None):
                 T.copy(A[by * 64, k * 32], a)
                 T.copy(B[bx * first, k * 32], b)
                 T.copy(E[bx * second, k * 32], e)
@@ -162,3 +167,14 @@ def test_outputs_of_any_widths_share_their_strips(hopper, rng, first, second, is
     assert_product(c, a, b.T)
     assert_product(d, a, e.T)
     assert explained(pair, a, b, e, c, d, **constants).count("by TMA, through strips") == 2
+
+
+@pytest.mark.parametrize("kept", [184_000, 185_000, 186_000, 188_000, 190_000])
+@pytest.mark.parametrize("first, second", [(128, 80), (80, 128), (128, 72)])
+def test_outputs_share_the_only_slot_that_is_left(hopper, rng, first, second, kept):
+    """Two strips of one output take turns at a slot that another output's first strip has too."""
+    a, b, e = (operand(rng, s, BF16) for s in ((200, 96), (3 * first, 96), (3 * second, 96)))
+    out = [((200, 3 * first), BF16), ((200, 3 * second), BF16)]
+    c, d = hopper(pair, a, b, e, out=out, first=first, second=second, kept=kept)
+    assert_product(c, a, b.T)
+    assert_product(d, a, e.T)

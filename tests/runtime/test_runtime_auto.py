@@ -369,3 +369,38 @@ def test_columns_in_narrow_panels_cost_what_their_rows_take():
     """A tile of 144 columns stored K x N comes in rows of 32 bytes."""
     sizes = {**WIDTHS, "tB": False}
     assert matmul_of(1536, 1536, 1536, **sizes).constants["BN"] % 64 == 0
+
+
+@tilejit
+def fussy(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BN=T.auto(128, 64, 256, step=8), kind):
+    """A @ B.T in tiles whose width it restricts itself."""
+    if BN % 64:
+        if kind == "assert":
+            raise AssertionError("BN is 64, 128 or 256")
+        if kind == "value":
+            raise ValueError(BN)
+        1 // 0
+    with T.Kernel(T.ceildiv(C.shape[1], BN), T.ceildiv(C.shape[0], 128)) as (bx, by):
+        a = T.alloc_shared((128, 64), A.dtype)
+        b = T.alloc_shared((BN, 64), A.dtype)
+        acc = T.alloc_fragment((128, BN), "float32")
+        T.clear(acc)
+        for k in T.Pipelined(T.ceildiv(A.shape[1], 64)):
+            T.copy(A[by * 128, k * 64], a)
+            T.copy(B[bx * BN, k * 64], b)
+            T.gemm(a, b, acc, transpose_B=True)
+        T.copy(acc, C[by * 128, bx * BN])
+
+
+@pytest.mark.parametrize("kind", ["assert", "value", "division"])
+def test_values_between_for_which_the_function_raises_are_passed_over(kind):
+    tensors = specs(1536, 1536, 1536, True)
+    kernel = fussy.compile(*tensors, target="sm_90a", kind=kind)
+    assert kernel.constants["BN"] % 64 == 0
+    with pytest.raises((AssertionError, ValueError, ZeroDivisionError)):
+        fussy.compile(*tensors, target="sm_90a", kind=kind, BN=T.auto(136, 64))  # named, it is said
+
+
+def test_steps_that_are_too_many_are_refused():
+    with pytest.raises(ArgumentError, match="at most 256 are compared"):
+        T.auto(64, 100_000, step=1)

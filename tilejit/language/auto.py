@@ -12,6 +12,7 @@ from typing import Any
 from tilejit.errors import ArgumentError, ArgumentTypeError
 
 MAX_CANDIDATES = 16
+MAX_BETWEEN = 256  # multiples of a step; each is traced
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ def auto(*candidates: Any, step: int | None = None) -> Any:
         step: of ints: once the best of the candidates are known, the multiples of it next to them
             are compared too, up to the next smaller and larger candidate. `T.auto(128, 256, 64,
             step=8)` may give 144: a tile of that width, whose blocks leave no part of the chip
-            without work.
+            without work. A value that nobody named and for which the function raises anything is
+            passed over.
 
     Raises:
         ArgumentError, ArgumentTypeError: no candidates, too many, one twice, or of another type; a
-            step that is not positive, or with candidates that are not all ints.
+            step that is not positive, with candidates that are not all ints, or of which more than
+            256 multiples lie between them.
 
     Example:
         >>> @tilejit
@@ -80,6 +83,13 @@ def _check_step(candidates: tuple[Any, ...], step: Any) -> None:
                 f"T.auto: step is for ints, and {value!r} is none.",
                 hint="Leave `step` out, or the candidate.",
             )
+    between = (max(candidates) - min(candidates)) // step
+    if between > MAX_BETWEEN:
+        raise ArgumentError(
+            f"T.auto: {between} multiples of {step} lie between the candidates; "
+            f"at most {MAX_BETWEEN} are compared.",
+            hint="Take a larger step.",
+        )
 
 
 def _is_int(value: Any) -> bool:

@@ -124,8 +124,8 @@ class _Stager:
             for n, atom in held.items()
             if isinstance(n, Copy) and atom is not None
         }
-        last = [places[-1] for places in strips.values()]
-        self.is_uneven = any(s[0].is_where(end) for s in strips.values() for end in last)
+        self.last = [places[-1] for places in strips.values()]
+        self.is_uneven = any(s[0].is_where(end) for s in strips.values() for end in self.last)
         # After copies that send all strips together, none of their slots has been read.
         self.is_together = any(n in self.repeated and _is_apart(s) for n, s in strips.items())
 
@@ -314,9 +314,10 @@ class _Stager:
         if number:
             is_unread = place.is_where(strips[number - 1])
         else:
-            is_short = buffers[place.width].extents[0] < _slots_of(strips, place.width)
+            ends_there = any(end.width == place.width for end in self.last)
             is_unread = self.is_uneven or (self.is_together and node in self.repeated)
-            is_unread = is_unread or is_short
+            # where space is short, slots are fewer than what `is_uneven` knows
+            is_unread |= buffers[place.width].extents[0] == 1 and ends_there
         return [read, meeting, *filled] if is_unread else filled
 
     def _barrier(self, atom: WgmmaAtom) -> Expr:
@@ -407,11 +408,6 @@ def _strips(node: Copy, atom: WgmmaAtom) -> list[Place]:
             places[number] = replace(place, slot=turn % MOST_STRIPS)
             turn += 1
     return places
-
-
-def _slots_of(strips: Sequence[Place], width: int) -> int:
-    """How many slots strips of a width take where there is space."""
-    return min(MOST_STRIPS, sum(place.width == width for place in strips))
 
 
 def _is_apart(strips: Sequence[Place]) -> bool:

@@ -114,7 +114,10 @@ class _Specialiser:
         self.kernel = replace(self.kernel, fragments=fragments)
         self.tail = None
         if self.teams == 1:
-            self.tail = find_tail(self.kernel, self.staging.strips, brought, self.overlaps)
+            passed = set(self.overlaps)
+            if self.staging.late is not None:  # its strips stand in the first iterations
+                passed |= {n for n in (main_loop(self.kernel.body),) if n is not None}
+            self.tail = find_tail(self.kernel, self.staging.strips, brought, passed)
         self.uneven = unevenness(self.kernel)
         self.rows = self._trims()  # of tiles that are longer than the tensor
         self.turning = 0  # warpgroups that take turns in a loop

@@ -146,7 +146,7 @@ class _Search:
         for number in sorted({low, near[place], *range(low // step * step + step, high, step)}):
             values = (*near[:place], number, *near[place + 1 :])
             if number not in named:
-                program = self.traced(values)
+                program = self.traced_between(values)
                 if program is None or self.grids[values] in smaller:
                     continue
                 if min(each) * self.rounds(values) * abs(number) <= most:
@@ -207,6 +207,15 @@ class _Search:
             return None
         self.grids[values] = tuple(tuple(map(nominal, k.grid)) for k in program.kernels)
         return program
+
+    def traced_between(self, values: Values) -> Program | None:
+        """The same for values that nobody named: whatever the function raises for them, it is
+        right for those that somebody did."""
+        try:
+            return self.traced(values)
+        except Exception as error:
+            self.failed[values] = f"{type(error).__name__}: {error}"
+            return None
 
     def weigh_program(self, values: Values, program: Program) -> None:
         """Note what the cost model says of a program, or why it says nothing."""
