@@ -116,7 +116,9 @@ class _Specialiser:
         if self.teams == 1:
             passed = set(self.overlaps)
             if self.staging.late is not None:  # its strips stand in the first iterations
-                passed |= {n for n in (main_loop(self.kernel.body),) if n is not None}
+                loop = main_loop(self.kernel.body)
+                assert loop is not None, "a copy waits for a loop"
+                passed.add(loop)
             self.tail = find_tail(self.kernel, self.staging.strips, brought, passed)
         self.uneven = unevenness(self.kernel)
         self.rows = self._trims()  # of tiles that are longer than the tensor
