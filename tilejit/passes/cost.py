@@ -67,9 +67,7 @@ MEMORY_CLOCKS = 1800  # more where it comes from memory
 TURN_CLOCKS = 320  # of an iteration at least, until the next can begin
 STEP_CLOCKS = 60  # and for each 128 bytes of K
 ISSUE_CLOCKS = 58  # of an iteration in which a single warpgroup does not multiply
-READ_SHARE = (
-    0.7  # of B, that an instruction reads again which differs in A only from the one before
-)
+READ_SHARE = 0.7  # of B, that an instruction reads again which others of a block read too
 TMA_BYTES = 128  # a clock, that it brings a multiprocessor where neighbours want the same lines
 APART_BYTES = 50  # where those are blocks of its cluster, which have other iterations
 WARP_SHARE = 2 / 3  # of the peak of warpgroups, that warps alone reach
@@ -198,8 +196,8 @@ class Plan:
         if memory > math.ceil(units / running / here) * each:
             bound = "memory"
         elif 2 * (loop.tensor + self.rest.tensor) < each * parts:
-            is_late = 2 * loop.clocks > each * parts  # tiles: they are not there in time
-            bound = "bringing tiles" if is_late and loop.brought else "work besides"
+            waits_for_tiles = 2 * loop.clocks > each * parts and loop.brought > 0
+            bound = "bringing tiles" if waits_for_tiles else "work besides"
         return Estimate(clocks / (chip.clock * faster * 1e9), busy, bound)
 
 
