@@ -142,8 +142,10 @@ def _whole_interval(op: str, args: list[Interval]) -> Interval:
 
 
 def _floordiv(a: Interval, b: Interval) -> Interval:
-    if b.low is None or b.low <= 0:  # by 0 it is 0
+    if b.low is None or b.low < 0:  # by 0 it is 0
         return _hull(_hull(a, _negate(a)), Interval(0, 0))
+    if b.low == 0:
+        return _hull(a, Interval(0, 0))
     low = a.low
     if low is not None and low < 0:
         low = low // b.low
@@ -153,14 +155,14 @@ def _floordiv(a: Interval, b: Interval) -> Interval:
 
 
 def _floormod(a: Interval, b: Interval) -> Interval:
-    if b.low is None or b.low <= 0:
+    if b.low is None or b.low < 0:
         return _hull(_hull(b, _negate(b)), Interval(0, 0))
     if b.high is None:
         return Interval(0, None if a.low is None or a.low < 0 else a.high)
-    if b.low == b.high and a.low is not None and a.high is not None:
+    if b.low == b.high and b.low and a.low is not None and a.high is not None:
         if a.low // b.low == a.high // b.low:
             return Interval(a.low % b.low, a.high % b.low)
-    return Interval(0, b.high - 1)
+    return Interval(0, max(b.high - 1, 0))
 
 
 def _bits(op: str, a: Interval, b: Interval) -> Interval:

@@ -67,6 +67,9 @@ class Machine(Protocol):
         """`ir.expr` BINARY or COMPARE on integers of any width, float32, float64 (not `and or xor
         shl shr`), bool (`and or xor eq ne`). floordiv and floormod round down, also on floats."""
 
+    def quotient(self, a: Value, b: Value, dtype: DType) -> Value:
+        """a // b of unsigned integers, where b is known not to be 0."""
+
     def unary(self, op: str, a: Value, dtype: DType) -> Value:
         """`ir.expr` UNARY, PREDICATES on integers, float32, float64, bool; MATH on float32 and
         float64 (popcount, clz on integers)."""

@@ -36,9 +36,16 @@ from tilejit.isa.machine import Address, Machine, Value
 from tilejit.isa.special import HIDE, UNIFORM
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.facts import Facts
-from tilejit.lower.index import global_offset, power_of_two_divisor, shared_offset, total
+from tilejit.lower.index import (
+    coarse_comparison,
+    global_offset,
+    power_of_two_divisor,
+    shared_offset,
+    total,
+)
 
 _SMALL_FLOAT_BITS = 16
+_ORDERED = ("lt", "le", "gt", "ge")
 EXACT = 1 << 24  # float32 has all whole numbers up to it
 
 
@@ -209,6 +216,10 @@ class EmitterBase:
         if isinstance(e, Var):
             raise InternalError(f"`{e.name}` is used where it has no value.", span=None)
         assert isinstance(e, Op)
+        if e.op in _ORDERED:
+            coarse = coarse_comparison(e, self.kernel.multiples)
+            if coarse is not e:
+                return self.value(coarse)
         args = [self._lookup(c) for c in e.children]
         source = e.children[0].dtype
         if e.op == "select":
@@ -293,26 +304,40 @@ class EmitterBase:
     def _whole_op(self, e: Op) -> tuple[Value, int]:
         operands = e.children[1:] if e.op == "select" else e.children
         parts = [self._index(c) for c in operands]
-        bits = max([32 if interval(e).fits_int32 else 64, *(b for _, b in parts)])
+        fits = interval(e).fits_int32
+        bits = max([32 if fits else 64, *(b for _, b in parts)])
         args = [self.index_value(c, bits)[0] for c in operands]
+        value = self._at_width(e, operands, args, bits)
+        if fits and bits == 64:  # what follows is cheaper
+            return self.m.cast([value], int64, int32)[0], 32
+        return value, bits
+
+    def _at_width(self, e: Op, operands: Sequence[Expr], args: Sequence[Value], bits: int) -> Value:
         dtype = int32 if bits == 32 else int64
         if e.op == "select":
-            return self.m.select(self.value(e.children[0]), *args), bits
+            return self.m.select(self.value(e.children[0]), *args)
         if e.op == "neg":
-            return self.m.unary("neg", args[0], dtype), bits
-        low = interval(operands[0]).low
-        if e.op in ("floordiv", "floormod") and low is not None and low >= 0:
-            divisor_low = interval(operands[1]).low
-            if divisor_low is not None and divisor_low >= 0:
-                return self.unsigned(e.op, args[0], args[1], bits), bits
-        return self.m.binary(e.op, args[0], args[1], dtype), bits
+            return self.m.unary("neg", args[0], dtype)
+        if e.op in ("floordiv", "floormod"):
+            low, by = (interval(n).low for n in operands)
+            if low is not None and by is not None and low >= 0 and by >= 0:
+                is_varying = int_value(operands[1]) is None
+                return self.unsigned(e.op, args[0], args[1], bits, is_varying and by > 0)
+        return self.m.binary(e.op, args[0], args[1], dtype)
 
-    def unsigned(self, op: str, a: Value, b: Value, bits: int) -> Value:
-        """The operation on signed values taken as unsigned ones; comparisons stay bool."""
+    def unsigned(self, op: str, a: Value, b: Value, bits: int, is_nonzero: bool = False) -> Value:
+        """The operation on signed values taken as unsigned ones; comparisons stay bool.
+        is_nonzero: of a division, that b is known not to be 0."""
+        m = self.m
         signed, dtype = (int32, uint32) if bits == 32 else (int64, uint64)
-        x, y = self.m.cast([a, b], signed, dtype)
-        result = self.m.binary(op, x, y, dtype)
-        return result if op in COMPARE else self.m.cast([result], dtype, signed)[0]
+        x, y = m.cast([a, b], signed, dtype)
+        if is_nonzero:
+            result = m.quotient(x, y, dtype)
+            if op == "floormod":
+                result = m.binary("sub", x, m.binary("mul", result, y, dtype), dtype)
+        else:
+            result = m.binary(op, x, y, dtype)
+        return result if op in COMPARE else m.cast([result], dtype, signed)[0]
 
     # ---- predicates -------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ remainder of a sum split when parts of it are proven small. Does not know machin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from tilejit.ir.analysis import interval, linear
+from tilejit.dtypes import int32, int64
+from tilejit.ir.analysis import divisor, interval, linear
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Const, Expr, arith, binary, index, same_width
+from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, index, same_width
 from tilejit.layout.fragment import THREAD, FragmentLayout
 from tilejit.layout.shared import SharedLayout
 
@@ -62,6 +63,26 @@ def xor(a: Expr, b: Expr) -> Expr:
                 inner = binary("xor", *same_width(total(terms, 0), b))
                 return binary("xor", *same_width(inner, index(constant)))
     return binary("xor", *same_width(a, b))
+
+
+def coarse_comparison(e: Op, known: Mapping[Var, int]) -> Expr:
+    """A comparison of whole numbers that neighbours share: where all that varies on both sides are
+    multiples of g, constants are rounded to them. So `8 * thread + c < 64` is one comparison for c
+    from 0 to 7. known: divisors of variables."""
+    a, b = e.children
+    if not all(x.dtype in (int32, int64) and interval(x).fits_int32 for x in (a, b)):
+        return e
+    (left, p), (right, q) = linear(a), linear(b)
+    step = 0
+    for terms in (left, right):
+        for term, factor in terms.items():
+            step = math.gcd(step, factor * divisor(term, known))
+    # a < b where left - right + p - q < 0, a <= b where left - right + p - q - 1 < 0
+    above = (p - q - (e.op in ("le", "gt"))) % step if step else 0
+    if step <= 1 or interval(a).low - above < int32.min:  # type: ignore[operator]
+        return e
+    lower = arith("add", total(left, 0), p - above) if left else const(p - above, a.dtype)
+    return binary(e.op, *same_width(lower, total(right, q) if right else b))
 
 
 def thread_part(layout: FragmentLayout, thread: Expr) -> tuple[Expr, ...]:

@@ -47,7 +47,7 @@ _APPROXIMATE: dict[str, tuple[float, str, float]] = {
 
 
 class LLVMArithmetic(LLVMValues):
-    """`binary`, `unary` and `fma` of the machine."""
+    """`binary`, `quotient`, `unary` and `fma` of the machine."""
 
     def binary(self, op: str, a: Value, b: Value, dtype: DType) -> Value:
         a, b = self.value(a), self.value(b)
@@ -64,6 +64,13 @@ class LLVMArithmetic(LLVMValues):
         if dtype.is_bool:
             return _BITWISE[_BOOL.get(op, op)](self, a, b)
         return self._integer_binary(op, a, b, dtype)
+
+    def quotient(self, a: Value, b: Value, dtype: DType) -> Value:
+        assert not dtype.is_signed, f"quotient of {dtype}"
+        a, b = self.value(a), self.value(b)
+        if is_constant(b):
+            return self.binary("floordiv", a, b, dtype)
+        return self.builder.udiv(a, b)
 
     def _fold(self, op: str, a: Value, b: Value, dtype: DType) -> Value | None:
         if dtype.is_bool:

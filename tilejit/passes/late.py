@@ -175,11 +175,12 @@ def during(late: Late, body: Body, loop: For, kernel: Kernel, walked: Walk, visi
 
 def after(late: Late, kernel: Kernel, walked: Walk) -> Body:
     """The last tile's strips."""
-    visits = walked.visits()
+    counted: list[Node] = []
+    visits = walked.visits(counted)
     values, region = _elsewhere(late, kernel, walked, arith("sub", visits, 1))
     strips = [n for number in range(late.strips) for n in late.strip(number, region)]
     condition = binary("gt", visits, const(0, visits.dtype))
-    return (If(condition=condition, then=(*values, *strips), span=late.copy.span),)
+    return (*counted, If(condition=condition, then=(*values, *strips), span=late.copy.span))
 
 
 def _opened(late: Late, loop: For, region: Region, has_before: Var) -> list[Node]:

@@ -171,8 +171,9 @@ class Queue(Walk):
             Buffer(name=f"{name}_{what}", shape=(index(1),), dtype=int32, scope=Scope.VAR)
             for what in ("tile", "tiles")
         )
-        total = self._total()
-        unit = Var("unit", int32, VarKind.VALUE, index(0), arith("sub", total, 1))
+        counted: list[Node] = []
+        total = self._total(counted)
+        unit = Var("unit", int32, VarKind.VALUE, index(0), self.last_unit())
         loaded = Var("tile", int32, VarKind.VALUE, index(0))
         done = Var("tiles", int32, VarKind.VALUE, index(0))
         slot = Var("slot", int32, VarKind.VALUE, index(0), index(SLOTS - 1))
@@ -185,7 +186,9 @@ class Queue(Walk):
         fetched, learned = self._tell(slot, parity, following), self._hear(slot, parity, following)
         ended = (_set(tile, following), _set(count, arith("add", done, 1)))
         work = (
-            (*body, *turn, *learned) if role else (*self._take(following), *body, *turn, *fetched)
+            (*body, *turn, *learned)
+            if role
+            else (*self._take(following, total), *body, *turn, *fetched)
         )
         loop = While(
             test=(Load(out=loaded, buffer=tile, index=(index(0),)),),
@@ -199,13 +202,13 @@ class Queue(Walk):
             is_tiles=True,
             span=self.kernel.span,
         )
-        return (_set(tile, self.block), _set(count, const(0, int32)), loop)
+        return (*counted, _set(tile, self.block), _set(count, const(0, int32)), loop)
 
-    def _take(self, following: Var) -> Body:
+    def _take(self, following: Var, total: Expr) -> Body:
         """The next tile's number. Each tile that is computed takes one: the last to do so leaves
         the counter as it was."""
         taken = Var("taken", int32, VarKind.VALUE, index(0))
-        is_last = arith("eq", taken, arith("sub", self._total(), 1))
+        is_last = arith("eq", taken, arith("sub", total, 1))
         reset = Store(buffer=self.taken, index=(index(0),), value=const(0, int32))
         return (
             Atomic(buffer=self.taken, index=(index(0),), value=const(1, int32), out=taken),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tilejit.dtypes import int32
-from tilejit.ir.analysis import divisor
+from tilejit.ir.analysis import MAX_SYMBOL, divisor, interval
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, VarKind, arith, index, int_value, variables
 from tilejit.ir.kernel import Kernel
@@ -24,6 +24,7 @@ from tilejit.passes.nominal import existing, nominal
 from tilejit.passes.wgmma import multiply_clocks
 
 MAX_BLOCKS = 1 << 16  # of a persistent launch, far above what any chip runs at once
+MAX_TILES = MAX_SYMBOL  # checked at every launch, so that to count tiles takes 32 bits
 SAVED_SHARE = 1 / 5  # of what bringing tiles takes: what sharing them must save
 MANY_WAVES = 4  # tiles a block, from which on clusters are worth their start
 TYPICAL_BLOCKS = 132  # multiprocessors of an H100 or H200: sizes groups of tiles, nothing else
@@ -56,7 +57,8 @@ class Walk:
             return body
         if role is None:
             return self._from_tile_to_tile(body)
-        visits = self.visits()
+        counted: list[Node] = []
+        visits = self.visits(counted)
         opened: list[Node] = []
         if visit is None:
             visit = visit_number()
@@ -76,18 +78,20 @@ class Walk:
             body=(*opened, *self.place(visit), *body),
             span=self.kernel.span,
         )
-        return (loop,)
+        return (*counted, loop)
 
     def _from_tile_to_tile(self, body: Body) -> Body:
         """The loop of the thread that brings tiles. It asks for no number of tiles: to divide by
         the number of blocks takes longer than all else that is done before a first copy."""
         at = (index(0),)
+        counted: list[Node] = []
+        total = self._total(counted)
         unit = Buffer(name="produced_unit", shape=(index(1),), dtype=int32, scope=Scope.VAR)
         loaded = Var("unit", int32, VarKind.VALUE, index(0))
         following = arith("add", loaded, self._step())
         loop = While(
             test=(Load(out=loaded, buffer=unit, index=at),),
-            condition=arith("lt", loaded, self._total()),
+            condition=arith("lt", loaded, total),
             body=(
                 *self.decode(loaded, self.units(), {}),
                 *body,
@@ -96,18 +100,17 @@ class Walk:
             is_tiles=True,
             span=self.kernel.span,
         )
-        return Store(buffer=unit, index=at, value=self._first()), loop
+        return *counted, Store(buffer=unit, index=at, value=self._first()), loop
 
-    def visits(self) -> Expr:
-        """How many tiles the block computes."""
+    def visits(self, nodes: list[Node]) -> Expr:
+        """How many tiles the block computes; what it is made of is added to the nodes."""
         step = self._step()
-        left = arith("sub", arith("add", self._total(), arith("sub", step, 1)), self._first())
-        return arith("floordiv", left, step)
+        left = arith("add", self._total(nodes), arith("sub", step, 1))
+        return arith("floordiv", arith("sub", left, self._first()), step)
 
     def place(self, visit: Expr, names: Mapping[Var, Var] | None = None) -> list[Node]:
         """The block variables of the block's tile of that number; names: others for them."""
-        last = arith("sub", self._total(), 1)
-        unit = Var("unit", int32, VarKind.VALUE, index(0), last)
+        unit = Var("unit", int32, VarKind.VALUE, index(0), self.last_unit())
         value = arith("add", self._first(), arith("mul", visit, self._step()))
         return [Let(var=unit, value=value), *self.decode(unit, self.units(), names or {})]
 
@@ -117,11 +120,23 @@ class Walk:
     def _step(self) -> Expr:
         return arith("floordiv", self.blocks, self.cluster)
 
-    def _total(self) -> Expr:
-        total: Expr = index(1)
-        for extent in self.units():
-            total = arith("mul", total, extent)
-        return total
+    def last_unit(self) -> Expr:
+        """The largest number of a unit, as far as it is known."""
+        return arith("sub", _at_most(_product(self.units()), MAX_TILES), 1)
+
+    def _total(self, nodes: list[Node]) -> Expr:
+        units = [self._counted("count", e, nodes) for e in self.units()]
+        return self._counted("units", _product(units), nodes)
+
+    def _counted(self, name: str, value: Expr, nodes: list[Node]) -> Expr:
+        """A number of tiles: it has a name where it is not constant, for no arithmetic says that a
+        kernel runs only where there are tiles, and no more than MAX_TILES. 64 bits divide several
+        times slower."""
+        if int_value(value) is not None:
+            return value
+        high = interval(value).high
+        most = MAX_TILES if high is None else min(high, MAX_TILES)
+        return self._named(name, value, index(most + 1), nodes, low=1)
 
     def units(self) -> list[Expr]:
         """Extents of the grid in what a cluster computes at once."""
@@ -133,26 +148,29 @@ class Walk:
     def decode(self, unit: Expr, units: Sequence[Expr], names: Mapping[Var, Var]) -> list[Node]:
         """The block variables of a unit: `group` rows of it together, each column before the
         next."""
+        nodes: list[Node] = []
+        units = [self._counted("count", e, nodes) for e in units]
         x, y, *z = units if len(units) > 1 else (*units, index(1))
         if self.by_columns:
             x, y = y, x
-        nodes: list[Node] = []
         places: list[Expr]
         rest = unit
         if z:
-            plane = arith("mul", x, y)
+            plane = self._counted("plane", arith("mul", x, y), nodes)
             rest = self._named("place", arith("floormod", unit, plane), plane, nodes)
             depth = arith("floordiv", unit, plane)
         if self.group == 1:
             places = [arith("floormod", rest, x), arith("floordiv", rest, x)]
         else:
             wide = arith("mul", x, self.group)
+            if not interval(wide).fits_int32:  # where y is small, more than there are tiles
+                wide = self._counted("wide", arith("min", wide, MAX_TILES), nodes)
             band = arith("mul", arith("floordiv", rest, wide), self.group)
             inside = arith("floormod", rest, wide)
             rows: Expr = index(self.group)
             if divisor(y) % self.group:
                 rows = arith("min", rows, arith("sub", y, band))
-                rows = self._named("rows", rows, index(self.group + 1), nodes, low=1)
+                rows = self._named("rows", rows, index(self.group + 1), nodes)
             places = [
                 arith("floordiv", inside, rows),
                 arith("add", band, arith("floormod", inside, rows)),
@@ -177,12 +195,9 @@ class Walk:
 
     def finish(self, kernel: Kernel) -> Kernel:
         """The kernel whose blocks walk."""
-        total: Expr = index(1)
-        for extent in self.kernel.grid:
-            total = arith("mul", total, extent)
         return replace(
             kernel,
-            grid=(total,),
+            grid=(_product(self.kernel.grid),),
             block_vars=(self.block,),
             blocks_var=self.blocks,
             cluster=(self.cluster, 1, 1),
@@ -195,7 +210,8 @@ class Stay(Walk):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        last = arith("sub", arith("mul", self._total(), self.cluster), 1)
+        total = arith("mul", _product(self.units()), self.cluster)
+        last = arith("sub", _at_most(total, MAX_TILES), 1)
         self.block = Var("block", int32, VarKind.BLOCK, index(0), last)
 
     def around(self, body: Body, role: Role | None = None, visit: Var | None = None) -> Body:
@@ -204,6 +220,18 @@ class Stay(Walk):
     def finish(self, kernel: Kernel) -> Kernel:
         fresh = super().finish(kernel)
         return replace(fresh, blocks_var=None, is_persistent=False)
+
+
+def _product(extents: Sequence[Expr]) -> Expr:
+    product: Expr = index(1)
+    for extent in extents:
+        product = arith("mul", product, extent)
+    return product
+
+
+def _at_most(number: Expr, most: int) -> Expr:
+    """The number, or what is known to be more where 32 bits may not hold it."""
+    return number if interval(number).fits_int32 else index(most)
 
 
 def visit_number() -> Var:

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 from tilejit import config, lower, passes
 from tilejit.dtypes import DType
-from tilejit.errors import InternalError
+from tilejit.errors import InternalError, ResourceError
 from tilejit.ir.expr import Var
 from tilejit.ir.kernel import Kernel, Param, ParamKind
 from tilejit.ir.node import walk
 from tilejit.ir.sync import Control, ControlOp
 from tilejit.isa.machine import Lowered
+from tilejit.passes.tiles import MAX_TILES
 from tilejit.runtime import device
 from tilejit.runtime.compile import Compiled, compile_lowered, disassemble
 from tilejit.runtime.launch import LoadedKernel, Packer
@@ -228,16 +229,28 @@ class TileFrame:
         return order
 
     def launch_grid(self, grid: Grid, ordinal: int | None) -> Grid:
-        """The blocks to launch for a grid of tiles, on a GPU or (None) simulated."""
+        """The blocks to launch for a grid of tiles, on a GPU or (None) simulated.
+
+        Raises:
+            ResourceError: more tiles than a kernel whose blocks find their own can count.
+        """
         plan = self.planned
         if plan.parts > 1:  # one more dimension, whatever the others are
             axis = len(self.graph.grid)
             grid = (*grid[:axis], plan.parts, *grid[axis + 1 :])  # type: ignore[assignment]
+        if not plan.is_persistent and len(plan.grid) == len(self.graph.grid) + (plan.parts > 1):
+            return grid
+        tiles = grid[0] * grid[1] * grid[2]
+        if tiles > MAX_TILES:
+            raise ResourceError(
+                f"{plan.name}: the grid has {tiles} blocks, of which at most {MAX_TILES} are "
+                "counted.",
+                hint="Let each block do more.",
+            )
         if not plan.is_persistent:
-            return grid if len(plan.grid) > 1 else (grid[0] * grid[1] * grid[2], 1, 1)
+            return tiles, 1, 1
         blocks = SIMULATED_BLOCKS if ordinal is None else device.multiprocessors(ordinal)
         size = plan.cluster_size
-        tiles = grid[0] * grid[1] * grid[2]
         return min(tiles, max(size, blocks // size * size)), 1, 1
 
     @property

@@ -92,6 +92,9 @@ class LaneMachine(AsyncEffects):
             return _SAME_FOR_ALL[op](a, b)
         return evaluate_op(op, (a, b), dtype)
 
+    def quotient(self, a: Array, b: Array, dtype: DType) -> Array:
+        return self.binary("floordiv", a, b, dtype)
+
     def unary(self, op: str, a: Array, dtype: DType) -> Array:
         assert a.dtype == dtype.numpy, f"{op}: {a.dtype} for {dtype}"
         return evaluate_op(op, (a,), dtype)

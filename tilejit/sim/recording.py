@@ -139,6 +139,10 @@ class Recorder:
         x, y = self._in(a), self._in(b)
         return self._record(1, lambda m, r: [m.binary(op, r[x], r[y], dtype)])[0]
 
+    def quotient(self, a: Any, b: Any, dtype: DType) -> Register:
+        x, y = self._in(a), self._in(b)
+        return self._record(1, lambda m, r: [m.quotient(r[x], r[y], dtype)])[0]
+
     def unary(self, op: str, a: Any, dtype: DType) -> Register:
         x = self._in(a)
         return self._record(1, lambda m, r: [m.unary(op, r[x], dtype)])[0]
