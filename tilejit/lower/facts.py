@@ -5,7 +5,7 @@ Knows divergence, which thread-private arrays need addressable memory, which loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tilejit.ir.aliases import Aliases
@@ -13,7 +13,7 @@ from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.divergence import Divergence, divergence
 from tilejit.ir.expr import Expr, Var, int_value, variables
 from tilejit.ir.kernel import Kernel
-from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, Store, walk
+from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, OneThread, Store, walk
 from tilejit.ir.sync import Control, ControlOp
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm
@@ -29,7 +29,8 @@ class Facts:
     """threads: user threads of a block; in_memory: private arrays that live in local memory;
     unrolled: variables of loops that are unrolled where they are emitted; read: memory that threads
     read themselves, unlike the sources of bulk copies and of warpgroups' multiplies; is_dependent:
-    kernels before this one may still run when it starts."""
+    kernels before this one may still run when it starts; quick: what one thread sends by bulk
+    copies amid a loop, while others wait for it to go on."""
 
     aliases: Aliases
     divergence: Divergence
@@ -37,6 +38,7 @@ class Facts:
     unrolled: frozenset[Var]
     read: frozenset[Buffer]
     is_dependent: bool = False
+    quick: frozenset[OneThread] = frozenset()
 
 
 def facts(kernel: Kernel) -> Facts:
@@ -57,7 +59,21 @@ def facts(kernel: Kernel) -> Facts:
         frozenset(unrolled),
         frozenset(read),
         any(isinstance(n, Control) and n.op is ControlOp.DEPENDENCY_WAIT for n in nodes),
+        frozenset(_quick(nodes)),
     )
+
+
+def _quick(nodes: Sequence[Node]) -> Iterator[OneThread]:
+    for loop in nodes:
+        if isinstance(loop, For) and loop.kind is not LoopKind.TILES:
+            for node in walk(loop.body):
+                if isinstance(node, OneThread) and all(map(is_bulk_store, node.body)):
+                    yield node
+
+
+def is_bulk_store(node: Node) -> bool:
+    """True for a copy from shared memory by TMA."""
+    return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL
 
 
 def _is_async(node: Node) -> bool:

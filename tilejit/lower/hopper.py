@@ -104,7 +104,15 @@ class KernelEmitter(MatmulEmitter):
         warps: Expr = self.thread
         if node.each:
             warps = arith("floormod", warps, node.each)
-        self._where(self._elected(warps), lambda: self.emit_body(node.body, points), node.body)
+        elected = self._elected(warps)
+        if node not in self.facts.quick:
+            self._where(elected, lambda: self.emit_body(node.body, points), node.body)
+            return
+        # without a branch the coordinates are ready when the threads have met
+        for store in node.body:
+            assert isinstance(store, Copy)
+            with self.scope():
+                self.emit_boxes(store, points.points[0], elected)
 
     def in_elected_thread(self, emit: Callable[[], None]) -> None:
         """What `emit` emits is done by the thread that does `OneThread` of the whole role."""
@@ -147,10 +155,11 @@ class KernelEmitter(MatmulEmitter):
 
     # ---- bulk copies ------------------------------------------------------------------------
 
-    def emit_boxes(self, node: Copy, point: Point) -> None:
-        """One instruction a box; before those to shared memory the barrier learns their bytes."""
+    def emit_boxes(self, node: Copy, point: Point, when: Value | None = None) -> None:
+        """One instruction a box; before those to shared memory the barrier learns their bytes.
+        when: of stores, in which thread."""
         assert node.tensor_map is not None, "describe did not run"
-        is_load = node.src.buffer.scope is Scope.GLOBAL
+        is_load = _is_load(node)
         inner = node.dst if is_load else node.src
         self.check_region(inner, point)
         layout = self.kernel.shared[inner.buffer]
@@ -164,7 +173,7 @@ class KernelEmitter(MatmulEmitter):
             self.m.issue(isa_mbarrier.EXPECT, [barrier, self.m.const(bytes_, uint32)])
         mask = node.sharers(self.kernel.cluster_size)
         if not mask or mask == (1 << self.kernel.cluster_size) - 1:
-            self._emit_share(node, point, barrier, node.share or const(0), mask)
+            self._emit_share(node, point, barrier, node.share or const(0), mask, when=when)
             return
         is_in = binary("and", binary("shr", const(mask), self.kernel.cluster_rank), const(1))
 
@@ -187,10 +196,11 @@ class KernelEmitter(MatmulEmitter):
         share: Expr,
         mask: int,
         is_alone: bool = False,
+        when: Value | None = None,
     ) -> None:
         """The boxes of one block, each handed to the blocks of `mask` (0: to none but its own).
         is_alone: the block is not one of them."""
-        is_load = node.src.buffer.scope is Scope.GLOBAL
+        is_load = _is_load(node)
         outer, inner = (node.src, node.dst) if is_load else (node.dst, node.src)
         layout = self.kernel.shared[inner.buffer]
         assert node.tensor_map is not None, "describe did not run"
@@ -205,10 +215,10 @@ class KernelEmitter(MatmulEmitter):
             shared = self.m.address(address)
             policy = [] if not hint else [self._policy(node.eviction or "")]
             if node.combine is not None:
-                self.m.issue(isa_tma.tma_reduce_add(len(at)), [tensor, *at, shared])
+                self.m.issue(isa_tma.tma_reduce_add(len(at)), [tensor, *at, shared], when)
                 continue
             if not is_load:
-                self.m.issue(isa_tma.tma_store(len(at), hint), [tensor, *at, shared, *policy])
+                self.m.issue(isa_tma.tma_store(len(at), hint), [tensor, *at, shared, *policy], when)
                 continue
             record = isa_tma.tma_load(len(at), bool(targets), hint)
             self.m.issue(record, [tensor, *at, shared, barrier, *targets, *policy])
@@ -380,3 +390,7 @@ class _Side:
         row, column = (outer, k) if self.is_k_major else (k, outer)
         panel, within = divmod(column, self.layout.panel)
         return panel * self.panel_bytes + row * self.row_bytes + within * self.layout.itemsize
+
+
+def _is_load(copy: Copy) -> bool:
+    return copy.src.buffer.scope is Scope.GLOBAL
