@@ -25,7 +25,6 @@ LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132  # of an H100 or H200: how many blocks go through the rows of a gradient
 MOST = 262_144  # elements of a row
 VECTOR = 8  # elements of 16 bits that a thread reads or writes at once
-LINE = 64  # of them that memory and cache hold together
 WARP = 32
 EPS = {"rms_norm": 1e-6, "layer_norm": 1e-5}
 
@@ -80,48 +79,93 @@ def rows_for(N):
 def forward_plan(N, name):
     """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way; of long
     rows 64 and 512. Of the longest, whose weights would come from L2 for each row anew, the next
-    rows are brought meanwhile, and one weight stays."""
+    rows are brought meanwhile, and weights stay."""
     has_masks = N & N - 1 != 0  # which take registers
+    is_odd = N % VECTOR != 0  # elements come one by one
     if N <= 8192:
         return Plan(rows_for(N), 256, 1, 3 if has_masks and name != "softmax" else 4)
     if name == "softmax":
-        if N <= 16384:
-            return Plan(1, 256, 2, 4)
-        most, resident = (8192, 5) if N <= 65536 else (16384, 3)
-        return Plan(1, 256, cluster_for(N, most), resident - has_masks)
-    if N <= 16384:
-        return Plan(1, 256, 1, 2)
-    if N < 32768 and name == "rms_norm":
-        return Plan(1, 256, 2, 2)
-    blocks, halves = cluster_for(N, 32768), cluster_for(N, 16384)
-    if N % (LINE * 512 // WARP * blocks) == 0:  # no masks
-        if N <= 32768:
-            return Plan(1, 512, blocks, 1, stages=2, kept=1, is_free=True)
-        kept = 2 if name == "layer_norm" and N > 131072 else 1  # in the place of a row
-        return Plan(1, 256, halves, 2, stages=3 - kept, kept=kept, is_free=True)
-    kept = 1 if name == "layer_norm" or N <= 65536 else 0
-    turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
-    return Plan(1, 512, blocks, 1, stages=2, kept=kept, turns=turns)
+        blocks = cluster_for(N, 8192 if N <= 65536 else 16384)
+        resident = 4 if N <= 16384 else 5 - has_masks if N <= 65536 else 3
+        if is_odd:
+            return Plan(1, 256, blocks, resident - (resident < 4))
+        if N > 65536:
+            return Plan(1, fitted(N, blocks, (7, 8), 160), blocks, resident)
+        vectors = (3, 4) if N > 16384 else (2, 3, 4)
+        return Plan(1, fitted(N, blocks, vectors, 256), blocks, resident)
+    if N <= 16384 or (N < 32768 and name == "rms_norm"):
+        blocks = cluster_for(N, 16384)
+        return Plan(1, 256 if is_odd else fitted(N, blocks, (5, 6, 7, 8), 256), blocks, 2)
+    if is_odd:
+        kept = 1 if name == "layer_norm" or N <= 65536 else 0
+        turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
+        return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept, turns=turns)
+    if N <= 32768:
+        threads = fitted(N, 1, (4, 5, 6), 640) if N < 32768 else 512
+        return Plan(1, threads, 1, 1, stages=2, kept=1, is_free=True)
+    kept = 2 if name == "layer_norm" and N > 65536 else 1  # in the place of a row
+    blocks = cluster_for(N, 16384)
+    threads, resident = fitted(N, blocks, (5, 6, 7, 8), 256), max(1, 32768 * blocks // N)
+    return Plan(1, threads, blocks, resident, stages=3 - kept, kept=kept, is_free=True)
 
 
 def backward_plan(N, name):
     """16 elements a thread, of the longest rows 32: there are two tensors to read, and sums over
     rows to keep, of LayerNorm two."""
-    if name == "layer_norm":
+    is_even, is_double = N & N - 1 == 0, name == "layer_norm"
+    if N > 4096 and not is_even:
+        return uneven_backward_plan(N, is_double)
+    if is_double:
         if N <= 2048:
             return Plan(max(1, rows_for(N) // 4), 128, 1, 4, stages=3)
-        if N <= 16384 or (N & N - 1 and N <= MOST // 2):  # masks again
+        if N <= 16384:
             return Plan(rows_for(N), 512, cluster_for(N, 8192), 1, stages=3)
         return Plan(1, 512, cluster_for(N, 16384), 1, stages=3)
     if N > 65536:
         return Plan(1, 1024 if name == "softmax" else 512, cluster_for(N, 16384), 1, stages=2)
     if N > 4096:
-        return Plan(1, 512, cluster_for(N, 8192), 1 if N % 8 else 2, stages=2)
+        return Plan(1, 512, cluster_for(N, 8192), 2, stages=2)
     if N > 2048:
         return Plan(1, 256, 1, 4, stages=2)
     if name == "softmax":
         return Plan(rows_for(N), 512, 1, 2, stages=2)
     return Plan(max(1, rows_for(N) // 4), 128, 1, 4, stages=2)
+
+
+def uneven_backward_plan(N, is_double):
+    """Of other widths than powers of two; is_double: there are two sums over rows. Up to 32,768
+    columns there are about so many elements of all rows on a multiprocessor: with more the rings
+    take the L1 cache's place, with fewer memory waits."""
+    stages = 3 if is_double else 2
+    if N <= 8192:
+        return Plan(1, fitted(N, 1, (1, 2), 512), 1, 1 if is_double else 2, stages=stages)
+    if N <= 32768:
+        blocks = cluster_for(N, 4096)
+        resident = (8192 if is_double else 11264) * blocks // N
+        return Plan(1, fitted(N, blocks, (2, 3), 192), blocks, resident, stages=stages)
+    if is_double and N <= 131072:
+        blocks = cluster_for(N, 12800)
+        vectors = (2,) if blocks * 8192 < N else (3, 4)
+        return Plan(1, fitted(N, blocks, vectors, 256), blocks, 1, stages=stages)
+    if N <= 65536:
+        blocks = cluster_for(N, 8192)
+        return Plan(1, fitted(N, blocks, (3, 4), 256), blocks, 2, stages=stages)
+    blocks = cluster_for(N, 16384)
+    vectors = (2,) if is_double or N % VECTOR else (3, 4)
+    stages = 3 if is_double or 11264 * blocks >= N else 2
+    return Plan(1, fitted(N, blocks, vectors, 512), blocks, 1, stages=stages)
+
+
+def fitted(N, blocks, vectors, about):
+    """Threads of a block that has a share of a row, about so many, each with one of those numbers
+    of vectors: such that few have nothing to do."""
+
+    def threads(count):
+        return T.ceildiv(N, blocks * count * VECTOR * WARP) * WARP
+
+    least = min(threads(n) * n for n in vectors)
+    good = [threads(n) for n in vectors if threads(n) * n <= 1.05 * least]
+    return min(good, key=lambda n: (abs(n - about), n))
 
 
 def cluster_for(N, most):
@@ -133,13 +177,15 @@ def cluster_for(N, most):
     return blocks
 
 
-def part_of(N, blocks, threads=0):
-    """Columns of a row that each block of a cluster takes: whole vectors of 16 bytes. threads: of
-    blocks whose warps bring a piece each, of whole lines of 128 bytes."""
-    if blocks == 1 and not threads:
-        return N
-    unit = LINE * threads // WARP if threads else VECTOR
-    return T.ceildiv(T.ceildiv(N, blocks), unit) * unit
+def part_of(N, blocks, threads, is_free=False):
+    """Columns of a row that each block of a cluster takes: whole vectors of 16 bytes. Where few are
+    too many, as many for each thread: then masks are only where memory is read and written.
+    is_free: warps bring a piece each, which is so always."""
+    share, unit = T.ceildiv(N, blocks), VECTOR * threads
+    whole = T.ceildiv(share, unit) * unit
+    if is_free or 6 * whole <= 7 * share:
+        return whole
+    return N if blocks == 1 else T.ceildiv(share, VECTOR) * VECTOR
 
 
 class FreeRows:
@@ -246,7 +292,7 @@ def softmax(
     clusters take every `workers`th and bring the next ones meanwhile.
     """
     M, N = X.shape
-    part, groups = part_of(N, blocks), T.ceildiv(M, BM)
+    part, groups = part_of(N, blocks, threads), T.ceildiv(M, BM)
     is_ragged = part * blocks != N
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
@@ -309,7 +355,7 @@ def rms_norm(
     float32. Rows are divided as by `softmax`; with TAKEN, an int32 that is 0 before and after,
     each of `workers` clusters takes the next one when it is free (N in whole vectors)."""
     M, N = X.shape
-    part, groups = part_of(N, blocks, 0 if TAKEN is None else threads), T.ceildiv(M, BM)
+    part, groups = part_of(N, blocks, threads, TAKEN is not None), T.ceildiv(M, BM)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
@@ -334,26 +380,27 @@ def rms_norm(
 
 
 @T.macro
-def once_through(x, mean, s, pivot, width):
-    """The mean of a row's elements and of the squares about it, with one meeting of the threads:
-    first about a number amid them, so that differences are of the size of what is left. Where all
-    that varies is in the vector that gives the pivot, the squares lose 11 of float32's 24 bits."""
+def once_through(x, mean, s, pivot, width, count, is_inside):
+    """The mean of a row's `count` elements and of the squares about it, with one meeting of the
+    threads: first about a number amid them, so that differences are of the size of what is left.
+    Where all that varies is in the vector that gives the pivot, the squares lose 11 of float32's 24
+    bits. is_inside: whether there is an element in a column."""
     BM, part = x.shape
     offs, squares = (T.alloc_fragment((BM, width), "float32") for _ in range(2))
     for i, j in T.Parallel(BM, width):
-        off = x[i, j] - pivot
+        off = T.if_then_else(is_inside(j), x[i, j] - pivot, 0)
         offs[i, j] = off
         squares[i, j] = off * off
     for vector in T.unroll(1, part // width):
         for i, j in T.Parallel(BM, width):
-            off = x[i, vector * width + j] - pivot
+            off = T.if_then_else(is_inside(vector * width + j), x[i, vector * width + j] - pivot, 0)
             offs[i, j] += off
             squares[i, j] += off * off
     T.reduce_sum(offs, mean, dim=1)
     T.reduce_sum(squares, s, dim=1)
     for i in T.Parallel(BM):
-        mean[i] = mean[i] / part
-        s[i] = s[i] / part - mean[i] * mean[i]
+        mean[i] = mean[i] / T.max(count, 1)
+        s[i] = s[i] / part - mean[i] * mean[i] * (count / part)
         mean[i] = mean[i] + pivot
 
 
@@ -370,23 +417,25 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
         """How many of the row block c has."""
         return T.max(T.min(N - c * part, part), 0) if is_ragged else part
 
+    def is_inside(j):
+        return column + j < N if is_ragged else True
+
     square = T.alloc_fragment((BM, part), "float32")
     mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
     shift = T.alloc_fragment((BM,), "float32")
-    if free is None or is_ragged or part % free.width:
+    count = columns(column // part)
+    if free is None:
         T.reduce_sum(x, mean, dim=1)
         for i in T.Parallel(BM):
-            mean[i] = mean[i] / T.max(columns(column // part), 1)
+            mean[i] = mean[i] / T.max(count, 1)
         for i, j in T.Parallel(BM, part):
-            off = x[i, j] - mean[i]
-            if is_ragged:
-                off = T.if_then_else(column + j < N, off, 0.0)
+            off = T.if_then_else(is_inside(j), x[i, j] - mean[i], 0)
             square[i, j] = off * off
         T.reduce_sum(square, s, dim=1)
         for i in T.Parallel(BM):
             s[i] = s[i] / part
     else:
-        once_through(x, mean, s, free.pivot(), free.width)
+        once_through(x, mean, s, free.pivot(), free.width, count, is_inside)
     if free is not None:
         free.learn()
     if blocks > 1:
@@ -427,7 +476,7 @@ def layer_norm(
     """Y = (X - MEAN) * S * W + B, with the mean and 1 / sqrt(variance + eps) of each row. X, Y:
     (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `rms_norm`."""
     M, N = X.shape
-    part, groups = part_of(N, blocks, 0 if TAKEN is None else threads), T.ceildiv(M, BM)
+    part, groups = part_of(N, blocks, threads, TAKEN is not None), T.ceildiv(M, BM)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
@@ -460,7 +509,7 @@ def softmax_backward(
     Clusters of `blocks` blocks take every `workers`th group of BM rows, and bring what comes next
     while they compute."""
     M, N = Y.shape
-    part = part_of(N, blocks)
+    part = part_of(N, blocks, threads)
     groups = T.ceildiv(M, BM)
     with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
         T.annotate_min_blocks_per_sm(resident)
@@ -506,7 +555,7 @@ def rms_norm_backward(
     to Y. DW: (N,). Clusters of `blocks` blocks take every `workers`th group of BM rows; each keeps
     its part of DW in registers, and a second kernel adds the parts."""
     M, N = X.shape
-    part = part_of(N, blocks)
+    part = part_of(N, blocks, threads)
     groups = T.ceildiv(M, BM)
     parts = T.empty((workers, N), "float32")
     with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
@@ -549,7 +598,7 @@ def layer_norm_backward(
 ):  # fmt: skip
     """The same of `layer_norm`, with the gradient with respect to B."""
     M, N = X.shape
-    part = part_of(N, blocks)
+    part = part_of(N, blocks, threads)
     groups = T.ceildiv(M, BM)
     w_parts, b_parts = T.empty((workers, N), "float32"), T.empty((workers, N), "float32")
     with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:

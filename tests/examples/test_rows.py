@@ -197,7 +197,18 @@ def test_rows_that_are_too_long():
         rows.forward_plan(262145, "softmax")
 
 
-@pytest.mark.parametrize("N", WIDTHS)
+@pytest.mark.parametrize("N", [5120, 10240, 12288, 20000, 28672, 50304, 151936, 200000])
+def test_threads_fit_rows_of_any_length(N):
+    for name in rows.NAMES:
+        for found in (rows.forward_plan(N, name), rows.backward_plan(N, name)):
+            if N <= 8192 and not found.stages:  # several rows to a block, as before
+                continue
+            part = rows.part_of(N, found.blocks, found.threads, found.is_free)
+            assert part % (found.threads * rows.VECTOR) == 0, "no thread has part of a vector"
+            assert N <= part * found.blocks <= 1.15 * N, "few columns are none of the row's"
+
+
+@pytest.mark.parametrize("N", [*WIDTHS, 5120, 12288, 20000, 28672, 50304, 151936])
 def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
     M = (1 << 24) // N
     x, w, s = T.Tensor((M, N), "bfloat16"), T.Tensor((N,), "bfloat16"), T.Tensor((M,), "float32")
