@@ -44,6 +44,7 @@ def attention_backward(
     batch, heads, S, D = Q.shape
     shared, SK = K.shape[1], K.shape[2]
     group = heads // shared
+    members = group if D <= 128 else 1  # loops of a block, where registers for it are left
     is_light = D <= 64 and not softcap  # scores of 128 queries fit the registers
     BM, BN = BM or (128 if is_light else 64), BN or (128 if D <= 128 else 64)
     scale, none = 1 / D**0.5, -T.infinity("float32")
@@ -115,9 +116,12 @@ def attention_backward(
         T.copy(V[z, source, block * BN, 0], v)
         T.clear(dk)
         T.clear(dv)
-        for member in range(group):
-            head = source * group + member
-            for step in T.Pipelined(first, T.ceildiv(last, BM), num_stages=stages):
+        count = T.max(T.ceildiv(last, BM) - first, 0)
+        for member in range(members):
+            for number in T.Pipelined(group // members * count, num_stages=stages):
+                head, step = source * group + member, first + number
+                if members < group:
+                    head, step = source * group + number // count, first + number % count
                 T.copy(Q[z, head, step * BM, 0], q)
                 T.copy(dO[z, head, step * BM, 0], g)
                 T.copy(Stats[z, head, 0:2, step * BM : step * BM + BM], stats)

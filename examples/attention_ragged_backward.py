@@ -40,6 +40,7 @@ def attention_ragged_backward(
     total, heads, D = Q.shape
     shared, sequences = K.shape[1], starts_q.shape[0] - 1
     group = heads // shared
+    members = group if D <= 128 else 1  # loops of a block, where registers for it are left
     BM, BN = BM or 64, BN or (128 if D <= 128 else 64)
     scale, none = 1 / D**0.5, -T.infinity("float32")
     rows = (total // ROWS + sequences) * ROWS
@@ -112,23 +113,27 @@ def attention_ragged_backward(
         if across > 1 and D // across % 64:  # each begins where a swizzle of the keys does
             half, quarter = T.make_half_bank_swizzled_layout, T.make_quarter_bank_swizzled_layout
             T.annotate_layout({k: (quarter if D // across % 32 else half)(k)})
-        T.annotate_producer_reg_dealloc(24)
-        T.annotate_consumer_reg_alloc(240)
+        is_lean = D > 128 and group == 1  # the sums of one head leave the producer more registers
+        T.annotate_producer_reg_dealloc(40 if is_lean else 24)
+        T.annotate_consumer_reg_alloc(232 if is_lean else 240)
 
         queries, outer = queries_of(z, Q, dO)
         keys, values, dkeys, dvalues = keys_of(z, K, V, dK, dV)
         S, SK, column, start = queries.shape[0], keys.shape[0], block * BN, home(z)
-        level = column + S - SK  # the query level with the block's first key
+        level = column + (S - SK)  # the query level with the block's first key
         first = T.min(T.max(level, 0) // BM, T.ceildiv(S, BM)) if is_causal else 0
         last = T.min(T.max(level + BN + window - 1, 0), S) if window else S
         last = T.if_then_else(column < SK, last, 0)  # a branch would take registers
-        T.copy(keys[column : column + BN, source, :], k)
-        T.copy(values[column : column + BN, source, :], v)
         T.clear(dk)
         T.clear(dv)
-        for member in range(group):
-            head = source * group + member
-            for step in T.Pipelined(first, T.ceildiv(last, BM), num_stages=stages):
+        T.copy(values[column : column + BN, source, :], v)
+        T.copy(keys[column : column + BN, source, :], k)
+        count = T.max(T.ceildiv(last, BM) - first, 0)
+        for member in range(members):
+            for number in T.Pipelined(group // members * count, num_stages=stages):
+                head, step = source * group + member, first + number
+                if members < group:
+                    head, step = source * group + number // count, first + number % count
                 row = step * BM
                 T.copy(queries[row : row + BM, head, :], q)
                 T.copy(outer[row : row + BM, head, :], g)
