@@ -90,7 +90,7 @@ def forward_plan(N, name):
         if is_odd:
             return Plan(1, 256, blocks, resident - (resident < 4))
         if N > 65536:
-            return Plan(1, fitted(N, blocks, (7, 8), 160), blocks, resident)
+            return Plan(1, fitted(N, blocks, (7, 8), 320, slack=1.0), blocks, resident)
         vectors = (3, 4) if N > 16384 else (2, 3, 4)
         return Plan(1, fitted(N, blocks, vectors, 256), blocks, resident)
     if N <= 16384 or (N < 32768 and name == "rms_norm"):
@@ -105,7 +105,9 @@ def forward_plan(N, name):
         return Plan(1, threads, 1, 1, stages=2, kept=1, is_free=True)
     kept = 2 if name == "layer_norm" and N > 65536 else 1  # in the place of a row
     blocks = cluster_for(N, 16384)
-    threads, resident = fitted(N, blocks, (5, 6, 7, 8), 256), max(1, 32768 * blocks // N)
+    resident = 32768 * blocks // N
+    threads = fitted(N, blocks, (5, 6, 7, 8), 192 if resident > 2 else 256)
+    resident = max(1, min(resident, 768 // threads))
     return Plan(1, threads, blocks, resident, stages=3 - kept, kept=kept, is_free=True)
 
 
@@ -156,15 +158,15 @@ def uneven_backward_plan(N, is_double):
     return Plan(1, fitted(N, blocks, vectors, 512), blocks, 1, stages=stages)
 
 
-def fitted(N, blocks, vectors, about):
+def fitted(N, blocks, vectors, about, slack=1.05):
     """Threads of a block that has a share of a row, about so many, each with one of those numbers
-    of vectors: such that few have nothing to do."""
+    of vectors: such that not many more have nothing to do (`slack` times the fewest columns)."""
 
     def threads(count):
         return T.ceildiv(N, blocks * count * VECTOR * WARP) * WARP
 
     least = min(threads(n) * n for n in vectors)
-    good = [threads(n) for n in vectors if threads(n) * n <= 1.05 * least]
+    good = [threads(n) for n in vectors if threads(n) * n <= slack * least]
     return min(good, key=lambda n: (abs(n - about), n))
 
 
