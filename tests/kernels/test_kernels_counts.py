@@ -99,19 +99,31 @@ def test_numbers_of_tiles_are_divided_in_32_bits(kernel):
 
 
 def test_more_tiles_than_are_counted_are_refused():
+    @tilejit
+    def plain(A: T.Tensor, *, panel=0):
+        with T.Kernel(A.shape[0], A.shape[1], threads=32) as (x, y):
+            if panel:
+                T.use_swizzle(panel)
+            A[x, y] = 0.0
+
     frame = compiled(batched).kernels[0]
     assert frame.planned.is_persistent
     assert frame.launch_grid((1 << 15, 1 << 15, 1), None) == (2, 1, 1)
-    with pytest.raises(ResourceError, match=f"{1 << 31} blocks, of which at most {MAX_TILES}"):
-        frame.launch_grid((1 << 16, 1 << 15, 1), None)
+    wide = T.Tensor((T.dynamic("m"), T.dynamic("n")), "float32")
+    panels = plain.compile(wide, target=HOPPER, panel=4).kernels[0]
+    for found in (frame, panels):
+        found.check_tiles("it", (1 << 15, 1 << 15, 1))
+        with pytest.raises(ResourceError, match=f"{1 << 31} blocks, of which at most {MAX_TILES}"):
+            found.check_tiles("it", (1 << 16, 1 << 15, 1))
+    line = plain.compile(wide, target=HOPPER).kernels[0]  # which counts no tiles
+    line.check_tiles("it", (1 << 16, 1 << 15, 1))
+    assert line.launch_grid((1 << 16, 1 << 15, 1), None) == (1 << 16, 1 << 15, 1)
 
-    @tilejit
-    def plain(A: T.Tensor):
-        with T.Kernel(A.shape[0], threads=32) as x:
-            A[x] = 0.0
 
-    line = plain.compile(T.Tensor((T.dynamic("n"),), "float32"), target=HOPPER).kernels[0]
-    assert line.launch_grid((2**31 - 1, 1, 1), None) == (2**31 - 1, 1, 1)  # those count no tiles
+def test_calls_with_more_tiles_than_are_counted_are_refused(hopper, rng):
+    a, b = operand(rng, (1, 128, 128), BF16), operand(rng, (1, 128, 8192), BF16)
+    with pytest.raises(ResourceError, match=f"{128 * (2**25 - 1)} blocks, of which at most"):
+        hopper(compiled(triangle), a, b, 2**31 - 64, out=[((1, 128, 8192), np.float32)])
 
 
 def test_sends_amid_a_loop_have_no_branch():
@@ -137,6 +149,38 @@ def masked(X: T.Tensor, Y: T.Tensor, *, N=None):
             x[j] = T.if_then_else(column + j < N, x[j], 7.0)
         for j in T.Parallel(part):
             Y[row, column + j] = T.if_then_else(column + j >= N - 8, x[j] * 2, x[j])
+
+
+@tilejit
+def remainders(X: T.Tensor, Y: T.Tensor, *, factor=6, by=9, most=4):
+    with T.Kernel(1, threads=128):
+        for i in T.Parallel(X.shape[0]):
+            Y[i] = T.if_then_else((X[i] * factor) % by < most, 1, 0)
+
+
+@pytest.mark.parametrize("factors", [(6, 9, 4), (100, 1000, 250), (8, 1024, 251), (40, 1000, 501)])
+def test_values_wrap_before_they_are_compared(run, rng, factors):
+    factor, by, most = factors
+    x = rng.integers(-(2**31), 2**31, 256).astype(np.int32)
+    with np.errstate(over="ignore"):
+        wanted = (x * np.int32(factor)) % np.int32(by) < most
+    found = run(remainders, x, out=[((256,), np.int32)], factor=factor, by=by, most=most)
+    assert (found == wanted).all()
+
+
+@tilejit
+def far(Y: T.Tensor):
+    with T.Kernel(1, threads=32):
+        for i in T.Parallel(Y.shape[0]):
+            Y[i] = 0
+        for j in T.serial(4096, 4098):
+            if T.cast(j, "int64") * 1048576 - 4294967296 < 5:
+                for i in T.Parallel(Y.shape[0]):
+                    Y[i] = j
+
+
+def test_wide_values_are_compared_in_64_bits(run):
+    assert (run(far, out=[((8,), np.int32)]) == 4096).all()
 
 
 @pytest.mark.parametrize("N", [1, 7, 8, 1000, 3071, 3072, 4000, 5997, 6000])

@@ -78,6 +78,7 @@ def test_what_may_wrap_is_compared_as_it_is():
     eight = binary("mul", x, const(8))
     for e in (
         binary("lt", binary("add", eight, const(3)), const(64)),
+        binary("lt", binary("floormod", eight, const(1000)), const(251)),
         binary("lt", cast(eight, int64), const(2**40, int64)),
         binary("lt", binary("mul", cast(var("a", 9), uint32), const(8, uint32)), const(7, uint32)),
         binary("lt", binary("mul", cast(var("a", 9), int8), const(8, int8)), const(7, int8)),

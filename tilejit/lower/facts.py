@@ -15,7 +15,7 @@ from tilejit.ir.expr import Expr, Var, int_value, variables
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Atomic, Body, For, Load, LoopKind, Node, OneThread, Store, walk
 from tilejit.ir.sync import Control, ControlOp
-from tilejit.ops.copy import Copy, Fill
+from tilejit.ops.copy import Copy, Fill, is_bulk_store
 from tilejit.ops.gemm import Gemm
 
 # A private array up to this many elements that is indexed by a runtime value is still kept in
@@ -69,11 +69,6 @@ def _quick(nodes: Sequence[Node]) -> Iterator[OneThread]:
             for node in walk(loop.body):
                 if isinstance(node, OneThread) and all(map(is_bulk_store, node.body)):
                     yield node
-
-
-def is_bulk_store(node: Node) -> bool:
-    """True for a copy from shared memory by TMA."""
-    return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL
 
 
 def _is_async(node: Node) -> bool:

@@ -9,10 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tilejit.dtypes import int32, int64
-from tilejit.ir.analysis import divisor, interval, linear
+from tilejit.dtypes import int32
+from tilejit.ir.analysis import Interval, divisor, interval, linear
 from tilejit.ir.buffer import Buffer
-from tilejit.ir.expr import Const, Expr, Op, Var, arith, binary, const, index, same_width
+from tilejit.ir.expr import (
+    Const,
+    Expr,
+    Op,
+    Var,
+    arith,
+    binary,
+    cast,
+    const,
+    index,
+    same_width,
+    walk,
+)
 from tilejit.layout.fragment import THREAD, FragmentLayout
 from tilejit.layout.shared import SharedLayout
 
@@ -70,7 +82,7 @@ def coarse_comparison(e: Op, known: Mapping[Var, int]) -> Expr:
     multiples of g, constants are rounded to them. So `8 * thread + c < 64` is one comparison for c
     from 0 to 7. known: divisors of variables."""
     a, b = e.children
-    if not all(x.dtype in (int32, int64) and interval(x).fits_int32 for x in (a, b)):
+    if a.dtype is not int32 or b.dtype is not int32 or not _never_wraps(e):
         return e
     (left, p), (right, q) = linear(a), linear(b)
     step = 0
@@ -81,8 +93,23 @@ def coarse_comparison(e: Op, known: Mapping[Var, int]) -> Expr:
     above = (p - q - (e.op in ("le", "gt"))) % step if step else 0
     if step <= 1 or interval(a).low - above < int32.min:  # type: ignore[operator]
         return e
-    lower = arith("add", total(left, 0), p - above) if left else const(p - above, a.dtype)
-    return binary(e.op, *same_width(lower, total(right, q) if right else b))
+    lower = _sum(left, p - above)
+    return binary(e.op, lower, _sum(right, q))
+
+
+def _never_wraps(e: Expr) -> bool:
+    """True when nothing in an expression leaves the numbers of its dtype, so that as a value it is
+    what it is in an index."""
+    whole = (n for n in walk(e) if n.dtype.is_integer)
+    return all(interval(n).within(Interval(int(n.dtype.min), int(n.dtype.max))) for n in whole)
+
+
+def _sum(terms: Mapping[Expr, int], constant: int) -> Expr:
+    """A sum that fits int32, in which partial sums may wrap as long as all do."""
+    result: Expr = const(0)
+    for term, factor in terms.items():
+        result = binary("add", result, binary("mul", cast(term, int32), const(factor)))
+    return binary("add", result, const(constant))
 
 
 def thread_part(layout: FragmentLayout, thread: Expr) -> tuple[Expr, ...]:

@@ -162,3 +162,8 @@ class Fill(Node):
 
     def show(self, names: Names) -> str:
         return f"T.fill({names.region(self.dst)}, {names.expr(self.value)})"
+
+
+def is_bulk_store(node: Node) -> bool:
+    """True for copies to a tensor by the tensor memory accelerator."""
+    return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL

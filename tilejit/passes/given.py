@@ -16,7 +16,14 @@ from tilejit.ir.node import Let, Node
 from tilejit.ops.copy import Copy
 from tilejit.passes.queue import unevenness
 from tilejit.passes.registers import GROUP, REGISTER_STEP, launch_registers, register_split
-from tilejit.passes.tiles import Walk, choose_cluster, is_in_step, only_multiplied
+from tilejit.passes.tiles import (
+    MAX_TILES,
+    Walk,
+    at_most,
+    choose_cluster,
+    is_in_step,
+    only_multiplied,
+)
 
 FEWEST_REGISTERS, MOST_REGISTERS = 24, 256 - REGISTER_STEP
 
@@ -125,7 +132,8 @@ def order_tiles(kernel: Kernel) -> Kernel:
     for var, size, extent in zip(raw, sizes, units, strict=True):
         number = arith("add", number, arith("mul", arith("floordiv", var, size), step))
         step = arith("mul", step, extent)
-    unit = Var("tile", number.dtype, VarKind.VALUE, index(0), arith("sub", step, 1))
+    last = arith("sub", at_most(step, MAX_TILES), 1)
+    unit = Var("tile", number.dtype, VarKind.VALUE, index(0), last)
     walked = Walk(replace(kernel, block_vars=places), 1, None, *given_order(kernel, kernel.cluster))
     nodes: list[Node] = [Let(var=unit, value=number), *walked.decode(unit, units, {})]
     if not is_single:

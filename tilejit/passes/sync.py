@@ -37,7 +37,7 @@ from tilejit.ir.sync import BarrierArrive, BarrierWait, Control, ControlOp, Sync
 from tilejit.isa.atom import CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.ops.cluster import ClusterExchange, ClusterScatter
-from tilejit.ops.copy import Copy
+from tilejit.ops.copy import Copy, is_bulk_store
 from tilejit.ops.elementwise import as_parallel
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Step
@@ -444,8 +444,3 @@ def is_async_access(node: Node) -> bool:
     if isinstance(node, OneThread):
         return any(is_async_access(n) for n in node.body)
     return isinstance(node, Copy) and node.is_tma
-
-
-def is_bulk_store(node: Node) -> bool:
-    """True for copies to a tensor by the tensor memory accelerator."""
-    return isinstance(node, Copy) and node.is_tma and node.dst.buffer.scope is Scope.GLOBAL

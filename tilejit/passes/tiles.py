@@ -64,9 +64,9 @@ class Walk:
             visit = visit_number()
         turn = visit
         if role is not None and role.team is not None:
-            turn = Var("turn", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+            turn = Var("turn", int32, VarKind.LOOP, index(0), index(MAX_TILES - 1))
             mine = arith("add", arith("mul", turn, role.teams), role.team)
-            visit = Var("visit", int32, VarKind.VALUE, index(0), index(MAX_BLOCKS - 1))
+            visit = Var("visit", int32, VarKind.VALUE, index(0), index(MAX_TILES - 1))
             opened.append(Let(var=visit, value=mine))
             left = arith("sub", arith("add", visits, role.teams - 1), role.team)
             visits = arith("floordiv", left, role.teams)
@@ -122,7 +122,7 @@ class Walk:
 
     def last_unit(self) -> Expr:
         """The largest number of a unit, as far as it is known."""
-        return arith("sub", _at_most(_product(self.units()), MAX_TILES), 1)
+        return arith("sub", at_most(_product(self.units()), MAX_TILES), 1)
 
     def _total(self, nodes: list[Node]) -> Expr:
         units = [self._counted("count", e, nodes) for e in self.units()]
@@ -211,7 +211,7 @@ class Stay(Walk):
     def __post_init__(self) -> None:
         super().__post_init__()
         total = arith("mul", _product(self.units()), self.cluster)
-        last = arith("sub", _at_most(total, MAX_TILES), 1)
+        last = arith("sub", at_most(total, MAX_TILES), 1)
         self.block = Var("block", int32, VarKind.BLOCK, index(0), last)
 
     def around(self, body: Body, role: Role | None = None, visit: Var | None = None) -> Body:
@@ -229,14 +229,14 @@ def _product(extents: Sequence[Expr]) -> Expr:
     return product
 
 
-def _at_most(number: Expr, most: int) -> Expr:
+def at_most(number: Expr, most: int) -> Expr:
     """The number, or what is known to be more where 32 bits may not hold it."""
     return number if interval(number).fits_int32 else index(most)
 
 
 def visit_number() -> Var:
     """A variable for the number of a block's tile."""
-    return Var("visit", int32, VarKind.LOOP, index(0), index(MAX_BLOCKS - 1))
+    return Var("visit", int32, VarKind.LOOP, index(0), index(MAX_TILES - 1))
 
 
 def tile_walk(kernel: Kernel, cluster: int, axis: int | None) -> Walk:

@@ -228,27 +228,39 @@ class TileFrame:
 
         return order
 
-    def launch_grid(self, grid: Grid, ordinal: int | None) -> Grid:
-        """The blocks to launch for a grid of tiles, on a GPU or (None) simulated.
-
-        Raises:
-            ResourceError: more tiles than a kernel whose blocks find their own can count.
+    def check_tiles(self, name: str, grid: Grid) -> None:
         """
+        Raises:
+            ResourceError: more tiles than blocks that find their own can count.
+        """
+        tiles = grid[0] * grid[1] * grid[2]
+        if tiles > MAX_TILES and self._finds_tiles:
+            raise ResourceError(
+                f"{name}: the grid has {tiles} blocks, of which at most {MAX_TILES} are counted.",
+                hint="Let each block do more.",
+            )
+
+    @property
+    def _finds_tiles(self) -> bool:
+        """Whether a block's number is not its tile's place in the grid."""
+        plan = self.planned
+        return plan.is_persistent or self._is_line or bool(plan.given.panel)
+
+    @property
+    def _is_line(self) -> bool:
+        """Whether blocks have one number, whatever the grid is."""
+        plan = self.planned
+        return len(plan.grid) < len(self.graph.grid) + (plan.parts > 1)
+
+    def launch_grid(self, grid: Grid, ordinal: int | None) -> Grid:
+        """The blocks to launch for a grid of tiles, on a GPU or (None) simulated."""
         plan = self.planned
         if plan.parts > 1:  # one more dimension, whatever the others are
             axis = len(self.graph.grid)
             grid = (*grid[:axis], plan.parts, *grid[axis + 1 :])  # type: ignore[assignment]
-        if not plan.is_persistent and len(plan.grid) == len(self.graph.grid) + (plan.parts > 1):
-            return grid
         tiles = grid[0] * grid[1] * grid[2]
-        if tiles > MAX_TILES:
-            raise ResourceError(
-                f"{plan.name}: the grid has {tiles} blocks, of which at most {MAX_TILES} are "
-                "counted.",
-                hint="Let each block do more.",
-            )
         if not plan.is_persistent:
-            return tiles, 1, 1
+            return (tiles, 1, 1) if self._is_line else grid
         blocks = SIMULATED_BLOCKS if ordinal is None else device.multiprocessors(ordinal)
         size = plan.cluster_size
         return min(tiles, max(size, blocks // size * size)), 1, 1

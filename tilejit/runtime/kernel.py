@@ -328,6 +328,7 @@ class TileKernel:
         for frame, grid in zip(self.kernels, grids, strict=True):
             name = f"{self.name} ({frame.graph.name})" if len(grids) > 1 else self.name
             check_grid(name, grid, frame.graph.given.cluster)
+            frame.check_tiles(name, grid)
         return grids
 
     def _run_gpu(
