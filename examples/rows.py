@@ -81,22 +81,20 @@ def forward_plan(N, name):
     rows 64 and 512. Of the longest, whose weights would come from L2 for each row anew, the next
     rows are brought meanwhile, and weights stay."""
     has_masks = N & N - 1 != 0  # which take registers
-    is_odd = N % VECTOR != 0  # elements come one by one
+    is_loose = N % VECTOR != 0  # elements come one by one
     if N <= 8192:
         return Plan(rows_for(N), 256, 1, 3 if has_masks and name != "softmax" else 4)
     if name == "softmax":
         blocks = cluster_for(N, 8192 if N <= 65536 else 16384)
-        resident = 4 if N <= 16384 else 5 - has_masks if N <= 65536 else 3
-        if is_odd:
-            return Plan(1, 256, blocks, resident - (resident < 4))
         if N > 65536:
-            return Plan(1, fitted(N, blocks, (7, 8), 320, slack=1.0), blocks, resident)
-        vectors = (3, 4) if N > 16384 else (2, 3, 4)
-        return Plan(1, fitted(N, blocks, vectors, 256), blocks, resident)
+            threads = 256 if is_loose else fitted(N, blocks, (7, 8), 320, slack=1.0)
+            return Plan(1, threads, blocks, 2 if is_loose else 3)
+        vectors, resident = ((3, 4), 5 - has_masks) if N > 16384 else ((2, 3, 4), 4)
+        return Plan(1, 256 if is_loose else fitted(N, blocks, vectors, 256), blocks, resident)
     if N <= 16384 or (N < 32768 and name == "rms_norm"):
         blocks = cluster_for(N, 16384)
-        return Plan(1, 256 if is_odd else fitted(N, blocks, (5, 6, 7, 8), 256), blocks, 2)
-    if is_odd:
+        return Plan(1, 256 if is_loose else fitted(N, blocks, (5, 6, 7, 8), 256), blocks, 2)
+    if is_loose:
         kept = 1 if name == "layer_norm" or N <= 65536 else 0
         turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
         return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept, turns=turns)
@@ -114,8 +112,8 @@ def forward_plan(N, name):
 def backward_plan(N, name):
     """16 elements a thread, of the longest rows 32: there are two tensors to read, and sums over
     rows to keep, of LayerNorm two."""
-    is_even, is_double = N & N - 1 == 0, name == "layer_norm"
-    if N > 4096 and not is_even:
+    has_masks, is_double = N & N - 1 != 0, name == "layer_norm"
+    if N > 4096 and has_masks:
         return uneven_backward_plan(N, is_double)
     if is_double:
         if N <= 2048:

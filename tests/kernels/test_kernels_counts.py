@@ -19,20 +19,26 @@ BF16 = ml_dtypes.bfloat16
 HOPPER = "sm_90a"
 
 
+@T.macro
+def product(A, B, C, x, y, z, stop, BM, BN, BK):
+    """A tile of A[z] @ B[z], of the first `stop` columns of A."""
+    a, b = T.alloc_shared((BM, BK), A.dtype), T.alloc_shared((BK, BN), B.dtype)
+    acc = T.alloc_fragment((BM, BN), "float32")
+    T.clear(acc)
+    for k in T.Pipelined(T.ceildiv(stop, BK), num_stages=3):
+        T.copy(A[z, y * BM, k * BK], a)
+        T.copy(B[z, k * BK, x * BN], b)
+        T.gemm(a, b, acc)
+    T.copy(acc, C[z, y * BM, x * BN])
+
+
 @tilejit
 def batched(A: T.Tensor, B: T.Tensor, C: T.Tensor, *, BM=64, BN=64, BK=64):
     """C[z] = A[z] @ B[z], of any number of rows, columns and batches."""
     batch, M, K = A.shape
     N = B.shape[2]
     with T.Kernel(T.ceildiv(N, BN), T.ceildiv(M, BM), batch, threads=128) as (x, y, z):
-        a, b = T.alloc_shared((BM, BK), A.dtype), T.alloc_shared((BK, BN), B.dtype)
-        acc = T.alloc_fragment((BM, BN), "float32")
-        T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(K, BK), num_stages=3):
-            T.copy(A[z, y * BM, k * BK], a)
-            T.copy(B[z, k * BK, x * BN], b)
-            T.gemm(a, b, acc)
-        T.copy(acc, C[z, y * BM, x * BN])
+        product(A, B, C, x, y, z, K, BM, BN, BK)
 
 
 @tilejit
@@ -42,14 +48,7 @@ def triangle(A: T.Tensor, B: T.Tensor, rows: T.int32, C: T.Tensor, *, BM=64, BN=
     batch, _, K = A.shape
     N = B.shape[2]
     with T.Kernel(T.ceildiv(rows, BM), T.ceildiv(N, BN), batch, threads=128) as (y, x, z):
-        a, b = T.alloc_shared((BM, BK), A.dtype), T.alloc_shared((BK, BN), B.dtype)
-        acc = T.alloc_fragment((BM, BN), "float32")
-        T.clear(acc)
-        for k in T.Pipelined(T.ceildiv(T.min((y + 1) * BM, K), BK), num_stages=3):
-            T.copy(A[z, y * BM, k * BK], a)
-            T.copy(B[z, k * BK, x * BN], b)
-            T.gemm(a, b, acc)
-        T.copy(acc, C[z, y * BM, x * BN])
+        product(A, B, C, x, y, z, T.min((y + 1) * BM, K), BM, BN, BK)
 
 
 def compiled(kernel):
