@@ -233,7 +233,7 @@ class TileFrame:
         Raises:
             ResourceError: more tiles than blocks that find their own can count.
         """
-        tiles = grid[0] * grid[1] * grid[2] * self.planned.parts
+        tiles = grid[0] * grid[1] * grid[2]
         if tiles > MAX_TILES and self._finds_tiles:
             raise ResourceError(
                 f"{name}: the grid has {tiles} blocks, of which at most {MAX_TILES} are counted.",
