@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Value = Any
 State = dict[Any, list[Value]]
+# Of consecutive elements those that exist: the first one's number and that after the last, int32
+Part = tuple[Value, Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,17 @@ class Machine(Protocol):
         """The inverse of `pack`."""
 
     def load(
-        self, address: Address, dtype: DType, count: int = 1, when: Value | None = None
+        self,
+        address: Address,
+        dtype: DType,
+        count: int = 1,
+        when: Value | None = None,
+        part: Part | None = None,
     ) -> list[Value]:
-        """`count` consecutive elements; zeros where `when` is false. One access when
-        `count` times the element size is a power of two up to 16 and divides the alignment,
-        else as few as the alignment allows."""
+        """`count` consecutive elements; zeros where `when` is false and outside of `part`. One
+        access when `count` times the element size is a power of two up to 16 and divides the
+        alignment, else as few as the alignment allows; of a part that is not all, one an element
+        (in global and shared memory only)."""
 
     def store(
         self,
@@ -104,8 +112,9 @@ class Machine(Protocol):
         values: Sequence[Value],
         dtype: DType,
         when: Value | None = None,
+        part: Part | None = None,
     ) -> None:
-        """The inverse of `load`; nothing is written where `when` is false."""
+        """The inverse of `load`; nothing is written where that gives zeros."""
 
     def atomic(
         self,

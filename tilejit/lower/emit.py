@@ -56,11 +56,13 @@ class Point:
     mapping: loop variables and loaded values of this iteration.
     bounds: false for padding iterations, which must touch no memory; None is true.
     condition: conjunction of the enclosing branches' conditions; None is true.
+    tests: more of these, that neighbours do not share: comparisons of whole numbers.
     """
 
     mapping: dict[Var, Expr] = field(default_factory=dict)
     bounds: Value | None = None
     condition: Value | None = None
+    tests: tuple[Expr, ...] = ()
 
     def sub(self, e: Expr) -> Expr:
         return substitute(e, self.mapping) if self.mapping else e
@@ -93,7 +95,7 @@ class Points:
         return self.layout is None and len(self.points) == 1
 
     def with_constant(self, var: Var, value: Expr) -> Points:
-        points = [Point({**p.mapping, var: value}, p.bounds, p.condition) for p in self.points]
+        points = [replace(p, mapping={**p.mapping, var: value}) for p in self.points]
         return replace(self, points=points, constants={**self.constants, var: value})
 
 
@@ -350,6 +352,10 @@ class EmitterBase:
             result = condition if result is None else self.m.binary("and", result, condition, bool_)
         return result
 
+    def condition(self, point: Point) -> Value | None:
+        """Whether an iteration is in the branches around; None is true."""
+        return self.both(point.condition, *map(self.value, point.tests))
+
     def inside(self, e: Expr, extent: Expr) -> Value | None:
         """Whether 0 <= e < extent; None when that is proven."""
         if is_surely_inside(e, extent):
@@ -365,12 +371,14 @@ class EmitterBase:
         self._guards[-1][e, extent] = result
         return result
 
-    def guard(self, buffer: Buffer, at: Sequence[Expr]) -> Value | None:
-        """Whether a global index is in range; None when that is proven."""
+    def guard(self, buffer: Buffer, at: Sequence[Expr], lead_only: bool = False) -> Value | None:
+        """Whether a global index is in range; None when that is proven. lead_only: all but its last
+        part."""
         if buffer.scope is not Scope.GLOBAL:
             return None
         tests = []
-        for e, extent in zip(at, buffer.shape, strict=True):
+        count = len(at) - lead_only
+        for e, extent in zip(at[:count], buffer.shape[:count], strict=True):
             if buffer.broadcasts and int_value(extent) == 1:
                 continue
             tests.append(self.inside(e, extent))
@@ -393,7 +401,7 @@ class EmitterBase:
         starts = [point.sub(e) for e in region.starts]
         ends = [arith("add", e, n - 1) for e, n in zip(starts, region.extents, strict=True)]
         for at in (starts, ends):
-            self.check(region.buffer, at, point.condition)
+            self.check(region.buffer, at, self.condition(point))
 
     # ---- addresses --------------------------------------------------------------------------
 

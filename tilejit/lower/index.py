@@ -82,7 +82,7 @@ def coarse_comparison(e: Op, known: Mapping[Var, int]) -> Expr:
     multiples of g, constants are rounded to them. So `8 * thread + c < 64` is one comparison for c
     from 0 to 7. known: divisors of variables."""
     a, b = e.children
-    if a.dtype is not int32 or b.dtype is not int32 or not _never_wraps(e):
+    if a.dtype is not int32 or b.dtype is not int32 or not never_wraps(e):
         return e
     (left, p), (right, q) = linear(a), linear(b)
     step = 0
@@ -97,7 +97,7 @@ def coarse_comparison(e: Op, known: Mapping[Var, int]) -> Expr:
     return binary(e.op, lower, _sum(right, q))
 
 
-def _never_wraps(e: Expr) -> bool:
+def never_wraps(e: Expr) -> bool:
     """True when nothing in an expression leaves the numbers of its dtype, so that as a value it is
     what it is in an index."""
     whole = (n for n in walk(e) if n.dtype.is_integer)

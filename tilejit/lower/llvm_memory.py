@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from tilejit.dtypes import DType
 from tilejit.isa import memory
-from tilejit.isa.machine import Address
+from tilejit.isa.machine import Address, Part
 from tilejit.lower.llvm_control import LLVMControl
 from tilejit.lower.llvm_values import (
     BYTE_POINTER,
@@ -98,7 +98,12 @@ class LLVMMemory(LLVMControl):
     # -- loads -------------------------------------------------------------------------------
 
     def load(
-        self, address: Address, dtype: DType, count: int = 1, when: Value | None = None
+        self,
+        address: Address,
+        dtype: DType,
+        count: int = 1,
+        when: Value | None = None,
+        part: Part | None = None,
     ) -> list[Value]:
         known = None if when is None else constant_int(when)
         if known == 0:
@@ -111,8 +116,25 @@ class LLVMMemory(LLVMControl):
         result: list[Value] = []
         for first, elements in _accesses(dtype.bytes, count, address.align):
             offset = constant + first * dtype.bytes
-            result += self._load_access(address, base, offset, dtype, elements, when)
+            mine, whole = self._own_part(part, first, elements, when)
+            result += self._load_access(address, base, offset, dtype, elements, whole, mine)
         return result
+
+    def _own_part(
+        self, part: Part | None, first: int, elements: int, when: Value | None
+    ) -> tuple[Part | None, Value | None]:
+        """The part of an access that has some of the elements, and its condition; one element is
+        there or not."""
+        if part is None:
+            return None, when
+        begin, end = (self.builder.sub(v, I32(first)) if first else v for v in part)
+        if elements > 1:
+            return (begin, end), when
+        is_there = self.builder.and_(
+            self.builder.icmp_signed("<=", begin, I32(0)),
+            self.builder.icmp_signed(">", end, I32(0)),
+        )
+        return None, is_there if when is None else self.builder.and_(is_there, when)
 
     def _load_access(
         self,
@@ -122,24 +144,22 @@ class LLVMMemory(LLVMControl):
         dtype: DType,
         elements: int,
         when: Value | None,
+        part: Part | None,
     ) -> list[Value]:
         total = elements * dtype.bytes
         bits, kind = self._register(dtype, total)
         registers = total * 8 // bits
-        text = memory.load(
-            address.space,
-            bits,
-            registers,
-            constant,
-            readonly=address.readonly,
-            predicated=when is not None,
-        )
+        how = {"readonly": address.readonly, "predicated": when is not None}
+        if part is None:
+            text = memory.load(address.space, bits, registers, constant, **how)
+        else:
+            text = memory.load_part(address.space, bits, registers, dtype.bytes, constant, **how)
         loaded = self.assemble(
             text,
             [kind] * registers,
-            [base] if when is None else [base, when],
+            [base, *(part or ()), *(() if when is None else (when,))],
             has_effect=not (address.readonly and address.space == "global"),
-            early=when is not None,
+            early=when is not None or part is not None,
         )
         if dtype.bytes >= 4:
             return [self._from_integer(v, llvm_type(dtype)) for v in loaded]
@@ -169,6 +189,7 @@ class LLVMMemory(LLVMControl):
         values: Sequence[Value],
         dtype: DType,
         when: Value | None = None,
+        part: Part | None = None,
     ) -> None:
         known = None if when is None else constant_int(when)
         if known == 0:
@@ -181,13 +202,15 @@ class LLVMMemory(LLVMControl):
             return
         base, constant = self._place(address)
         for first, elements in _accesses(dtype.bytes, len(values), address.align):
+            mine, whole = self._own_part(part, first, elements, when)
             self._store_access(
                 address.space,
                 base,
                 constant + first * dtype.bytes,
                 values[first : first + elements],
                 dtype,
-                when,
+                whole,
+                mine,
             )
 
     def _store_access(
@@ -198,12 +221,18 @@ class LLVMMemory(LLVMControl):
         values: Sequence[Value],
         dtype: DType,
         when: Value | None,
+        part: Part | None,
     ) -> None:
         total = len(values) * dtype.bytes
         bits, _ = self._register(dtype, total)
         registers = self._pack_registers(values, dtype, total)
-        text = memory.store(space, bits, len(registers), constant, predicated=when is not None)
-        inputs = [base, *registers] + ([] if when is None else [when])
+        count, is_predicated = len(registers), when is not None
+        if part is None:
+            text = memory.store(space, bits, count, constant, predicated=is_predicated)
+        else:
+            size = dtype.bytes
+            text = memory.store_part(space, bits, count, size, constant, predicated=is_predicated)
+        inputs = [base, *registers, *(part or ()), *(() if when is None else (when,))]
         self.assemble(text, (), inputs, has_effect=True)
 
     def _pack_registers(self, values: Sequence[Value], dtype: DType, total: int) -> list[Value]:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tilejit.dtypes import bool_, int32, int64, uint32
+from tilejit.dtypes import bool_, float32, int32, int64, uint32
 from tilejit.errors import InternalError
 from tilejit.ir.access import local_registers
-from tilejit.ir.analysis import difference, divisor
+from tilejit.ir.analysis import difference, divisor, interval
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Const, Expr, Var, arith, binary, const, int_value, variables
+from tilejit.ir.expr import Const, Expr, Var, arith, binary, const, index, int_value, variables
 from tilejit.ir.node import (
     Atomic,
     Body,
@@ -33,14 +33,18 @@ from tilejit.ir.sync import AsyncCommit, AsyncWait, BarrierArrive, BarrierWait, 
 from tilejit.isa import barrier as isa_barrier
 from tilejit.isa import cp_async as isa_cp_async
 from tilejit.isa import mbarrier as isa_mbarrier
-from tilejit.isa.machine import Value
+from tilejit.isa.machine import Part, Value
 from tilejit.layout.shared import SharedLayout
-from tilejit.lower.emit import EmitterBase, Point, Points, new_value
+from tilejit.lower.emit import EmitterBase, Point, Points, is_surely_inside, new_value
 from tilejit.lower.facts import trip_count
+from tilejit.lower.index import global_offset, power_of_two_divisor
+from tilejit.lower.parts import Kept, conjuncts, kept, narrowed, opposite
 
 # Registers that one round of a T.Parallel loop handles: enough loads in flight, and code of a
 # loop over a large tile in memory stays small.
 ROUND = 128
+_WORD = 4  # bytes of the narrowest access of which a part may be left out
+_WIDEST = 16
 
 
 class StatementEmitter(EmitterBase):
@@ -108,7 +112,7 @@ class StatementEmitter(EmitterBase):
         m.issue(isa_barrier.bar_sync_at(self.threads), [m.cast([number], int32, uint32)[0]])
 
     def barrier_address(self, barrier: Buffer, slot: Expr, point: Point) -> Value:
-        self.check(barrier, [point.sub(slot)], point.condition)
+        self.check(barrier, [point.sub(slot)], self.condition(point))
         offset = arith("mul", point.sub(slot), isa_mbarrier.BYTES)
         offset = arith("add", offset, self.kernel.offsets[barrier.root])
         return self.m.address(self._split("shared", None, offset, isa_mbarrier.BYTES, False))
@@ -146,7 +150,7 @@ class StatementEmitter(EmitterBase):
         if isinstance(slot, int):
             return held[slot]
         when = None if node.when is None else self.value(point.sub(node.when))
-        self.check(node.buffer, at, self.both(point.bounds, point.condition, when))
+        self.check(node.buffer, at, self.both(point.bounds, self.condition(point), when))
         number, bits = self.index_value(slot)
         dtype = int32 if bits == 32 else int64
         result = held[0]
@@ -157,36 +161,78 @@ class StatementEmitter(EmitterBase):
 
     def _load_memory(self, node: Load, points: Points) -> None:
         done: dict[Any, list[Value]] = {}
-        done_values: list[Value] = []
         results: list[Value] = []
+        if node.when is not None:
+            tested = [self._tested(p, p.sub(node.when)) for p in points.points]
+            points = replace(points, points=tested)
         width = self.access_width(node.buffer, node.index, points)
-        when_exprs = [None if node.when is None else p.sub(node.when) for p in points.points]
-        if any(when is not when_exprs[n - n % width] for n, when in enumerate(when_exprs)):
-            width = 1
-        for number, point in enumerate(points.points):
-            lane = number % width
-            at = tuple(point.sub(e) for e in node.index)
-            if lane:
-                results.append(done_values[lane])
-                continue
-            when_expr = when_exprs[number]
-            key = (at, when_expr, id(point.bounds), id(point.condition))
-            if key in done:
-                done_values = done[key]
-            else:
-                when = self.both(
-                    self.guard(node.buffer, at),
-                    point.bounds,
-                    point.condition,
-                    points.once_loads,
-                    None if when_expr is None else self.value(when_expr),
-                )
-                self.check(node.buffer, at, when, width)
-                address = self.address(node.buffer, at)
-                done_values = self.m.load(address, node.buffer.dtype, width, when)
-                done[key] = done_values
-            results.append(done_values[0])
+        for first in range(0, len(points.points), width):
+            group = points.points[first : first + width]
+            at = tuple(group[0].sub(e) for e in node.index)
+            key = (at, group[0].tests, id(group[0].bounds), id(group[0].condition))
+            if key not in done:
+                done[key] = self._load_group(node.buffer, at, group, points.once_loads)
+            results += done[key]
         self._bind_each(node.out, points, results)
+
+    def _load_group(
+        self, buffer: Buffer, at: Sequence[Expr], group: Sequence[Point], once: Value | None
+    ) -> list[Value]:
+        """What neighbours load. What nothing writes is read for those that a condition leaves out
+        too, where others are left: that costs less than to read each by itself."""
+        found, width = kept([p.tests for p in group]), len(group)
+        assert found is not None, "neighbours are left from one on to another"
+        is_constant = buffer.scope is Scope.GLOBAL and buffer not in self.written
+        if found.is_all or width == 1 or not is_constant or not self.is_readonly(buffer):
+            when, part = self._reach(buffer, at, group, found, once)
+            return self.m.load(self.address(buffer, at), buffer.dtype, width, when, part)
+        first, end = self._part(found, width)
+        before = self.m.binary("lt", first, self.m.const(width, int32), int32)
+        some = self.both(once, before, self.m.binary("gt", end, self.m.const(0, int32), int32))
+        when, part = self._reach(buffer, at, group, Kept(found.shared), some)
+        read = self.m.load(self.address(buffer, at), buffer.dtype, width, when, part)
+        zero = self.m.cast([self.m.const(0, float32)], float32, buffer.dtype)[0]
+        return [
+            self.m.select(self.condition(p), value, zero)
+            for p, value in zip(group, read, strict=True)
+        ]
+
+    def _tested(self, point: Point, condition: Expr) -> Point:
+        """An iteration under one more condition."""
+        fresh = conjuncts(condition, self.kernel.multiples)
+        return replace(point, tests=(*point.tests, *fresh))
+
+    def _reach(
+        self,
+        buffer: Buffer,
+        at: Sequence[Expr],
+        group: Sequence[Point],
+        found: Kept,
+        once: Value | None,
+    ) -> tuple[Value | None, Part | None]:
+        """Under which condition one access serves neighbours, and which of them where not all;
+        checks what it touches where the machine checks. at: the first one's element. found: which
+        of them the conditions leave."""
+        point, width = group[0], len(group)
+        if buffer.scope is not Scope.GLOBAL or width == 1 or self._is_together(buffer, at, width):
+            guarded = self.guard(buffer, at)
+        else:
+            guarded = self.guard(buffer, at, lead_only=True)
+            found = found.within(*self._range_left(buffer, at))
+        conditions = (point.bounds, point.condition, once, *map(self.value, found.shared))
+        when = self.both(guarded, *conditions)
+        if found.is_all or width == 1:
+            self.check(buffer, at, when, width)
+            return when, None
+        for k, one in enumerate(group):
+            own = self.both(point.bounds, self.condition(one), once)
+            self.check(buffer, (*at[:-1], arith("add", at[-1], k)), own)
+        return when, self._part(found, width)
+
+    def _part(self, found: Kept, width: int) -> Part:
+        first = index(0) if found.first is None else narrowed(found.first)
+        end = index(width) if found.end is None else narrowed(found.end)
+        return self.index_value(first, 32)[0], self.index_value(end, 32)[0]
 
     # ---- stores -----------------------------------------------------------------------------
 
@@ -203,7 +249,7 @@ class StatementEmitter(EmitterBase):
             for register, value, point in zip(registers, values, points.points, strict=True):
                 bounds = None if is_alike else point.bounds
                 held[register] = self._merge(
-                    self.both(bounds, point.condition), value, held[register]
+                    self.both(bounds, self.condition(point)), value, held[register]
                 )
         elif scope.is_per_thread and node.buffer.root not in self.facts.in_memory:
             for value, point in zip(values, points.points, strict=True):
@@ -216,7 +262,7 @@ class StatementEmitter(EmitterBase):
 
     def _store_private(self, node: Store, point: Point, value: Value) -> None:
         held = self.state[node.buffer.root]
-        condition = self.both(point.bounds, point.condition)
+        condition = self.both(point.bounds, self.condition(point))
         at = [point.sub(e) for e in node.index]
         self.check(node.buffer, at, condition)
         slot = self.private_slot(node.buffer, at)
@@ -233,12 +279,13 @@ class StatementEmitter(EmitterBase):
         width = self.access_width(node.buffer, node.index, points)
         once = self.once(node, points)
         for first in range(0, len(points.points), width):
-            point = points.points[first]
-            at = tuple(point.sub(e) for e in node.index)
-            when = self.both(self.guard(node.buffer, at), point.bounds, point.condition, once)
-            self.check(node.buffer, at, when, width)
-            group = values[first : first + width]
-            self.m.store(self.address(node.buffer, at), group, node.buffer.dtype, when)
+            group = points.points[first : first + width]
+            at = tuple(group[0].sub(e) for e in node.index)
+            found = kept([p.tests for p in group])
+            assert found is not None, "neighbours are left from one on to another"
+            when, part = self._reach(node.buffer, at, group, found, once)
+            mine, dtype = values[first : first + width], node.buffer.dtype
+            self.m.store(self.address(node.buffer, at), mine, dtype, when, part)
 
     def once(self, node: Node, points: Points) -> Value | None:
         """Restriction to one thread, for effects on memory that all threads would repeat."""
@@ -259,7 +306,7 @@ class StatementEmitter(EmitterBase):
             at = tuple(point.sub(e) for e in node.index)
             if node.buffer.scope not in (Scope.GLOBAL, Scope.SHARED):
                 raise InternalError("An atomic on private memory.", span=node.span)
-            when = self.both(self.guard(node.buffer, at), point.bounds, point.condition, once)
+            when = self.both(self.guard(node.buffer, at), point.bounds, self.condition(point), once)
             value = self.value(point.sub(node.value))
             self.check(node.buffer, at, when)
             address = self.address(node.buffer, at)
@@ -296,39 +343,78 @@ class StatementEmitter(EmitterBase):
         return self._access_memo
 
     def access_width(self, buffer: Buffer, at: Sequence[Expr], points: Points) -> int:
-        """How many consecutive points one memory access serves: their elements are consecutive
-        and in range or not together."""
+        """How many consecutive points one memory access serves: their elements are consecutive,
+        and those that are accessed have no others between them."""
         width, axis = points.vector, points.axis
         if width == 1 or axis is None or not at:
             return 1
         if any(axis in variables(Point(points.constants).sub(e)) for e in at[:-1]):
             return 1
-        if not all(
-            are_neighbours(points.points[first : first + width], at[-1])
-            for first in range(0, len(points.points), width)
-        ):
+        groups = [points.points[n : n + width] for n in range(0, len(points.points), width)]
+        if not all(are_neighbours(group, at[-1]) for group in groups):
+            return 1
+        left = [kept([p.tests for p in group]) for group in groups]
+        if None in left:
+            return 1
+        is_parted = not all(k is not None and k.is_all for k in left)
+        if is_parted and (buffer.scope.is_per_thread or width * buffer.dtype.bytes < _WORD):
             return 1
         if buffer.scope is Scope.GLOBAL:
-            return self._global_width(buffer, at, points, width)
+            return self._global_width(buffer, at, groups, width, is_parted)
         root = buffer.root
         if buffer.scope.is_shared and buffer is root:
-            return self._shared_width(self.kernel.shared[root], points, at, width)
+            wide = self._shared_width(self.kernel.shared[root], points, at, width)
+            return wide if wide == width or not is_parted else 1
         return width if int_value(buffer.element_strides[-1]) == 1 else 1
 
-    def _global_width(self, buffer: Buffer, at: Sequence[Expr], points: Points, width: int) -> int:
+    def _global_width(
+        self,
+        buffer: Buffer,
+        at: Sequence[Expr],
+        groups: Sequence[Sequence[Point]],
+        width: int,
+        is_parted: bool,
+    ) -> int:
         if int_value(buffer.element_strides[-1]) != 1:
             return 1
-        extent = int_value(buffer.shape[-1])
-        proven = all(self.inside(p.sub(at[-1]), buffer.shape[-1]) is None for p in points.points)
-        if not proven:
-            # a vector is inside or outside as a whole when it starts and the extent ends at its
-            # multiple
-            starts, multiples = 0, self.kernel.multiples
-            for first in range(0, len(points.points), points.vector):
-                starts = math.gcd(starts, divisor(points.points[first].sub(at[-1]), multiples))
-            known = divisor(buffer.shape[-1], multiples) if extent is None else extent
-            width = math.gcd(width, math.gcd(starts, known))
-        return width
+        extent = buffer.shape[-1]
+        if buffer.broadcasts and int_value(extent) == 1:
+            return 1
+        if all(is_surely_inside(p.sub(at[-1]), extent) for group in groups for p in group):
+            return width
+        # a vector is inside or outside as a whole when it starts and the extent ends at its
+        # multiple; else its end is accessed by itself, which is worth it where the rest is wide
+        multiples = self.kernel.multiples
+        starts = [tuple(group[0].sub(e) for e in at) for group in groups]
+        common = math.gcd(divisor(extent, multiples), *(divisor(s[-1], multiples) for s in starts))
+        together = math.gcd(width, common)
+        if together == width:
+            return width
+        align = min(self._alignment(buffer, s) for s in starts)
+        reach = min(width, align // buffer.dtype.bytes)
+        if reach > together and reach * buffer.dtype.bytes >= _WORD:
+            return reach
+        return 1 if is_parted else together
+
+    def _alignment(self, buffer: Buffer, at: Sequence[Expr]) -> int:
+        """A power of two that provably divides a global element's address, up to 16."""
+        known = divisor(global_offset(buffer, at), self.kernel.multiples)
+        return power_of_two_divisor(known, power_of_two_divisor(buffer.align or 1, _WIDEST))
+
+    def _is_together(self, buffer: Buffer, at: Sequence[Expr], width: int) -> bool:
+        """Whether a vector is, along the last dimension, in a tensor or not as a whole."""
+        extent, multiples = buffer.shape[-1], self.kernel.multiples
+        last = arith("add", at[-1], width - 1)
+        if is_surely_inside(at[-1], extent) and is_surely_inside(last, extent):
+            return True
+        return math.gcd(divisor(at[-1], multiples), divisor(extent, multiples)) % width == 0
+
+    def _range_left(self, buffer: Buffer, at: Sequence[Expr]) -> tuple[Expr | None, Expr | None]:
+        """Which elements from one on are in the tensor along the last dimension."""
+        low = interval(at[-1]).low
+        is_before = low is None or low < 0
+        first = arith("sub", 0, at[-1]) if is_before else None
+        return first, arith("sub", buffer.shape[-1], at[-1])
 
     def _shared_width(
         self, layout: SharedLayout, points: Points, at: Sequence[Expr], width: int
@@ -409,10 +495,7 @@ class StatementEmitter(EmitterBase):
                 with self.scope():
                     self.emit_body(node.body, copy_points(points).with_constant(node.var, value))
             return
-        inner = [
-            Point({**outer.mapping, node.var: value}, outer.bounds, outer.condition)
-            for value in steps
-        ]
+        inner = [replace(outer, mapping={**outer.mapping, node.var: value}) for value in steps]
         vector = len(steps) & -len(steps) if node.step == 1 else 1
         self.emit_body(
             node.body,
@@ -428,11 +511,14 @@ class StatementEmitter(EmitterBase):
             if not body:
                 continue
             arm = copy_points(points)
-            for point, condition in zip(arm.points, conditions, strict=True):
-                value = self.value(condition)
-                if negate:
-                    value = self.m.unary("not", value, bool_)
-                point.condition = self.both(point.condition, value)
+            wanted = [opposite(c) for c in conditions] if negate else conditions
+            for n, (point, condition) in enumerate(zip(arm.points, conditions, strict=True)):
+                test = wanted[n]
+                if test is not None:
+                    arm.points[n] = self._tested(point, test)
+                else:
+                    value = self.m.unary("not", self.value(condition), bool_)
+                    point.condition = self.both(point.condition, value)
             self.emit_body(body, arm)
 
     def _emit_branch(self, node: If, condition: Expr, points: Points) -> None:

@@ -127,7 +127,7 @@ class TileEmitter(StatementEmitter):
             at = coordinates(layout, parts, register)
             bounds = self.bounds(layout, at)
             mapping = {**around.mapping, **dict(zip(node.vars, at, strict=True))}
-            points.append(Point(mapping, bounds, around.condition))
+            points.append(replace(around, mapping=mapping, bounds=bounds))
         vector = layout.vector if not layout.flat else _flat_vector(layout)
         axis = node.vars[-1] if node.vars else None
         return Points(points, layout, node.vars, vector, axis, registers=registers)
@@ -168,7 +168,7 @@ class TileEmitter(StatementEmitter):
             return False
         if not self.target.has(Feature.STMATRIX) or not are_rows(node.index, points.variables):
             return False
-        if any(p.condition is not None or p.bounds is not None for p in points.points):
+        if any(p.condition is not None or p.tests or p.bounds is not None for p in points.points):
             return False
         down, across = strides
         place_of = {register: n for n, register in enumerate(points_registers(points))}
@@ -226,7 +226,7 @@ class TileEmitter(StatementEmitter):
             return False
         if node.buffer.scope is not Scope.GLOBAL:
             return False
-        if any(p.condition is not None or p.bounds is not None for p in points.points):
+        if any(p.condition is not None or p.tests or p.bounds is not None for p in points.points):
             return False
         if self.access_width(node.buffer, node.index, points) < PAIR:
             return False
@@ -300,7 +300,7 @@ class TileEmitter(StatementEmitter):
         for register in range(0, layout.registers, vector):
             at = coordinates(layout, parts, register)
             point = Point({**around.mapping, **dict(zip(variables, at, strict=True))})
-            when = self.both(self.bounds(layout, at), around.condition, once)
+            when = self.both(self.bounds(layout, at), self.condition(around), once)
             source_at = tuple(point.sub(e) for e in place(node.src, variables))
             target_at = tuple(point.sub(e) for e in place(node.dst, variables))
             self._issue_async(node, source_at, target_at, vector, when)
@@ -335,7 +335,7 @@ class TileEmitter(StatementEmitter):
         for node in body:
             if isinstance(node, If):
                 assert not node.orelse, "a pipeline's fill has no other arm"
-                condition = self.both(point.condition, self.value(point.sub(node.condition)))
+                condition = self.both(self.condition(point), self.value(point.sub(node.condition)))
                 self.emit_straight(node.then, replace(point, condition=condition))
             else:
                 self.emit_node(node, Points([point]))
@@ -345,7 +345,7 @@ class TileEmitter(StatementEmitter):
         source = node.src.buffer
         size = vector * source.dtype.bytes
         full = self.m.const(size, uint32)
-        rows = self.guard_leading(node, at)
+        rows = self.guard(source, at, lead_only=True)
         extent, column = source.shape[-1], at[-1]
         left = arith("sub", extent, column)
         last = arith("add", column, vector - 1)
@@ -359,11 +359,6 @@ class TileEmitter(StatementEmitter):
             if low is None or low < 0:
                 rows = self.both(rows, self.inside(column, extent))
         return count if rows is None else self.m.select(rows, count, self.m.const(0, uint32))
-
-    def guard_leading(self, node: Copy, at: tuple[Expr, ...]) -> Value | None:
-        """Whether all indices but the last are in range."""
-        shape = node.src.buffer.shape
-        return self.both(*(self.inside(e, n) for e, n in zip(at[:-1], shape[:-1], strict=True)))
 
 
 def box_places(

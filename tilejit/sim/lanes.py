@@ -9,7 +9,8 @@ switched off compute too; their results are never used and their effects never h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from tilejit.dtypes import DType, bool_
 from tilejit.errors import SimulationError, Span
 from tilejit.isa.instruction import Instruction
-from tilejit.isa.machine import Address, State
+from tilejit.isa.machine import Address, Part, State
 from tilejit.ops.scalar import bitcast_array, cast_array, evaluate_op
 from tilejit.sim.block import Block
 from tilejit.sim.fma import fused_multiply_add
@@ -133,8 +134,18 @@ class LaneMachine(AsyncEffects):
     # --- memory ----------------------------------------------------------------------------------
 
     def load(
-        self, address: Address, dtype: DType, count: int = 1, when: Array | None = None
+        self,
+        address: Address,
+        dtype: DType,
+        count: int = 1,
+        when: Array | None = None,
+        part: Part | None = None,
     ) -> list[Array]:
+        if part is not None:
+            whole, each = _parted(part, count, when)
+            together = self.load(address, dtype, count, whole)
+            alone = [self.load(at, dtype, 1, own)[0] for at, own in _elements(address, dtype, each)]
+            return [self.select(whole, a, b) for a, b in zip(together, alone, strict=True)]
         width = count * dtype.bytes
         mask = self.mask_with(when)
         if mask is not None and not mask.any():
@@ -149,7 +160,14 @@ class LaneMachine(AsyncEffects):
         values: Sequence[Array],
         dtype: DType,
         when: Array | None = None,
+        part: Part | None = None,
     ) -> None:
+        if part is not None:
+            whole, each = _parted(part, len(values), when)
+            self.store(address, values, dtype, whole)
+            for value, (at, own) in zip(values, _elements(address, dtype, each), strict=True):
+                self.store(at, [value], dtype, own)
+            return
         mask = self.mask_with(when)
         if mask is not None and not mask.any():
             return
@@ -380,6 +398,23 @@ def make_constant(value: bool | int | float, dtype: DType) -> Array:
         if dtype.is_signed and value >> (dtype.bits - 1):
             value -= 1 << dtype.bits
     return np.array([value], dtype.numpy)
+
+
+def _parted(part: Part, count: int, when: Array | None) -> tuple[Array, list[Array]]:
+    """Which lanes access all of `count` elements, and for each element which others do."""
+    begin, end = part
+    is_asked = np.ones(1, bool) if when is None else when
+    whole = is_asked & (begin <= 0) & (end >= count)
+    return whole, [is_asked & ~whole & (begin <= k) & (k < end) for k in range(count)]
+
+
+def _elements(
+    address: Address, dtype: DType, each: Sequence[Array]
+) -> Iterator[tuple[Address, Array]]:
+    """The address of each of consecutive elements, and which lanes access it."""
+    for k, own in enumerate(each):
+        constant = address.constant + k * dtype.bytes
+        yield replace(address, constant=constant, align=min(address.align, dtype.bytes)), own
 
 
 def _columns(values: Sequence[Array], dtype: DType, length: int) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tilejit.dtypes import DType
 from tilejit.isa.instruction import Instruction
-from tilejit.isa.machine import Address, Granule, State
+from tilejit.isa.machine import Address, Granule, Part, State
 from tilejit.sim.lanes import LaneMachine, make_constant
 
 Array = np.ndarray[Any, Any]
@@ -180,9 +180,19 @@ class Recorder:
         space, fixed = address.space, (address.constant, address.align, address.readonly)
         return lambda r: Address(space, r[base], r[offset], *fixed)
 
-    def load(self, address: Address, dtype: DType, count: int = 1, when: Any = None) -> list[Any]:
+    def load(
+        self,
+        address: Address,
+        dtype: DType,
+        count: int = 1,
+        when: Any = None,
+        part: Part | None = None,
+    ) -> list[Any]:
         find, c = self._find(address), self._maybe(when)
-        return self._record(count, lambda m, r: m.load(find(r), dtype, count, r[c]))
+        if part is None:
+            return self._record(count, lambda m, r: m.load(find(r), dtype, count, r[c]))
+        a, b = self._all(part)
+        return self._record(count, lambda m, r: m.load(find(r), dtype, count, r[c], (r[a], r[b])))
 
     def check_index(
         self, index: Sequence[Any], extents: Sequence[int], name: str, when: Any = None
@@ -191,10 +201,21 @@ class Recorder:
         self._effect(lambda m, r: m.check_index([r[p] for p in places], extents, name, r[c]))
 
     def store(
-        self, address: Address, values: Sequence[Any], dtype: DType, when: Any = None
+        self,
+        address: Address,
+        values: Sequence[Any],
+        dtype: DType,
+        when: Any = None,
+        part: Part | None = None,
     ) -> None:
         find, c, these = self._find(address), self._maybe(when), self._all(values)
-        self._effect(lambda m, r: m.store(find(r), [r[p] for p in these], dtype, r[c]))
+        if part is None:
+            self._effect(lambda m, r: m.store(find(r), [r[p] for p in these], dtype, r[c]))
+            return
+        a, b = self._all(part)
+        self._effect(
+            lambda m, r: m.store(find(r), [r[p] for p in these], dtype, r[c], (r[a], r[b]))
+        )
 
     def atomic(
         self,
