@@ -140,6 +140,20 @@ def test_ragged_gradients_know_nothing_of_other_sequences(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("heads", [4, 16])
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+def test_deterministic_gradients_of_ragged_batches_spill_nothing(load, D, heads, options):
+    q, k = T.Tensor((4096, 16, D), "bfloat16"), T.Tensor((4096, heads, D), "bfloat16")
+    lse, starts = T.Tensor((16, 4096), "float32"), T.Tensor((5,), "int32")
+    backward = load("attention_ragged_backward").attention_ragged_backward.compile(
+        q, k, k, q, lse, q, q, k, k, starts, starts, target="sm_90a", deterministic=True, **options
+    )
+    for kernel in backward.kernels:
+        assert (kernel.resources.spill_bytes, kernel.resources.stack_bytes) == (0, 0)
+        assert "C75" not in kernel.compiled.log
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("D", [64, 128])
 def test_ragged_batches_have_all_that_other_batches_have_on_hopper(load, D, options):
     total, keys, n = T.dynamic("total"), T.dynamic("keys"), T.dynamic("n")

@@ -45,7 +45,7 @@ from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
 from tilejit.passes.pieces import only_brings
-from tilejit.passes.pressure import fills, fragments_at, most_words
+from tilejit.passes.pressure import fills, fragments_at, most_words, words_beside
 from tilejit.passes.registers import consumer_registers
 from tilejit.passes.wgmma import multiply_clocks
 from tilejit.passes.work import work_clocks
@@ -163,9 +163,10 @@ def _leaves(node: Node) -> bool:
 
 def _fits(loop: For, kernel: Kernel) -> bool:
     """Whether all fragments that a loop uses, or that keep values meanwhile, fit the registers at
-    once: those that carry values to the next round share none."""
+    once, with what else it takes: those that carry values to the next round share none."""
     size = sum(math.prod(b.extents) * b.dtype.bytes for b in fragments_at(loop, kernel))
-    return size / 4 / kernel.num_threads <= _most_registers(kernel)
+    words = size / 4 / kernel.num_threads + words_beside(loop, kernel)
+    return words <= _most_registers(kernel)
 
 
 def _most_registers(kernel: Kernel) -> int:

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from tilejit.ir.buffer import Buffer, Scope
+from tilejit.ir.expr import variables
 from tilejit.ir.kernel import Kernel
+from tilejit.ir.loops import accesses, loop_layout
 from tilejit.ir.node import (
     Body,
     For,
     If,
+    Load,
     Node,
     Parallel,
     Part,
@@ -34,6 +37,7 @@ from tilejit.ops.reduce import Reduce
 from tilejit.passes.registers import launch_registers
 
 _MORE = ControlOp.REGISTERS_UP
+_FEW = 8  # variables that every loop has: where its block is, steps
 _PASSES = 2  # over a loop's nodes: what a round hands to the next is known after the first
 
 
@@ -41,6 +45,28 @@ def fragments_at(loop: For, kernel: Kernel) -> set[Buffer]:
     """The fragments that a loop uses, or that keep values meanwhile."""
     before, after = _beside(kernel.body, loop, set(), set())
     return _fragments(_used((loop,))) | before & after
+
+
+def words_beside(loop: For, kernel: Kernel) -> int:
+    """Words of a thread that a loop takes besides fragments and the little that every loop has: the
+    variables of run time that it uses, beyond a few, and what an elementwise loop in it reads from
+    shared memory once for several elements, such as a number for each column. Needs: layouts."""
+    defined = {v for n in walk((loop,)) for v in n.defines}
+    used = {v for n in walk(loop.body) for e in n.exprs for v in variables(e)}
+    reads = [_shared_words(n, kernel) for n in walk(loop.body) if isinstance(n, Parallel)]
+    variables_beyond = len(used - defined - set(kernel.thread_vars)) - _FEW
+    return max(0, variables_beyond) + max(reads, default=0)
+
+
+def _shared_words(node: Parallel, kernel: Kernel) -> int:
+    layout = loop_layout(node, kernel)
+    total = 0
+    for inner, buffer, at in accesses(node):
+        along = [d for d, v in enumerate(node.vars) if any(v in variables(e) for e in at)]
+        if isinstance(inner, Load) and buffer.scope.is_shared and len(along) < len(node.vars):
+            own = layout.project(along).registers if not layout.flat else 1
+            total += own * buffer.dtype.bytes // 4
+    return total
 
 
 def _beside(
