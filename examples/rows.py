@@ -13,179 +13,161 @@ registers, and over blocks by a second kernel, always in the same order. All mat
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
 
 import ml_dtypes
 import numpy as np
+from rows_plan import (
+    BACKWARD,
+    FORWARD,
+    VECTOR,
+    WARP,
+    Plan,
+    alike,
+    backward_plan,
+    chosen,
+    columns_of,
+    forward_plan,
+    is_unaligned,
+    part_of,
+)
 
 import tilejit.language as T
 from tilejit import device_name, has_gpu, options, tilejit
 
 LOG2_E = 1.4426950408889634
-MULTIPROCESSORS = 132  # of an H100 or H200: how many blocks go through the rows of a gradient
-MOST = 262_144  # elements of a row
-VECTOR = 8  # elements of 16 bits that a thread reads or writes at once
-WARP = 32
 EPS = {"rms_norm": 1e-6, "layer_norm": 1e-5}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How rows are divided: BM of them in a block, or one among `blocks` blocks.
+class Rows:
+    """How a kernel sees tensors of rows, (M, N): a block of a cluster has `part` columns of BM rows
+    at a time.
 
-    resident: blocks of a multiprocessor at once. stages: rows that are brought or computed at a
-    time; 0 for blocks that have one group of rows each. kept: how many of W and B stay in shared
-    memory for all rows of a block; the others come from L2 for each. turns: clusters for each that
-    runs at once: multiprocessors are not equally fast, and who is done first takes the next.
-    is_free: clusters stay, and each takes the next row when it is free.
+    Where rows begin at whole vectors, columns are the tensor's. Else all elements are one line, of
+    which a row has the vectors with any of its elements: the first column is the vector's first
+    element, and columns `before` the row and behind it are masked. So memory is accessed in whole
+    vectors but for the row's ends, and what belongs to columns, such as weights, is moved alike.
     """
 
-    BM: int
-    threads: int
-    blocks: int
-    resident: int
-    stages: int = 0
-    kept: int = 0
-    turns: int = 1
-    is_free: bool = False
+    def __init__(self, BM, blocks, threads, least, *tensors, is_free=False):
+        (self.M, self.N), pitches = tensors[0].shape, [t.strides[0] for t in tensors]
+        self.is_unaligned = self.M > 1 and any(is_unaligned(self.N, p, least) for p in pitches)
+        if self.is_unaligned:
+            assert set(pitches) == {self.N}, "such rows follow each other without gaps"
+        self.BM, self.blocks = BM, blocks
+        width = columns_of(self.N) if self.is_unaligned else T.ceildiv(self.N, VECTOR) * VECTOR
+        self.part = part_of(width, blocks, threads, is_free)
+        self.has_more = self.is_unaligned or self.part * blocks != self.N  # columns than the row
 
-    @property
-    def workers(self):
-        """Clusters that go through the rows, `turns` for each that runs at once."""
-        return self.turns * self.at_once
+    def before(self, row):
+        """Columns before a row's first element."""
+        return row * self.N % VECTOR if self.is_unaligned else 0
 
-    @property
-    def at_once(self):
-        """Clusters of blocks that run at once; of wide ones fewer, for their blocks have to be
-        neighbours."""
-        at_once = max(1, MULTIPROCESSORS * self.resident // self.blocks)
-        if self.blocks <= 2:
-            return at_once
-        share = 0.08 if self.blocks == 8 and self.resident < 4 else 0.125
-        return at_once - max(1, round(share * at_once))
+    def has(self, row, column):
+        """Whether a column is one of the row's."""
+        if not self.has_more:
+            return True
+        column = column - self.before(row)
+        return (column >= 0) & (column < self.N) if self.is_unaligned else column < self.N
 
-    @property
-    def options(self):
-        options = asdict(self) | {"workers": self.workers if self.stages else 0}
-        del options["turns"], options["is_free"]
-        return {name: value for name, value in options.items() if name != "kept" or value}
+    def count(self, row, block):
+        """How many columns of a row a block of the cluster has."""
+        begin, end = self.before(row), self.before(row) + self.N
+        first, stop = block * self.part, (block + 1) * self.part
+        return T.max(T.min(end, stop) - T.max(begin, first), 0) if self.has_more else self.part
 
+    def line(self, X, row, column):
+        """All elements, and where a row's column is among them."""
+        line = T.make_tensor(X.data, (self.M * self.N,), X.dtype)
+        return line, row * self.N // VECTOR * VECTOR + column
 
-def rows_for(N):
-    """Rows of a block, a power of two, such that it has at most 8192 elements."""
-    return 1 << max(1, 8192 // N).bit_length() - 1
+    @T.macro
+    def read(self, X, row, column, x, none=0):
+        """Rows to a fragment, from a column on; `none` in columns that are not theirs."""
+        if self.is_unaligned:
+            for i, j in T.Parallel(self.BM, self.part):
+                line, at = self.line(X, row + i, column + j)
+                x[i, j] = T.if_then_else(self.has(row + i, column + j), line[at], none)
+        else:
+            T.copy(X[row, column], x)
+            if none:
+                self.mask(row, column, x, none)
 
+    @T.macro
+    def mask(self, row, column, x, none):
+        if self.has_more:
+            for i, j in T.Parallel(self.BM, self.part):
+                x[i, j] = T.if_then_else(self.has(row + i, column + j), x[i, j], none)
 
-def forward_plan(N, name):
-    """32 elements a thread and 1024 threads a multiprocessor: enough bytes on their way; of long
-    rows 64 and 512. Of the longest, whose weights would come from L2 for each row anew, the next
-    rows are brought meanwhile, and weights stay."""
-    has_masks = N & N - 1 != 0  # which take registers
-    is_loose = N % VECTOR != 0  # elements come one by one
-    if N <= 8192:
-        return Plan(rows_for(N), 256, 1, 3 if has_masks and name != "softmax" else 4)
-    if name == "softmax":
-        blocks = cluster_for(N, 8192 if N <= 65536 else 16384)
-        if N > 65536:
-            threads = 256 if is_loose else fitted(N, blocks, (7, 8), 320, slack=1.0)
-            return Plan(1, threads, blocks, 2 if is_loose else 3)
-        vectors, resident = ((3, 4), 5 - has_masks) if N > 16384 else ((2, 3, 4), 4)
-        return Plan(1, 256 if is_loose else fitted(N, blocks, vectors, 256), blocks, resident)
-    if N <= 16384 or (N < 32768 and name == "rms_norm"):
-        blocks = cluster_for(N, 16384)
-        return Plan(1, 256 if is_loose else fitted(N, blocks, (5, 6, 7, 8), 256), blocks, 2)
-    if is_loose:
-        kept = 1 if name == "layer_norm" or N <= 65536 else 0
-        turns = 16 if N <= 65536 else 8 if N <= 131072 else 1
-        return Plan(1, 512, cluster_for(N, 32768), 1, stages=2, kept=kept, turns=turns)
-    if N <= 32768:
-        threads = fitted(N, 1, (4, 5, 6), 640) if N < 32768 else 512
-        return Plan(1, threads, 1, 1, stages=2, kept=1, is_free=True)
-    kept = 2 if name == "layer_norm" and N > 65536 else 1  # in the place of a row
-    blocks = cluster_for(N, 16384)
-    resident = 32768 * blocks // N
-    threads = fitted(N, blocks, (5, 6, 7, 8), 192 if resident > 2 else 256)
-    resident = max(1, min(resident, 768 // threads))
-    return Plan(1, threads, blocks, resident, stages=3 - kept, kept=kept, is_free=True)
+    def bring(self, X, row, column, tile):
+        """Rows to a shared tile, with what lies beside them."""
+        if not self.is_unaligned:
+            T.copy(X[row, column], tile)
+            return
+        for i in range(self.BM):
+            line, at = self.line(X, row + i, column)
+            T.copy(line[at], tile[i, :])
 
+    @T.macro
+    def write(self, Y, row, column, value):
+        """value(i, j): of a row and column of the block's."""
+        if self.is_unaligned:
+            for i, j in T.Parallel(self.BM, self.part):
+                line, at = self.line(Y, row + i, column + j)
+                result = value(i, j)  # of all columns: only what is written has ends
+                if self.has(row + i, column + j):
+                    line[at] = result
+        else:
+            for i, j in T.Parallel(self.BM, self.part):
+                Y[row + i, column + j] = value(i, j)
 
-def backward_plan(N, name):
-    """16 elements a thread, of the longest rows 32: there are two tensors to read, and sums over
-    rows to keep, of LayerNorm two."""
-    has_masks, is_double = N & N - 1 != 0, name == "layer_norm"
-    if N > 4096 and has_masks:
-        return uneven_backward_plan(N, is_double)
-    if is_double:
-        if N <= 2048:
-            return Plan(max(1, rows_for(N) // 4), 128, 1, 4, stages=3)
-        if N <= 16384:
-            return Plan(rows_for(N), 512, cluster_for(N, 8192), 1, stages=3)
-        return Plan(1, 512, cluster_for(N, 16384), 1, stages=3)
-    if N > 65536:
-        return Plan(1, 1024 if name == "softmax" else 512, cluster_for(N, 16384), 1, stages=2)
-    if N > 4096:
-        return Plan(1, 512, cluster_for(N, 8192), 2, stages=2)
-    if N > 2048:
-        return Plan(1, 256, 1, 4, stages=2)
-    if name == "softmax":
-        return Plan(rows_for(N), 512, 1, 2, stages=2)
-    return Plan(max(1, rows_for(N) // 4), 128, 1, 4, stages=2)
+    def write_sums(self, sums, OUT, worker, column):
+        """Sums over a worker's rows, each added up in its place of BM rows, to a row of OUT; to BM
+        rows where columns of these rows are not the same."""
+        if self.is_unaligned:
+            T.copy(sums, OUT[worker * self.BM, column])
+            return
+        total = T.alloc_fragment((self.part,), "float32")
+        T.reduce_sum(sums, total, dim=0)
+        T.copy(total, OUT[worker, column])
 
+    def sums(self, workers):
+        """A tensor for them, of workers whose rows begin alike."""
+        if not self.is_unaligned:
+            return T.empty((workers, self.N), "float32")
+        self.check_alike(workers)
+        return T.empty((workers * self.BM, self.part * self.blocks), "float32")
 
-def uneven_backward_plan(N, is_double):
-    """Of other widths than powers of two; is_double: there are two sums over rows. Up to 32,768
-    columns there are about so many elements of all rows on a multiprocessor: with more the rings
-    take the L1 cache's place, with fewer memory waits."""
-    stages = 3 if is_double else 2
-    if N <= 8192:
-        return Plan(1, fitted(N, 1, (1, 2), 512), 1, 1 if is_double else 2, stages=stages)
-    if N <= 32768:
-        blocks = cluster_for(N, 4096)
-        resident = (8192 if is_double else 11264) * blocks // N
-        return Plan(1, fitted(N, blocks, (2, 3), 192), blocks, resident, stages=stages)
-    if is_double and N <= 131072:
-        blocks = cluster_for(N, 12800)
-        vectors = (2,) if blocks * 8192 < N else (3, 4)
-        return Plan(1, fitted(N, blocks, vectors, 256), blocks, 1, stages=stages)
-    if N <= 65536:
-        blocks = cluster_for(N, 8192)
-        return Plan(1, fitted(N, blocks, (3, 4), 256), blocks, 2, stages=stages)
-    blocks = cluster_for(N, 16384)
-    vectors = (2,) if is_double or N % VECTOR else (3, 4)
-    stages = 3 if is_double or 11264 * blocks >= N else 2
-    return Plan(1, fitted(N, blocks, vectors, 512), blocks, 1, stages=stages)
+    def check_alike(self, workers):
+        if self.is_unaligned:
+            assert workers % alike(self.N, self.BM) == 0, "rows of a worker have to begin alike"
+
+    def weights_of(self, W, worker, column):
+        """A function of a row and a column of the block's: weights for all rows of a worker."""
+        count = self.BM if self.is_unaligned else 1
+        tile = T.alloc_shared((count, self.part), W.dtype)
+        for i in range(count):
+            before = self.before(worker * self.BM + i)
+            T.copy(W[before, column] if self.is_unaligned else W[column], tile[i, :])
+        return lambda i, j: tile[i if self.is_unaligned else 0, j]
+
+    def weights(self, *tensors):
+        """Vectors of N elements as a kernel reads them: `moved`, where rows do not begin at whole
+        vectors."""
+        return moved(self, *tensors) if self.is_unaligned else tensors
 
 
-def fitted(N, blocks, vectors, about, slack=1.05):
-    """Threads of a block that has a share of a row, about so many, each with one of those numbers
-    of vectors: such that not many more have nothing to do (`slack` times the fewest columns)."""
-
-    def threads(count):
-        return T.ceildiv(N, blocks * count * VECTOR * WARP) * WARP
-
-    least = min(threads(n) * n for n in vectors)
-    good = [threads(n) for n in vectors if threads(n) * n <= slack * least]
-    return min(good, key=lambda n: (abs(n - about), n))
-
-
-def cluster_for(N, most):
-    """Blocks of a cluster, a power of two, such that each has at most so many columns."""
-    assert N <= MOST, f"rows of {N} elements are too long"
-    blocks = 1
-    while blocks * most < N:
-        blocks *= 2
-    return blocks
-
-
-def part_of(N, blocks, threads, is_free=False):
-    """Columns of a row that each block of a cluster takes: whole vectors of 16 bytes. Where few are
-    too many, as many for each thread: then masks are only where memory is read and written.
-    is_free: warps bring a piece each, which is so always."""
-    share, unit = T.ceildiv(N, blocks), VECTOR * threads
-    whole = T.ceildiv(share, unit) * unit
-    if is_free or 6 * whole <= 7 * share:
-        return whole
-    return N if blocks == 1 else T.ceildiv(share, VECTOR) * VECTOR
+@T.macro
+def moved(rows, *tensors):
+    """Tables whose row k has a vector's elements k columns further, and zeros beside them."""
+    width, N, BN = rows.part * rows.blocks, rows.N, 2048
+    tables = tuple(T.empty((VECTOR, width), t.dtype) for t in tensors)
+    with T.Kernel(T.ceildiv(width, BN), VECTOR, threads=256) as (block, k):
+        for tensor, table in zip(tensors, tables, strict=True):
+            for j in T.Parallel(BN):
+                column = block * BN + j
+                is_there = (column >= k) & (column - k < N)
+                table[k, column] = T.if_then_else(is_there, tensor[column - k], 0)
+    return tables
 
 
 class FreeRows:
@@ -261,15 +243,11 @@ class FreeRows:
 
 
 @T.macro
-def softmax_rows(x, Y, row, column, is_ragged):
-    """Rows in a fragment, from a column on; is_ragged: there may be more columns than Y has."""
+def softmax_rows(rows, x, Y, row, column):
+    """Of rows in a fragment, from a column on; beside them it has minus infinity."""
     BM, part = x.shape
-    N = Y.shape[1]
     e = T.alloc_fragment((BM, part), "float32")
     most, total = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
-    if is_ragged:
-        for i, j in T.Parallel(BM, part):
-            x[i, j] = T.if_then_else(column + j < N, x[i, j], -T.infinity(x.dtype))
     T.reduce_max(x, most, dim=1)
     T.cluster_reduce(most, "max")
     for i, j in T.Parallel(BM, part):
@@ -278,8 +256,7 @@ def softmax_rows(x, Y, row, column, is_ragged):
     T.cluster_reduce(total)
     for i in T.Parallel(BM):
         total[i] = 1 / total[i]
-    for i, j in T.Parallel(BM, part):
-        Y[row + i, column + j] = e[i, j] * total[i]
+    rows.write(Y, row, column, lambda i, j: e[i, j] * total[i])
 
 
 @tilejit(fast_math=True)
@@ -291,9 +268,8 @@ def softmax(
     Without stages each block, or cluster of blocks, has one group of BM rows. With them, `workers`
     clusters take every `workers`th and bring the next ones meanwhile.
     """
-    M, N = X.shape
-    part, groups = part_of(N, blocks, threads), T.ceildiv(M, BM)
-    is_ragged = part * blocks != N
+    rows, groups = Rows(BM, blocks, threads, FORWARD, X, Y), T.ceildiv(X.shape[0], BM)
+    part, none = rows.part, -T.infinity(X.dtype)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
@@ -302,32 +278,38 @@ def softmax(
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
-                T.copy(X[row, column], tile)
+                rows.bring(X, row, column, tile)
                 T.copy(tile, x)
-                softmax_rows(x, Y, row, column, is_ragged)
+                rows.mask(row, column, x, none)
+                softmax_rows(rows, x, Y, row, column)
         else:
-            T.copy(X[first * BM, column], x)
-            softmax_rows(x, Y, first * BM, column, is_ragged)
+            rows.read(X, first * BM, column, x, none)
+            softmax_rows(rows, x, Y, first * BM, column)
 
 
-def kept_weights(tensors, part, column, kept):
-    """A function for each tensor, of a column of the block's part; the first `kept` tensors come to
-    shared memory here and now."""
+def kept_weights(rows, tensors, first, column, kept, workers):
+    """A function for each tensor, of a row and a column of the block's; the first `kept` tensors
+    come to shared memory here and now, for all rows of a worker."""
+    if kept:
+        assert rows.BM == 1 or not rows.is_unaligned, "rows of a block have to begin alike"
+        rows.check_alike(workers)
 
     def function(tensor, is_kept):
         if not is_kept:
-            return lambda j: tensor[column + j]
-        tile = T.alloc_shared((part,), tensor.dtype)
-        T.copy(tensor[column], tile)
-        return lambda j: tile[j]
+            if rows.is_unaligned:
+                return lambda row, j: tensor[rows.before(row), column + j]
+            return lambda row, j: tensor[column + j]
+        tile = T.alloc_shared((rows.part,), tensor.dtype)
+        T.copy(tensor[rows.before(first), column] if rows.is_unaligned else tensor[column], tile)
+        return lambda row, j: tile[j]
 
     return [function(tensor, number < kept) for number, tensor in enumerate(tensors)]
 
 
 @T.macro
-def rms_norm_rows(x, w, Y, S, row, column, eps, free=None):
+def rms_norm_rows(rows, x, w, Y, S, row, column, eps, free=None):
+    """Of rows in a fragment, from a column on; beside them it has zeros."""
     BM, part = x.shape
-    N = Y.shape[1]
     square = T.alloc_fragment((BM, part), "float32")
     s = T.alloc_fragment((BM,), "float32")
     for i, j in T.Parallel(BM, part):
@@ -339,11 +321,10 @@ def rms_norm_rows(x, w, Y, S, row, column, eps, free=None):
     if free is not None:
         free.exchange()
     for i in T.Parallel(BM):
-        s[i] = T.rsqrt(s[i] / N + eps)
+        s[i] = T.rsqrt(s[i] / rows.N + eps)
     if column == 0:
         T.copy(s, S[row])
-    for i, j in T.Parallel(BM, part):
-        Y[row + i, column + j] = x[i, j] * s[i] * w(j)
+    rows.write(Y, row, column, lambda i, j: x[i, j] * s[i] * w(row + i, j))
 
 
 @tilejit(fast_math=True)
@@ -354,46 +335,51 @@ def rms_norm(
     """S = 1 / sqrt(mean(X * X) + eps) of each row, Y = X * S * W. X, Y: (M, N); W: (N,); S: (M,)
     float32. Rows are divided as by `softmax`; with TAKEN, an int32 that is 0 before and after,
     each of `workers` clusters takes the next one when it is free (N in whole vectors)."""
-    M, N = X.shape
-    part, groups = part_of(N, blocks, threads, TAKEN is not None), T.ceildiv(M, BM)
+    rows = Rows(BM, blocks, threads, FORWARD, X, Y, is_free=TAKEN is not None)
+    (M, _), part, weights = X.shape, rows.part, rows.weights(W)
+    groups = T.ceildiv(M, BM)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
-        (w,) = kept_weights((W,), part, column, kept)
+        (w,) = kept_weights(rows, weights, first, column, kept, workers)
         if TAKEN is not None:
             free = FreeRows(X, TAKEN, x, first, column, workers, threads, stages)
             with T.While(lambda: free.row[0] < M):
                 free.begin()
-                rms_norm_rows(x, w, Y, S, free.row[0], column, eps, free)
+                rms_norm_rows(rows, x, w, Y, S, free.row[0], column, eps, free)
                 free.end()
         elif stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
-                T.copy(X[row, column], tile)
+                rows.bring(X, row, column, tile)
                 T.copy(tile, x)
-                rms_norm_rows(x, w, Y, S, row, column, eps)
+                if rows.is_unaligned:
+                    rows.mask(row, column, x, 0)
+                rms_norm_rows(rows, x, w, Y, S, row, column, eps)
         else:
-            T.copy(X[first * BM, column], x)
-            rms_norm_rows(x, w, Y, S, first * BM, column, eps)
+            rows.read(X, first * BM, column, x)
+            rms_norm_rows(rows, x, w, Y, S, first * BM, column, eps)
 
 
 @T.macro
-def once_through(x, mean, s, pivot, width, count, is_inside):
-    """The mean of a row's `count` elements and of the squares about it, with one meeting of the
+def once_through(rows, x, mean, s, pivot, width, row, column):
+    """The mean of a block's elements of a row and of the squares about it, with one meeting of the
     threads: first about a number amid them, so that differences are of the size of what is left.
     Where all that varies is in the vector that gives the pivot, the squares lose 11 of float32's 24
     bits. is_inside: whether there is an element in a column."""
-    BM, part = x.shape
+    (BM, part), count = x.shape, rows.count(row, column // rows.part)
     offs, squares = (T.alloc_fragment((BM, width), "float32") for _ in range(2))
     for i, j in T.Parallel(BM, width):
-        off = T.if_then_else(is_inside(j), x[i, j] - pivot, 0)
+        off = T.if_then_else(rows.has(row, column + j), x[i, j] - pivot, 0)
         offs[i, j] = off
         squares[i, j] = off * off
     for vector in T.unroll(1, part // width):
         for i, j in T.Parallel(BM, width):
-            off = T.if_then_else(is_inside(vector * width + j), x[i, vector * width + j] - pivot, 0)
+            off = T.if_then_else(
+                rows.has(row, column + vector * width + j), x[i, vector * width + j] - pivot, 0
+            )
             offs[i, j] += off
             squares[i, j] += off * off
     T.reduce_sum(offs, mean, dim=1)
@@ -405,37 +391,27 @@ def once_through(x, mean, s, pivot, width, count, is_inside):
 
 
 @T.macro
-def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
-    """Means and squares of each block's own columns, combined as by Chan, Golub and LeVeque (1983):
-    one exchange between the blocks of a cluster, and no difference of large numbers. Blocks weigh
-    as much as they have of a full part."""
-    BM, part = x.shape
-    N = Y.shape[1]
-    is_ragged = part * blocks != N
-
-    def columns(c):
-        """How many of the row block c has."""
-        return T.max(T.min(N - c * part, part), 0) if is_ragged else part
-
-    def is_inside(j):
-        return column + j < N if is_ragged else True
-
+def layer_norm_rows(rows, x, w, b, Y, MEAN, S, row, column, eps, free=None):
+    """Of rows in a fragment, from a column on; beside them it has zeros. Means and squares of each
+    block's own columns, combined as by Chan, Golub and LeVeque (1983): one exchange between the
+    blocks of a cluster, and no difference of large numbers. Blocks weigh as much as they have of a
+    full part."""
+    (BM, part), N, blocks = x.shape, rows.N, rows.blocks
     square = T.alloc_fragment((BM, part), "float32")
     mean, s = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
     shift = T.alloc_fragment((BM,), "float32")
-    count = columns(column // part)
     if free is None:
         T.reduce_sum(x, mean, dim=1)
         for i in T.Parallel(BM):
-            mean[i] = mean[i] / T.max(count, 1)
+            mean[i] = mean[i] / T.max(rows.count(row + i, column // part), 1)
         for i, j in T.Parallel(BM, part):
-            off = T.if_then_else(is_inside(j), x[i, j] - mean[i], 0)
+            off = T.if_then_else(rows.has(row + i, column + j), x[i, j] - mean[i], 0)
             square[i, j] = off * off
         T.reduce_sum(square, s, dim=1)
         for i in T.Parallel(BM):
             s[i] = s[i] / part
     else:
-        once_through(x, mean, s, free.pivot(), free.width, count, is_inside)
+        once_through(rows, x, mean, s, free.pivot(), free.width, row, column)
     if free is not None:
         free.learn()
     if blocks > 1:
@@ -448,13 +424,13 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
         free.exchange()
     if blocks > 1:
         for i, c in T.Parallel(BM, blocks):
-            share[i, c] = means[i, c] * (columns(c) / part)
+            share[i, c] = means[i, c] * (rows.count(row + i, c) / part)
         T.reduce_sum(share, mean, dim=1)
         for i in T.Parallel(BM):
             mean[i] = mean[i] * (part / N)
         for i, c in T.Parallel(BM, blocks):
             off = means[i, c] - mean[i]
-            share[i, c] = squares[i, c] + off * off * (columns(c) / part)
+            share[i, c] = squares[i, c] + off * off * (rows.count(row + i, c) / part)
         T.reduce_sum(share, s, dim=1)
     for i in T.Parallel(BM):
         s[i] = T.rsqrt(s[i] * (part / N) + eps)
@@ -463,8 +439,10 @@ def layer_norm_rows(x, w, b, Y, MEAN, S, row, column, blocks, eps, free=None):
         T.copy(s, S[row])
     for i in T.Parallel(BM):
         shift[i] = -mean[i] * s[i]
-    for i, j in T.Parallel(BM, part):
-        Y[row + i, column + j] = (x[i, j] * s[i] + shift[i]) * w(j) + b(j)
+    rows.write(
+        Y, row, column,
+        lambda i, j: (x[i, j] * s[i] + shift[i]) * w(row + i, j) + b(row + i, j),
+    )  # fmt: skip
 
 
 @tilejit(fast_math=True)
@@ -475,29 +453,32 @@ def layer_norm(
 ):  # fmt: skip
     """Y = (X - MEAN) * S * W + B, with the mean and 1 / sqrt(variance + eps) of each row. X, Y:
     (M, N); W, B: (N,); MEAN, S: (M,) float32. Rows are divided as by `rms_norm`."""
-    M, N = X.shape
-    part, groups = part_of(N, blocks, threads, TAKEN is not None), T.ceildiv(M, BM)
+    rows = Rows(BM, blocks, threads, FORWARD, X, Y, is_free=TAKEN is not None)
+    (M, _), part, weights = X.shape, rows.part, rows.weights(W, B)
+    groups = T.ceildiv(M, BM)
     with T.Kernel((workers if stages else groups) * blocks, threads=threads, cluster=blocks) as b:
         T.annotate_min_blocks_per_sm(resident)
         first, column = b // blocks, b % blocks * part
         x = T.alloc_fragment((BM, part), X.dtype)
-        weights = kept_weights((W, B), part, column, kept)
+        weights = kept_weights(rows, weights, first, column, kept, workers)
         if TAKEN is not None:
             free = FreeRows(X, TAKEN, x, first, column, workers, threads, stages)
             with T.While(lambda: free.row[0] < M):
                 free.begin()
-                layer_norm_rows(x, *weights, Y, MEAN, S, free.row[0], column, blocks, eps, free)
+                layer_norm_rows(rows, x, *weights, Y, MEAN, S, free.row[0], column, eps, free)
                 free.end()
         elif stages:
             tile = T.alloc_shared((BM, part), X.dtype)
             for step in T.Pipelined(T.ceildiv(groups - first, workers), num_stages=stages):
                 row = (first + step * workers) * BM
-                T.copy(X[row, column], tile)
+                rows.bring(X, row, column, tile)
                 T.copy(tile, x)
-                layer_norm_rows(x, *weights, Y, MEAN, S, row, column, blocks, eps)
+                if rows.is_unaligned:
+                    rows.mask(row, column, x, 0)
+                layer_norm_rows(rows, x, *weights, Y, MEAN, S, row, column, eps)
         else:
-            T.copy(X[first * BM, column], x)
-            layer_norm_rows(x, *weights, Y, MEAN, S, first * BM, column, blocks, eps)
+            rows.read(X, first * BM, column, x)
+            layer_norm_rows(rows, x, *weights, Y, MEAN, S, first * BM, column, eps)
 
 
 @tilejit(fast_math=True)
@@ -508,9 +489,8 @@ def softmax_backward(
     """DX = Y * (DY - sum(Y * DY)), of softmax's result Y and the gradient DY with respect to it.
     Clusters of `blocks` blocks take every `workers`th group of BM rows, and bring what comes next
     while they compute."""
-    M, N = Y.shape
-    part = part_of(N, blocks, threads)
-    groups = T.ceildiv(M, BM)
+    rows, groups = Rows(BM, blocks, threads, BACKWARD, Y, DY, DX), T.ceildiv(Y.shape[0], BM)
+    part = rows.part
     with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
         T.annotate_min_blocks_per_sm(resident)
         worker, column = block // blocks, block % blocks * part
@@ -519,27 +499,33 @@ def softmax_backward(
         dot = T.alloc_fragment((BM,), "float32")
         for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
             row = (worker + step * workers) * BM
-            T.copy(Y[row, column], y)
-            T.copy(DY[row, column], dy)
+            rows.bring(Y, row, column, y)
+            rows.bring(DY, row, column, dy)
             for i, j in T.Parallel(BM, part):
                 product[i, j] = T.cast(y[i, j], "float32") * T.cast(dy[i, j], "float32")
+            if rows.is_unaligned:
+                rows.mask(row, column, product, 0)
             T.reduce_sum(product, dot, dim=1)
             T.cluster_reduce(dot)
-            for i, j in T.Parallel(BM, part):
-                DX[row + i, column + j] = y[i, j] * (dy[i, j] - dot[i])
+            rows.write(DX, row, column, lambda i, j: y[i, j] * (dy[i, j] - dot[i]))
 
 
 @T.macro
-def add_up(PARTS, OUT, columns):
-    """OUT[n] = the sum of PARTS[:, n], always in the same order."""
-    count, N = PARTS.shape
+def add_up(rows, PARTS, OUT, columns):
+    """OUT[n] = the sum of what workers have found for column n, always in the same order."""
+    count, N = PARTS.shape[0], OUT.shape[0]
     with T.Kernel(T.ceildiv(N, columns), threads=256) as block:
         tile = T.alloc_fragment((32, columns), "float32")
         acc = T.alloc_fragment((32, columns), "float32")
         total = T.alloc_fragment((columns,), "float32")
         T.clear(acc)
         for step in range(T.ceildiv(count, 32)):
-            T.copy(PARTS[step * 32, block * columns], tile)
+            if rows.is_unaligned:
+                for i, j in T.Parallel(32, columns):
+                    row = step * 32 + i
+                    tile[i, j] = PARTS[row, block * columns + j + rows.before(row)]
+            else:
+                T.copy(PARTS[step * 32, block * columns], tile)
             for i, j in T.Parallel(32, columns):
                 acc[i, j] += tile[i, j]
         T.reduce_sum(acc, total, dim=0)
@@ -554,40 +540,41 @@ def rms_norm_backward(
     """The gradients with respect to X and W of `rms_norm`, which gave S, from DY, that with respect
     to Y. DW: (N,). Clusters of `blocks` blocks take every `workers`th group of BM rows; each keeps
     its part of DW in registers, and a second kernel adds the parts."""
-    M, N = X.shape
-    part = part_of(N, blocks, threads)
+    rows = Rows(BM, blocks, threads, BACKWARD, X, DY, DX)
+    (M, N), part, parts, (W,) = X.shape, rows.part, rows.sums(workers), rows.weights(W)
     groups = T.ceildiv(M, BM)
-    parts = T.empty((workers, N), "float32")
     with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
         T.annotate_min_blocks_per_sm(resident)
         worker, column = block // blocks, block % blocks * part
         x, dy = T.alloc_shared((BM, part), X.dtype), T.alloc_shared((BM, part), DY.dtype)
-        w = T.alloc_shared((part,), W.dtype)
+        w = rows.weights_of(W, worker, column)
         product = T.alloc_fragment((BM, part), "float32")
         dw = T.alloc_fragment((BM, part), "float32")
         s, dot = T.alloc_shared((BM,), "float32"), T.alloc_fragment((BM,), "float32")
-        sums = T.alloc_fragment((part,), "float32")
-        T.copy(W[column], w)
         T.clear(dw)
         for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
             row = (worker + step * workers) * BM
-            T.copy(X[row, column], x)
-            T.copy(DY[row, column], dy)
+            rows.bring(X, row, column, x)
+            rows.bring(DY, row, column, dy)
             T.copy(S[row], s)
             for i, j in T.Parallel(BM, part):
                 hat = x[i, j] * s[i]
                 dw[i, j] += dy[i, j] * hat
-                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32") * hat
+                product[i, j] = T.cast(dy[i, j], "float32") * T.cast(w(i, j), "float32") * hat
+            if rows.is_unaligned:
+                rows.mask(row, column, product, 0)
             T.reduce_sum(product, dot, dim=1)
             T.cluster_reduce(dot)
             for i in T.Parallel(BM):  # DX = s * (g - x * s * dot / N)
                 dot[i] = -s[i] * s[i] * dot[i] / N
-            for i, j in T.Parallel(BM, part):
-                g = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-                DX[row + i, column + j] = g * s[i] + x[i, j] * dot[i]
-        T.reduce_sum(dw, sums, dim=0)
-        T.copy(sums, parts[worker, column])
-    add_up(parts, DW, 64)
+
+            def gradient(i, j):
+                g = T.cast(dy[i, j], "float32") * T.cast(w(i, j), "float32")
+                return g * s[i] + x[i, j] * dot[i]
+
+            rows.write(DX, row, column, gradient)
+        rows.write_sums(dw, parts, worker, column)
+    add_up(rows, parts, DW, 64)
 
 
 @tilejit(fast_math=True)
@@ -597,29 +584,26 @@ def layer_norm_backward(
     *, workers=132, BM=1, stages=2, threads=256, blocks=1, resident=1,
 ):  # fmt: skip
     """The same of `layer_norm`, with the gradient with respect to B."""
-    M, N = X.shape
-    part = part_of(N, blocks, threads)
-    groups = T.ceildiv(M, BM)
-    w_parts, b_parts = T.empty((workers, N), "float32"), T.empty((workers, N), "float32")
+    rows = Rows(BM, blocks, threads, BACKWARD, X, DY, DX)
+    (M, N), part, (W,) = X.shape, rows.part, rows.weights(W)
+    groups, w_parts, b_parts = T.ceildiv(M, BM), rows.sums(workers), rows.sums(workers)
     with T.Kernel(workers * blocks, threads=threads, cluster=blocks) as block:
         T.annotate_min_blocks_per_sm(resident)
         worker, column = block // blocks, block % blocks * part
         x, dy = T.alloc_shared((BM, part), X.dtype), T.alloc_shared((BM, part), DY.dtype)
-        w = T.alloc_shared((part,), W.dtype)
+        w = rows.weights_of(W, worker, column)
         product = T.alloc_fragment((BM, part), "float32")
         dw, db = T.alloc_fragment((BM, part), "float32"), T.alloc_fragment((BM, part), "float32")
         mean, s = T.alloc_shared((BM,), "float32"), T.alloc_shared((BM,), "float32")
         total, dot = T.alloc_fragment((BM,), "float32"), T.alloc_fragment((BM,), "float32")
         shift = T.alloc_fragment((BM,), "float32")
         g = T.alloc_fragment((BM, part), "float32")
-        sums = T.alloc_fragment((part,), "float32")
-        T.copy(W[column], w)
         T.clear(dw)
         T.clear(db)
         for step in T.Pipelined(T.ceildiv(groups - worker, workers), num_stages=stages):
             row = (worker + step * workers) * BM
-            T.copy(X[row, column], x)
-            T.copy(DY[row, column], dy)
+            rows.bring(X, row, column, x)
+            rows.bring(DY, row, column, dy)
             T.copy(MEAN[row], mean)
             T.copy(S[row], s)
             for i in T.Parallel(BM):
@@ -628,8 +612,11 @@ def layer_norm_backward(
                 hat = x[i, j] * s[i] + shift[i]
                 db[i, j] += dy[i, j]
                 dw[i, j] += dy[i, j] * hat
-                g[i, j] = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
+                g[i, j] = T.cast(dy[i, j], "float32") * T.cast(w(i, j), "float32")
                 product[i, j] = g[i, j] * hat
+            if rows.is_unaligned:
+                rows.mask(row, column, g, 0)
+                rows.mask(row, column, product, 0)
             T.reduce_sum(g, total, dim=1)
             T.reduce_sum(product, dot, dim=1)
             T.cluster_reduce(total)
@@ -638,22 +625,23 @@ def layer_norm_backward(
                 dot[i] = -s[i] * dot[i] / N
                 shift[i] = shift[i] * dot[i] - s[i] * total[i] / N
                 dot[i] = s[i] * dot[i]
-            for i, j in T.Parallel(BM, part):
-                gradient = T.cast(dy[i, j], "float32") * T.cast(w[j], "float32")
-                DX[row + i, column + j] = gradient * s[i] + (x[i, j] * dot[i] + shift[i])
-        T.reduce_sum(dw, sums, dim=0)
-        T.copy(sums, w_parts[worker, column])
-        T.reduce_sum(db, sums, dim=0)
-        T.copy(sums, b_parts[worker, column])
-    add_up(w_parts, DW, 64)
-    add_up(b_parts, DB, 64)
+
+            def gradient(i, j):
+                weighted = T.cast(dy[i, j], "float32") * T.cast(w(i, j), "float32")
+                return weighted * s[i] + (x[i, j] * dot[i] + shift[i])
+
+            rows.write(DX, row, column, gradient)
+        rows.write_sums(dw, w_parts, worker, column)
+        rows.write_sums(db, b_parts, worker, column)
+    add_up(rows, w_parts, DW, 64)
+    add_up(rows, b_parts, DB, 64)
 
 
 def forward(name, x, w, b, plan=None, **more):
     """The result of softmax, rms_norm or layer_norm of a NumPy array, and its statistics."""
     M, N = x.shape
     plan = plan or forward_plan(N, name)
-    knobs = plan.options | more
+    knobs = chosen(plan, N, more, plan.kept > 0)
     taken = (np.zeros(1, np.int32),) if plan.is_free else ()
     y, mean, s = (
         np.full_like(x, np.nan),
@@ -672,7 +660,8 @@ def forward(name, x, w, b, plan=None, **more):
 
 def backward(name, x, w, dy, mean, s, plan=None, **more):
     """Gradients with respect to X (of softmax x is the result), W and B, or None."""
-    knobs = (plan or backward_plan(x.shape[1], name)).options | more
+    N = x.shape[1]
+    knobs = chosen(plan or backward_plan(N, name), N, more, name != "softmax")
     dx, dw, db = np.full_like(x, np.nan), np.full_like(w, np.nan), np.full_like(w, np.nan)
     if name == "softmax":
         softmax_backward(x, dy, dx, **knobs)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import rows
+import rows_plan
 from bench_clock import EventClock, Limit, measure, reason
 
 WIDTHS = (128, 1024, 4096, 8192, 16384, 65536, 262144)
@@ -41,8 +42,8 @@ class Tensors:
         )
         self.taken = torch.zeros(1, dtype=torch.int32, device="cuda")
 
-    def forward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
-        knobs = plan.options | more
+    def forward(self, name: str, plan: rows_plan.Plan, **more: int) -> Callable[[], Any]:
+        knobs = rows_plan.chosen(plan, self.x.shape[1], more, plan.kept > 0)
         taken = (self.taken,) if plan.is_free else ()
         if name == "softmax":
             return lambda: rows.softmax(self.x, self.y, **knobs)
@@ -51,9 +52,9 @@ class Tensors:
         outputs = self.y, self.mean, self.s
         return lambda: rows.layer_norm(self.x, self.w, self.b, *outputs, *taken, **knobs)
 
-    def backward(self, name: str, plan: rows.Plan, **more: int) -> Callable[[], Any]:
+    def backward(self, name: str, plan: rows_plan.Plan, **more: int) -> Callable[[], Any]:
         """After `forward` of the same name, which gives what it reads."""
-        knobs = plan.options | more
+        knobs = rows_plan.chosen(plan, self.x.shape[1], more, name != "softmax")
         if name == "softmax":
             return lambda: rows.softmax_backward(self.y, self.dy, self.dx, **knobs)
         read = (self.x, self.w, self.dy)
@@ -93,7 +94,7 @@ def _exact(name: str, t: Tensors) -> tuple[Any, Any, Any, Any]:
 def wrong(name: str, M: int, N: int) -> str:
     """What is not right about a function and its gradient; empty when all is."""
     t = Tensors(M, N)
-    t.forward(name, rows.forward_plan(N, name))()
+    t.forward(name, rows_plan.forward_plan(N, name))()
     y, dx, dw, db = _exact(name, t)
     if not _near(t.y, y):
         return "the result differs from float64"
@@ -101,7 +102,7 @@ def wrong(name: str, M: int, N: int) -> str:
     for _ in range(3):
         for tensor in (t.dx, t.dw, t.db):
             tensor.fill_(float("nan"))
-        t.backward(name, rows.backward_plan(N, name))()
+        t.backward(name, rows_plan.backward_plan(N, name))()
         for what, got, wanted in (("X", t.dx, dx), ("W", t.dw, dw), ("B", t.db, db)):
             if wanted is not None and not _near(got, wanted):
                 return f"the gradient of {what} differs from float64"
@@ -131,8 +132,8 @@ def bench(width: int, rounds: int, limit: Limit) -> None:
     target = torch.empty_like(t.x)
     calls: dict[Any, Callable[[], Any]] = {"copy": lambda: target.copy_(t.x)}
     for name in rows.NAMES:
-        calls[name] = t.forward(name, rows.forward_plan(width, name))
-        calls[f"{name} gradient"] = t.backward(name, rows.backward_plan(width, name))
+        calls[name] = t.forward(name, rows_plan.forward_plan(width, name))
+        calls[f"{name} gradient"] = t.backward(name, rows_plan.backward_plan(width, name))
     for call in calls.values():
         call()
     times = {

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import rows
+import rows_plan
 
 import tilejit.language as T
 from tilejit import options
@@ -28,7 +29,7 @@ def hopper_executor(executor):
 
 
 def plan(BM=1, threads=64, blocks=1, stages=2):
-    return rows.Plan(BM, threads, blocks, 1, stages)
+    return rows_plan.Plan(BM, threads, blocks, 1, stages)
 
 
 def test_rows_are_right_on_every_executor(executor, capsys):
@@ -57,6 +58,75 @@ def test_any_division_of_rows_is_right(hopper_executor, name, M, N, how, workers
     rng = np.random.default_rng(N)
     rows.check_one(name, M, N, rng, plans=(how, how), workers=workers)
     rows.check_one(name, M, N, rng, plans=(replace(how, stages=0), how), workers=workers)
+
+
+@pytest.mark.parametrize("name", rows.NAMES)
+@pytest.mark.parametrize(
+    "M, N, how, workers",
+    [
+        (9, 257, plan(), 8),
+        (21, 301, plan(BM=4), 2),
+        (5, 1001, plan(BM=2, threads=32), 4),
+        (11, 2101, plan(blocks=2), 3),
+        (10, 1003, plan(blocks=8, threads=32), 8),  # the last blocks have little of a row
+        (9, 1004, plan(blocks=2, stages=3), 2),  # every other row begins at a vector
+        (3, 4999, plan(threads=128), 1),
+    ],
+)
+def test_rows_that_begin_amid_vectors_are_right(hopper_executor, name, M, N, how, workers):
+    """And what lies beside a row in its vectors is not part of it, nor written."""
+    rng = np.random.default_rng(N)
+    for kept in range(rows.NAMES.index(name) + 1 if how.BM == 1 else 1):
+        forward = replace(how, kept=kept)
+        rows.check_one(name, M, N, rng, plans=(forward, how), workers=workers)
+    rows.check_one(name, M, N, rng, plans=(replace(how, stages=0), how), workers=workers)
+
+
+def test_workers_whose_rows_do_not_begin_alike_are_refused():
+    x, w, s = np.zeros((9, 301), np.float32), np.ones(301, np.float32), np.ones(9, np.float32)
+    with pytest.raises(AssertionError, match="begin alike"):
+        rows.rms_norm(x, w, np.zeros_like(x), s, stages=2, kept=1, workers=7)
+    with pytest.raises(AssertionError, match="begin alike"):
+        rows.rms_norm(x, w, np.zeros_like(x), s, stages=2, kept=1, workers=8, BM=2)
+    with pytest.raises(AssertionError, match="begin alike"):
+        rows.rms_norm_backward(x, w, x, s, np.zeros_like(x), np.zeros_like(w), workers=7)
+
+
+@pytest.mark.parametrize("name", rows.NAMES)
+def test_infinities_and_nans_stay_in_rows_that_begin_amid_vectors(hopper_executor, name):
+    rng = np.random.default_rng(2)
+    x, dy = rng.standard_normal((2, 16, 301)).astype(np.float32)
+    x[1::2, [0, -1]], dy[1::2, [0, -1]] = np.nan, np.inf
+    w = np.ones(301, np.float32)
+    for how in (plan(BM=2), plan(blocks=2)):
+        y, mean, s = rows.forward(name, x, w, w, how, workers=8)
+        assert np.isfinite(y[::2]).all()
+        of = y if name == "softmax" else x
+        dx, _, _ = rows.backward(name, of, w, dy, mean, s, how, workers=8)
+        assert np.isfinite(dx[::2]).all()
+
+
+@pytest.mark.parametrize("name", rows.NAMES)
+def test_odd_rows_with_gaps_that_vectors_divide_are_right(hopper_executor, name):
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((9, 408)).astype(ml_dtypes.bfloat16)[:, :401]
+    w, b = (1 + 0.5 * rng.standard_normal((2, 401))).astype(ml_dtypes.bfloat16)
+    wide = np.full((9, 408), 9, ml_dtypes.bfloat16)
+    y, mean, s = wide[:, :401], np.zeros(9, np.float32), np.zeros(9, np.float32)
+    knobs = {"threads": 64, "stages": 0}
+    if name == "softmax":
+        rows.softmax(x, y, **knobs)
+    elif name == "rms_norm":
+        rows.rms_norm(x, w, y, s, eps=rows.EPS[name], **knobs)
+    else:
+        rows.layer_norm(x, w, b, y, mean, s, eps=rows.EPS[name], **knobs)
+    assert rows.agree(y, rows.exact_forward(name, x, w, b)) and (wide[:, 401:] == 9).all()
+
+
+def test_odd_rows_with_other_gaps_are_refused():
+    x = np.zeros((4, 303), np.float32)[:, :301]
+    with pytest.raises(AssertionError, match="follow each other without gaps"):
+        rows.softmax(x, np.zeros_like(x))
 
 
 @pytest.mark.parametrize("name", rows.NAMES[1:])
@@ -186,7 +256,7 @@ def test_what_does_not_agree():
 @pytest.mark.parametrize("N", [1, 7, 127, 1000, 5000, 50257, 131073, *WIDTHS])
 @pytest.mark.parametrize("name", rows.NAMES)
 def test_plans_hold_their_rows(name, N):
-    for found in (rows.forward_plan(N, name), rows.backward_plan(N, name)):
+    for found in (rows_plan.forward_plan(N, name), rows_plan.backward_plan(N, name)):
         assert found.BM == 1 or found.blocks == 1
         assert found.blocks <= 16 and found.blocks * 32768 >= N and max(N, 8192) >= found.BM * N
         assert found.resident * found.threads <= 2048 and found.workers >= 1
@@ -194,21 +264,24 @@ def test_plans_hold_their_rows(name, N):
 
 def test_rows_that_are_too_long():
     with pytest.raises(AssertionError, match="rows of 262145 elements are too long"):
-        rows.forward_plan(262145, "softmax")
+        rows_plan.forward_plan(262145, "softmax")
 
 
 @pytest.mark.parametrize("N", [5120, 10240, 12288, 20000, 28672, 50304, 151936, 200000])
 def test_threads_fit_rows_of_any_length(N):
     for name in rows.NAMES:
-        for found in (rows.forward_plan(N, name), rows.backward_plan(N, name)):
+        for found in (rows_plan.forward_plan(N, name), rows_plan.backward_plan(N, name)):
             if N <= 8192 and not found.stages:  # several rows to a block, as before
                 continue
-            part = rows.part_of(N, found.blocks, found.threads, found.is_free)
-            assert part % (found.threads * rows.VECTOR) == 0, "no thread has part of a vector"
+            part = rows_plan.part_of(N, found.blocks, found.threads, found.is_free)
+            assert part % (found.threads * rows_plan.VECTOR) == 0, "no thread has part of a vector"
             assert N <= part * found.blocks <= 1.15 * N, "few columns are none of the row's"
 
 
-@pytest.mark.parametrize("N", [*WIDTHS, 5120, 12288, 20000, 28672, 50304, 151936])
+ODD = (65, 250, 515, 1001, 2049, 5001, 8191, 12289, 20001, 50257, 100001, 151937, 262143)
+
+
+@pytest.mark.parametrize("N", [*WIDTHS, 5120, 12288, 20000, 28672, 50304, 151936, *ODD])
 def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
     M = (1 << 24) // N
     x, w, s = T.Tensor((M, N), "bfloat16"), T.Tensor((N,), "bfloat16"), T.Tensor((M,), "float32")
@@ -218,16 +291,23 @@ def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
         "layer_norm": ((x, w, w, x, s, s), (x, w, x, s, s, x, w, w)),
     }
     for name, (ahead, back) in arguments.items():
-        forward, backward = rows.forward_plan(N, name), rows.backward_plan(N, name)
+        forward, backward = rows_plan.forward_plan(N, name), rows_plan.backward_plan(N, name)
         taken = [T.Tensor((1,), "int32")] if forward.is_free else []
         made = [
-            getattr(rows, name).compile(*ahead, *taken, target=HOPPER, **forward.options),
-            getattr(rows, f"{name}_backward").compile(*back, target=HOPPER, **backward.options),
-        ]
+            getattr(rows, name).compile(
+                *ahead, *taken, target=HOPPER,
+                **rows_plan.chosen(forward, N, {}, forward.kept > 0),
+            ),
+            getattr(rows, f"{name}_backward").compile(
+                *back, target=HOPPER, **rows_plan.chosen(backward, N, {}, name != "softmax")
+            ),
+        ]  # fmt: skip
         for frame in (frame for kernel in made for frame in kernel.kernels):
             assert (frame.resources.spill_bytes, frame.resources.stack_bytes) == (0, 0), name
             assert "goes through shared memory" not in frame.explain(), frame.explain()
         for kernel in made:
-            assert "st.global.v4.b32" in kernel.kernels[0].ptx
-            clusters = kernel.kernels[0].ptx.count("st.async.shared::cluster")
-            assert bool(clusters) == ("reqnctapercluster" in kernel.kernels[0].ptx)
+            main = max(kernel.kernels, key=lambda frame: len(frame.ptx))
+            is_short = kernel is made[0] and N % 8 and N < rows_plan.FORWARD
+            assert is_short or "st.global.v4.b32" in main.ptx
+            clusters = main.ptx.count("st.async.shared::cluster")
+            assert bool(clusters) == ("reqnctapercluster" in main.ptx)

@@ -9,24 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tilejit.dtypes import int32
-from tilejit.ir.analysis import Interval, divisor, interval, linear
+from tilejit.dtypes import bool_, int32
+from tilejit.ir.analysis import Interval, divisor, interval, linear, provably
 from tilejit.ir.buffer import Buffer
 from tilejit.ir.expr import (
     Const,
     Expr,
     Op,
     Var,
+    VarKind,
     arith,
     binary,
     cast,
     const,
     index,
     same_width,
+    variables,
     walk,
 )
 from tilejit.layout.fragment import THREAD, FragmentLayout
 from tilejit.layout.shared import SharedLayout
+
+_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
 def total(terms: dict[Expr, int], constant: int) -> Expr:
@@ -80,10 +84,14 @@ def xor(a: Expr, b: Expr) -> Expr:
 def coarse_comparison(e: Op, known: Mapping[Var, int]) -> Expr:
     """A comparison of whole numbers that neighbours share: where all that varies on both sides are
     multiples of g, constants are rounded to them. So `8 * thread + c < 64` is one comparison for c
-    from 0 to 7. known: divisors of variables."""
+    from 0 to 7; and none where bounds prove what it is for every thread. known: divisors of
+    variables."""
     a, b = e.children
     if a.dtype is not int32 or b.dtype is not int32 or not never_wraps(e):
         return e
+    if any(v.kind is VarKind.THREAD for v in variables(e)):
+        if provably(e.op, a, b) or provably(_OPPOSITE[e.op], a, b):
+            return const(provably(e.op, a, b), bool_)
     (left, p), (right, q) = linear(a), linear(b)
     step = 0
     for terms in (left, right):

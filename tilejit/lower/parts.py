@@ -12,7 +12,7 @@ from functools import reduce
 
 from tilejit.dtypes import int32
 from tilejit.ir.analysis import Interval, difference, interval
-from tilejit.ir.expr import COMPARE, Expr, Op, Var, arith, binary, index
+from tilejit.ir.expr import COMPARE, Const, Expr, Op, Var, arith, binary, index
 from tilejit.lower.index import coarse_comparison, never_wraps
 
 _FAR = 1 << 20  # more than any vector has
@@ -42,13 +42,10 @@ class Kept:
         )
 
 
-def conjuncts(e: Expr, known: Mapping[Var, int]) -> list[Expr]:
-    """Conditions that hold together where `e` does; comparisons that neighbours share are one.
-    known: divisors of variables."""
+def conjuncts(e: Expr) -> list[Expr]:
+    """Conditions that hold together where `e` does."""
     if isinstance(e, Op) and e.op == "and" and e.dtype.is_bool:
-        return [c for child in e.children for c in conjuncts(child, known)]
-    if isinstance(e, Op) and e.op in _OPPOSITE and e.children[0].dtype.is_integer:
-        return [coarse_comparison(e, known)]
+        return [c for child in e.children for c in conjuncts(child)]
     return [e]
 
 
@@ -59,22 +56,32 @@ def opposite(e: Expr) -> Expr | None:
     return None
 
 
-def kept(tests: Sequence[Sequence[Expr]]) -> Kept | None:
-    """What conditions leave of neighbours, given those of each; None where that is no range."""
+def kept(tests: Sequence[Sequence[Expr]], known: Mapping[Var, int]) -> Kept | None:
+    """What conditions leave of neighbours, given those of each; None where that is no range.
+    known: divisors of variables."""
     shared: list[Expr] = []
     firsts: list[Expr] = []
     ends: list[Expr] = []
     if len({len(t) for t in tests}) != 1:
         return None
     for column in zip(*tests, strict=True):
-        if all(e is column[0] for e in column):
-            shared.append(column[0])
+        coarse = [_coarse(e, known) for e in column]
+        if all(e is coarse[0] for e in coarse):
+            if not (isinstance(coarse[0], Const) and coarse[0].value):
+                shared.append(coarse[0])
             continue
         bound = _half(column)
         if bound is None:
             return None
         (ends if bound[0] else firsts).append(bound[1])
     return Kept(tuple(shared), _bound("max", firsts), _bound("min", ends))
+
+
+def _coarse(e: Expr, known: Mapping[Var, int]) -> Expr:
+    """A comparison that neighbours share where they can; true or false where that is proven."""
+    if isinstance(e, Op) and e.op in _OPPOSITE and e.children[0].dtype.is_integer:
+        return coarse_comparison(e, known)
+    return e
 
 
 def _half(column: Sequence[Expr]) -> tuple[bool, Expr] | None:

@@ -180,7 +180,7 @@ class StatementEmitter(EmitterBase):
     ) -> list[Value]:
         """What neighbours load. What nothing writes is read for those that a condition leaves out
         too, where others are left: that costs less than to read each by itself."""
-        found, width = kept([p.tests for p in group]), len(group)
+        found, width = self._kept(group), len(group)
         assert found is not None, "neighbours are left from one on to another"
         is_constant = buffer.scope is Scope.GLOBAL and buffer not in self.written
         if found.is_all or width == 1 or not is_constant or not self.is_readonly(buffer):
@@ -199,8 +199,11 @@ class StatementEmitter(EmitterBase):
 
     def _tested(self, point: Point, condition: Expr) -> Point:
         """An iteration under one more condition."""
-        fresh = conjuncts(condition, self.kernel.multiples)
-        return replace(point, tests=(*point.tests, *fresh))
+        return replace(point, tests=(*point.tests, *conjuncts(condition)))
+
+    def _kept(self, group: Sequence[Point]) -> Kept | None:
+        """Which neighbours conditions leave; None where that is no range."""
+        return kept([p.tests for p in group], self.kernel.multiples)
 
     def _reach(
         self,
@@ -281,7 +284,7 @@ class StatementEmitter(EmitterBase):
         for first in range(0, len(points.points), width):
             group = points.points[first : first + width]
             at = tuple(group[0].sub(e) for e in node.index)
-            found = kept([p.tests for p in group])
+            found = self._kept(group)
             assert found is not None, "neighbours are left from one on to another"
             when, part = self._reach(node.buffer, at, group, found, once)
             mine, dtype = values[first : first + width], node.buffer.dtype
@@ -353,7 +356,7 @@ class StatementEmitter(EmitterBase):
         groups = [points.points[n : n + width] for n in range(0, len(points.points), width)]
         if not all(are_neighbours(group, at[-1]) for group in groups):
             return 1
-        left = [kept([p.tests for p in group]) for group in groups]
+        left = [self._kept(group) for group in groups]
         if None in left:
             return 1
         is_parted = not all(k is not None and k.is_all for k in left)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,16 +33,35 @@ def misplaced(kernel: Kernel, target: Buffer, copies: Sequence[Copy]) -> str:
     places = [_place(body, n) for n in copies]
     if any(_place(body, n) <= max(places) for n in readers) or not readers:
         return f"{target.name} is not used after all copies that fill it"
-    filled = np.zeros(target.extents, np.int32)
-    for copy, place in zip(copies, places, strict=True):
-        regions = _regions(copy, _path((body[place],), copy))
-        if regions is None:
-            return f"which part of {target.name} it fills is known at run time only"
-        for region in regions:
-            filled[region] += 1
+    paths = [_path((body[place],), copy) for copy, place in zip(copies, places, strict=True)]
+    filled = _times_filled(target, copies, paths)
+    if filled is None:
+        return f"which part of {target.name} it fills is known at run time only"
     if (filled != 1).any():
         return f"the copies that fill parts of {target.name} do not fill each element once"
     return ""
+
+
+def fill_once(target: Buffer, copies: Sequence[Copy]) -> bool:
+    """Whether copies of one body fill each element of a tile once."""
+    if len(copies) == 1 and copies[0].dst.is_whole:
+        return True
+    filled = _times_filled(target, copies, [()] * len(copies))
+    return filled is not None and bool((filled == 1).all())
+
+
+def _times_filled(
+    target: Buffer, copies: Sequence[Copy], paths: Sequence[Sequence[Node]]
+) -> np.ndarray[Any, Any] | None:
+    """How often each element of a tile is filled, given what stands around each copy."""
+    filled = np.zeros(target.extents, np.int32)
+    for copy, path in zip(copies, paths, strict=True):
+        regions = _regions(copy, path)
+        if regions is None:
+            return None
+        for region in regions:
+            filled[region] += 1
+    return filled
 
 
 def _contains(node: Node, other: Node) -> bool:

@@ -53,7 +53,7 @@ from tilejit.passes.around import around_exchanges, exchanged, with_moved
 from tilejit.passes.bring import is_inward
 from tilejit.passes.exchange import FEWEST_STAGES
 from tilejit.passes.overlap import Overlap
-from tilejit.passes.pieces import in_round, round_copies
+from tilejit.passes.pieces import fill_once, in_round, round_copies
 from tilejit.passes.skew import Mapping, skewed
 
 DEFAULT_STAGES = 3
@@ -189,21 +189,21 @@ class _Pipeliner:
         changed = {self.aliases.of(b) for b in written}
         chosen: dict[Node, None] = {}
         buffers: list[Buffer] = []
-        for position, child in enumerate(node.body):
-            if not isinstance(child, Copy) or child.atom is None:
+        filling: dict[Buffer, list[Copy]] = {}
+        for child in node.body:
+            if isinstance(child, Copy) and child.atom is not None:
+                if child.atom.method is CopyMethod.CP_ASYNC:
+                    filling.setdefault(child.dst.buffer, []).append(child)
+        for target, copies in filling.items():
+            loads = [self.needed_loads(node.body, node.body.index(c), c) for c in copies]
+            needed = [n for group in loads if group is not None for n in group]
+            if None in loads or not self.is_private(node, target, copies):
                 continue
-            if child.atom.method is not CopyMethod.CP_ASYNC:
+            read = [c.src.buffer for c in copies] + [n.buffer for n in needed]
+            if changed & {self.aliases.of(b) for b in read}:
                 continue
-            target = child.dst.buffer
-            needed = self.needed_loads(node.body, position, child)
-            if needed is None or not self.is_private(node, child):
-                continue
-            sources = {self.aliases.of(b) for b in (child.src.buffer, *(n.buffer for n in needed))}
-            if sources & changed or target in buffers:
-                continue
-            for load in needed:
-                chosen.setdefault(load)
-            chosen.setdefault(child)
+            for one in (*needed, *copies):
+                chosen.setdefault(one)
             buffers.append(target)
         ahead = tuple(n for n in node.body if n in chosen)
         used = {
@@ -237,18 +237,19 @@ class _Pipeliner:
                 pending += [v for e in maker.exprs for v in variables(e)]
         return needed
 
-    def is_private(self, node: For, copy: Copy) -> bool:
-        """True when the copy alone fills its buffer, each iteration anew, before any use, and
+    def is_private(self, node: For, target: Buffer, copies: Sequence[Copy]) -> bool:
+        """True when the copies alone fill the buffer, each iteration anew, before any use, and
         nothing outside the loop touches it."""
-        target = copy.dst.buffer
-        if target in self.common or not copy.dst.is_whole or target.is_view or target in self.slots:
+        if target in self.common or target.is_view or target in self.slots:
             return False
-        seen = False
+        if not fill_once(target, copies):
+            return False
+        left = len(copies)
         for child in node.body:
-            if child is copy:
-                seen = True
+            if any(child is c for c in copies):
+                left -= 1
                 continue
-            touched = all_writes(child) | (set() if seen else all_reads(child))
+            touched = all_writes(child) | (all_reads(child) if left else set())
             if any(b.root is target for b in touched):
                 return False
             if any(b.root is target and b is not target for b in all_reads(child)):
