@@ -146,26 +146,31 @@ def uneven_backward_plan(N, is_double):
 
 
 def unaligned_forward_plan(N, name):
-    """Of widths that are no whole number of vectors: many small blocks, which hide what masks cost;
-    of long rows, whose weights would come from L2, fewer, and weights stay."""
-    if N <= 4096:
-        return Plan(most_rows(N, 4096), 128, 1, 5 if name == "layer_norm" else 6)
+    """Of rows that begin amid vectors: many small blocks, which hide what masks cost; of long rows,
+    whose weights would come from L2, fewer, and weights stay."""
     width, is_double = columns_of(N), name == "layer_norm"
+    if N <= 4096:
+        return Plan(most_rows(N, 4096), 128, 1, 5 if is_double else 6)
     blocks = cluster_for(width, 6400)
+    if name == "softmax" and N > LARGEST * 6400:
+        is_longest = N > LARGEST * 12800
+        vectors = (5, 6) if is_longest else (3, 4, 5)
+        threads = fitted(width, blocks, vectors, 160, slack=1.08)
+        return Plan(1, threads, blocks, 2 if is_longest or threads > 320 else 3)
     if name == "softmax" or (N <= 65536 and not is_double) or N <= 8192:
         vectors = (3, 4, 5) if is_double else (3, 4, 5, 6)
         threads = fitted(width, blocks, vectors, 128 if N <= 8192 else 160)
         return Plan(1, threads, blocks, max(2, 704 // threads))
-    kept = 2 if is_double else 1
     if N <= 65536:
         threads = fitted(width, blocks, (3, 4, 5), 160)
-        return Plan(1, threads, blocks, max(2, 704 // threads), stages=2, kept=kept, turns=16)
-    blocks = cluster_for(width, 19200)
-    is_wide = is_double and blocks == LARGEST
-    threads = fitted(width, blocks, (6,) if is_wide else (5,), 384)
-    resident = 2 if threads * (2 + kept) <= 1280 and not is_wide else 1
-    turns = 4 if is_double else 1
-    return Plan(1, threads, blocks, resident, stages=2, kept=kept, turns=turns)
+        return Plan(1, threads, blocks, max(2, 704 // threads), stages=2, kept=2, turns=16)
+    blocks = cluster_for(width, 25600 if is_double else 19200)
+    if is_double:
+        threads = fitted(width, blocks, (6,) if blocks == LARGEST else (5,), 384)
+        resident = 2 if threads <= 320 and blocks < LARGEST else 1
+        return Plan(1, threads, blocks, resident, stages=2, kept=2, turns=4)
+    threads = fitted(width, blocks, (5,), 384)
+    return Plan(1, threads, blocks, 2 if threads <= 416 else 1, stages=2, kept=1)
 
 
 def unaligned_backward_plan(N, name):
@@ -173,6 +178,8 @@ def unaligned_backward_plan(N, name):
     width, is_double = columns_of(N), name == "layer_norm"
     if N <= 2730:
         return Plan(min(most_rows(N, 2730), 32 if name == "softmax" else 16), 128, 1, 4, stages=2)
+    if name == "rms_norm" and 8192 < N <= 12800:
+        return Plan(1, fitted(width, 1, (5,), 320), 1, 1, stages=2, turns=2)
     if N <= 32768:
         blocks = cluster_for(width, 6400 if name == "softmax" else 5120)
         threads = fitted(width, blocks, (2,), 320)
