@@ -175,3 +175,95 @@ def test_conditions_that_leave_no_range(executor):
     wanted = np.where(i.astype(np.int8) < 5, x + 2, wanted)
     wanted = np.where((2 * i > 301) | (x == 3), x + 4, wanted)
     assert (y == wanted).all()
+
+
+@tilejit
+def below(X: T.Tensor, Y: T.Tensor, limits: T.Tensor, *, kind, threads=32):
+    """Conditions between numbers of a dtype, whose differences it does not hold."""
+    with T.Kernel(1, threads=threads):
+        for i in T.Parallel(X.shape[0]):
+            if T.cast(i, kind) < limits[0]:
+                Y[i] = X[i]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int64"])
+def test_limits_of_any_dtype(executor, kind):
+    info = np.iinfo(kind)
+    for limit in {0, 3, 100, int(info.max), int(info.max) - 3, int(info.min), int(info.min) + 4}:
+        x = np.arange(128, dtype=np.int32)
+        y = np.full_like(x, -7)
+        below(x, y, np.array([limit], kind), kind=kind)
+        assert (y == np.where(x < limit, x, -7)).all(), limit
+
+
+@tilejit
+def count_up(Y: T.Tensor, n: T.int32, *, threads=32):
+    with T.Kernel(1, threads=threads):
+        counts = T.alloc_fragment((64,), "int32")
+        T.clear(counts)
+        for i in T.Parallel(64):
+            if i < n:
+                while counts[i] < 5:
+                    counts[i] = counts[i] + 1
+        T.copy(counts, Y)
+
+
+def test_loops_in_branches_of_some_elements_end(executor):
+    y = np.full(64, -1, np.int32)
+    count_up(y, 5)
+    assert (y == np.where(np.arange(64) < 5, 5, 0)).all()
+
+
+@tilejit
+def repeat(X: T.Tensor, Y: T.Tensor, n: T.int32, *, threads=32):
+    """The same elements are read by several vectors, under other conditions."""
+    with T.Kernel(1, threads=threads):
+        thread = T.get_thread_binding()
+        for k in T.vectorized(12):
+            if (k % 4) * (1 - k // 8) < n:
+                Y[thread * 12 + k] = X[thread * 4 + k % 4]
+
+
+def test_what_is_read_twice_under_other_conditions(executor):
+    x = np.arange(1, 129, dtype=np.float32)
+    for n in range(1, 5):
+        y = np.zeros(384, np.float32)
+        repeat(x, y, n)
+        k = np.arange(384) % 12
+        kept = (k % 4) * (1 - k // 8) < n
+        assert (y == np.where(kept, x[np.arange(384) // 12 * 4 + k % 4], 0)).all()
+
+
+@tilejit
+def between(X: T.Tensor, Y: T.Tensor, low: T.int32, high: T.int32, *, threads=32):
+    """Vectors of two accesses, and of bytes that begin amid words."""
+    with T.Kernel(1, threads=threads):
+        thread = T.get_thread_binding()
+        tile = T.alloc_shared((32 * 8 + 8,), X.dtype)
+        for k in T.vectorized(8):
+            if k >= low:
+                if k < high:
+                    Y[thread * 8 + k] = X[thread * 8 + k]
+        for i in T.Parallel(256):
+            tile[i + 2] = 5
+        for i in T.Parallel(256):
+            if i < high:
+                tile[i + 2] = X[i]
+        for i in T.Parallel(256):
+            if i >= low:
+                Y[256 + i] = tile[i + 2]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float16", "float32", "float64"])
+def test_limits_far_from_any_vector(executor, dtype):
+    far = [-(2**31), -(2**31) + 3, 2**31 - 1, 2**31 - 4, 3, 7]
+    x = (np.arange(256) % 100).astype(dtype)
+    between.compile(x, np.zeros(512, dtype), 1, 2, target="sm_90a").kernels[0].cubin  # assembles
+    for low in far:
+        for high in far:
+            y = np.full(512, 77, dtype)
+            between(x, y, low, high)
+            k, i = np.arange(256) % 8, np.arange(256)
+            direct = np.where((k >= low) & (k < high), x, 77)
+            through = np.where(i >= low, np.where(i < high, x, 5), 77)
+            assert y.tobytes() == np.concatenate([direct, through]).astype(dtype).tobytes()

@@ -52,39 +52,49 @@ def store(space: str, bits: int, count: int, constant: int, *, predicated: bool)
     return f"{guard}st.{space}{_shape(bits, count)} [$a0+{constant}], {_vector('a', count, 1)};"
 
 
-def _parting(count: int, first: int, *, predicated: bool) -> tuple[str, str]:
-    """Of an access to `count` elements from the input `first` on (inclusive) to the one after it
-    (exclusive): what finds whether all are, and what leaves unless some are, but not all."""
-    begin, end = f"$a{first}", f"$a{first + 1}"
+def _parting(count: int, skipped: int, part: int, *, predicated: bool) -> tuple[str, str]:
+    """Of an access to `count` elements after `skipped` others, of which the inputs from `part` on
+    say which there are: what finds whether all are, and what leaves unless some are, but not
+    all."""
+    begin, end, last = f"$a{part}", f"$a{part + 1}", skipped + count
     found = (
         f".reg .pred whole, some, mine; "
-        f"setp.ge.s32 whole, {end}, {count}; setp.le.and.s32 whole, {begin}, 0, whole; "
-        f"setp.gt.s32 some, {end}, 0; setp.lt.and.s32 some, {begin}, {count}, some; "
+        f"setp.ge.s32 whole, {end}, {last}; setp.le.and.s32 whole, {begin}, {skipped}, whole; "
+        f"setp.gt.s32 some, {end}, {skipped}; setp.lt.and.s32 some, {begin}, {last}, some; "
     )
     if predicated:
-        when = f"$a{first + 2}"
+        when = f"$a{part + 2}"
         found += f"and.pred whole, whole, {when}; and.pred some, some, {when}; "
     return found, "not.pred mine, whole; and.pred some, some, mine; @!some bra DONE; "
 
 
-def _is_mine(number: int, first: int) -> str:
+def _is_mine(number: int, part: int) -> str:
     """Sets `mine`: whether an element is one of those."""
     return (
-        f"setp.gt.s32 mine, $a{first + 1}, {number}; "
-        f"setp.le.and.s32 mine, $a{first}, {number}, mine; "
+        f"setp.gt.s32 mine, $a{part + 1}, {number}; "
+        f"setp.le.and.s32 mine, $a{part}, {number}, mine; "
     )
 
 
 @cache
 def load_part(
-    space: str, bits: int, count: int, size: int, constant: int, *, readonly: bool, predicated: bool
+    space: str,
+    bits: int,
+    count: int,
+    size: int,
+    constant: int,
+    skipped: int,
+    *,
+    readonly: bool,
+    predicated: bool,
 ) -> str:
     """ld of a vector of which only some elements, `size` bytes each, may be read; zeros in place of
-    the others. Outputs: `count` registers. Inputs: the address, the first element (int32), the one
-    after the last, and, if predicated, the condition. Where all are, it is one access."""
+    the others. Outputs: `count` registers. Inputs: the address, the number of the first element
+    (int32), counted from `skipped` before the vector, that after the last and, if predicated, the
+    condition. Where all may be read, it is one access."""
     path = ".nc" if readonly and space == "global" else ""
     each, name = max(1, bits // 8 // size), f"ld.{space}{path}"
-    found, leave = _parting(count * each, 1, predicated=predicated)
+    found, leave = _parting(count * each, skipped, 1, predicated=predicated)
     zero = "".join(f"mov.b{bits} $d{i}, 0; " for i in range(count))
     text = found + zero
     text += f"@whole {name}{_shape(bits, count)} {_vector('d', count)}, [$a0+{constant}]; " + leave
@@ -93,12 +103,14 @@ def load_part(
         text += "".join(f".reg .{kind} e{k}; mov.{kind} e{k}, 0; " for k in range(count * each))
     for k in range(count * each):
         goal = f"e{k}" if each > 1 else f"$d{k}"
-        text += _is_mine(k, 1) + f"@mine {name}{_shape(size * 8, 1)} {goal}, "
+        text += _is_mine(skipped + k, 1) + f"@mine {name}{_shape(size * 8, 1)} {goal}, "
         text += f"[$a0+{constant + k * size}]; "
     if size == 1:
         for k in range(0, count * each, 2):  # two bytes a time
             text += f"shl.b16 e{k + 1}, e{k + 1}, 8; or.b16 e{k}, e{k}, e{k + 1}; "
-    if each > 1:
+    if bits == 16 and each > 1:
+        text += "mov.b16 $d0, e0; "
+    elif each > 1:
         step = each // 2
         for i in range(count):
             text += f"mov.b32 $d{i}, {{e{i * each}, e{i * each + step}}}; "
@@ -107,20 +119,22 @@ def load_part(
 
 @cache
 def store_part(
-    space: str, bits: int, count: int, size: int, constant: int, *, predicated: bool
+    space: str, bits: int, count: int, size: int, constant: int, skipped: int, *, predicated: bool
 ) -> str:
-    """The same with st. Inputs: the address, `count` registers, the first element, the one after
-    the last and, if predicated, the condition."""
-    each, first = max(1, bits // 8 // size), count + 1
-    found, leave = _parting(count * each, first, predicated=predicated)
+    """The same with st. Inputs: the address, `count` registers, the number of the first element,
+    that after the last and, if predicated, the condition."""
+    each, part = max(1, bits // 8 // size), count + 1
+    found, leave = _parting(count * each, skipped, part, predicated=predicated)
     text = f"@whole st.{space}{_shape(bits, count)} [$a0+{constant}], {_vector('a', count, 1)}; "
     text = found + text + leave
-    if each > 1:
+    if bits == 16 and each > 1:
+        text += ".reg .b16 e0; mov.b16 e0, $a1; "
+    elif each > 1:
         text += "".join(f".reg .b16 e{k}; " for k in range(count * 2))
         for i in range(count):
             text += f"mov.b32 {{e{2 * i}, e{2 * i + 1}}}, $a{i + 1}; "
     for k in range(count * each):
-        text += _is_mine(k, first)
+        text += _is_mine(skipped + k, part)
         source = f"e{k * size // 2}" if each > 1 else f"$a{k + 1}"
         place = f"[$a0+{constant + k * size}]"
         text += f"@mine st.{space}{_shape(size * 8, 1)} {place}, {source}; "

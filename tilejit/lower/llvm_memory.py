@@ -117,22 +117,20 @@ class LLVMMemory(LLVMControl):
         for first, elements in _accesses(dtype.bytes, count, address.align):
             offset = constant + first * dtype.bytes
             mine, whole = self._own_part(part, first, elements, when)
-            result += self._load_access(address, base, offset, dtype, elements, whole, mine)
+            result += self._load_access(address, base, offset, dtype, elements, whole, mine, first)
         return result
 
     def _own_part(
         self, part: Part | None, first: int, elements: int, when: Value | None
     ) -> tuple[Part | None, Value | None]:
-        """The part of an access that has some of the elements, and its condition; one element is
-        there or not."""
-        if part is None:
-            return None, when
-        begin, end = (self.builder.sub(v, I32(first)) if first else v for v in part)
-        if elements > 1:
-            return (begin, end), when
+        """The part of an access that begins with an element of the vector, and its condition; one
+        element is there or not."""
+        if part is None or elements > 1:
+            return part, when
+        begin, end = part
         is_there = self.builder.and_(
-            self.builder.icmp_signed("<=", begin, I32(0)),
-            self.builder.icmp_signed(">", end, I32(0)),
+            self.builder.icmp_signed("<=", begin, I32(first)),
+            self.builder.icmp_signed(">", end, I32(first)),
         )
         return None, is_there if when is None else self.builder.and_(is_there, when)
 
@@ -145,6 +143,7 @@ class LLVMMemory(LLVMControl):
         elements: int,
         when: Value | None,
         part: Part | None,
+        skipped: int,
     ) -> list[Value]:
         total = elements * dtype.bytes
         bits, kind = self._register(dtype, total)
@@ -153,7 +152,9 @@ class LLVMMemory(LLVMControl):
         if part is None:
             text = memory.load(address.space, bits, registers, constant, **how)
         else:
-            text = memory.load_part(address.space, bits, registers, dtype.bytes, constant, **how)
+            text = memory.load_part(
+                address.space, bits, registers, dtype.bytes, constant, skipped, **how
+            )
         loaded = self.assemble(
             text,
             [kind] * registers,
@@ -211,6 +212,7 @@ class LLVMMemory(LLVMControl):
                 dtype,
                 whole,
                 mine,
+                first,
             )
 
     def _store_access(
@@ -222,6 +224,7 @@ class LLVMMemory(LLVMControl):
         dtype: DType,
         when: Value | None,
         part: Part | None,
+        skipped: int,
     ) -> None:
         total = len(values) * dtype.bytes
         bits, _ = self._register(dtype, total)
@@ -230,8 +233,9 @@ class LLVMMemory(LLVMControl):
         if part is None:
             text = memory.store(space, bits, count, constant, predicated=is_predicated)
         else:
-            size = dtype.bytes
-            text = memory.store_part(space, bits, count, size, constant, predicated=is_predicated)
+            text = memory.store_part(
+                space, bits, count, dtype.bytes, constant, skipped, predicated=is_predicated
+            )
         inputs = [base, *registers, *(part or ()), *(() if when is None else (when,))]
         self.assemble(text, (), inputs, has_effect=True)
 

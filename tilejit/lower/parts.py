@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from tilejit.dtypes import int32
+from tilejit.dtypes import int32, int64
 from tilejit.ir.analysis import Interval, difference, interval
-from tilejit.ir.expr import COMPARE, Const, Expr, Op, Var, arith, binary, index
+from tilejit.ir.expr import COMPARE, Const, Expr, Op, Var, arith, binary, cast, index
 from tilejit.lower.index import coarse_comparison, never_wraps
 
 _FAR = 1 << 20  # more than any vector has
+_WIDE = Interval(-(1 << 62), 1 << 62)
 _SWAPPED = {"gt": "lt", "ge": "le"}
 _OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
@@ -95,7 +96,10 @@ def _half(column: Sequence[Expr]) -> tuple[bool, Expr] | None:
         return None
     if not all(c.dtype.is_integer for c in first.children) or not all(map(never_wraps, column)):
         return None
-    left, right = [list(side) for side in zip(*(e.children for e in column), strict=True)]
+    sides = [[_whole(e) for e in side] for side in zip(*(e.children for e in column), strict=True)]
+    left, right = ([e for e in side if e is not None] for side in sides)
+    if min(len(left), len(right)) < len(column):
+        return None
     op = first.op
     if op in _SWAPPED:
         left, right, op = right, left, _SWAPPED[op]
@@ -112,6 +116,14 @@ def _half(column: Sequence[Expr]) -> tuple[bool, Expr] | None:
         return True, arith("add", room, 1) if op == "le" else room
     start = arith("sub", 0, room)
     return False, start if op == "le" else arith("add", start, 1)
+
+
+def _whole(e: Expr) -> Expr | None:
+    """The integer as one of whole numbers, of which sums do not wrap; None where they may."""
+    bounds = interval(e)
+    if bounds.fits_int32:
+        return cast(e, int32)
+    return cast(e, int64) if bounds.within(_WIDE) else None
 
 
 def _bound(op: str, limits: Iterable[Expr]) -> Expr | None:

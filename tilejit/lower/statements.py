@@ -169,7 +169,8 @@ class StatementEmitter(EmitterBase):
         for first in range(0, len(points.points), width):
             group = points.points[first : first + width]
             at = tuple(group[0].sub(e) for e in node.index)
-            key = (at, group[0].tests, id(group[0].bounds), id(group[0].condition))
+            tests = tuple(p.tests for p in group)
+            key = (at, tests, id(group[0].bounds), id(group[0].condition))
             if key not in done:
                 done[key] = self._load_group(node.buffer, at, group, points.once_loads)
             results += done[key]
@@ -557,7 +558,7 @@ class StatementEmitter(EmitterBase):
             (point,) = inner.points
             point.mapping = dict(points.points[0].mapping)
             self.emit_body(node.test, inner)
-            return self.both(self.value(point.sub(node.condition)), point.condition)
+            return self.both(self.value(point.sub(node.condition)), self.condition(point))
 
         def body() -> None:
             self.emit_body(node.body, inner)
