@@ -60,7 +60,10 @@ class Rows:
 
     def before(self, row):
         """Columns before a row's first element."""
-        return row * self.N % VECTOR if self.is_unaligned else 0
+        if not self.is_unaligned:
+            return 0
+        fits = self.M * self.N < 1 << 31
+        return row * (self.N if fits else self.N % VECTOR) % VECTOR
 
     def has(self, row, column):
         """Whether a column is one of the row's."""
@@ -139,7 +142,9 @@ class Rows:
 
     def check_alike(self, workers):
         if self.is_unaligned:
-            assert workers % alike(self.N, self.BM) == 0, "rows of a worker have to begin alike"
+            step = alike(self.N, self.BM)
+            wrong = f"rows of a worker have to begin alike: workers is no multiple of {step}"
+            assert workers % step == 0, wrong
 
     def weights_of(self, W, worker, column):
         """A function of a row and a column of the block's: weights for all rows of a worker."""
@@ -539,7 +544,8 @@ def rms_norm_backward(
 ):  # fmt: skip
     """The gradients with respect to X and W of `rms_norm`, which gave S, from DY, that with respect
     to Y. DW: (N,). Clusters of `blocks` blocks take every `workers`th group of BM rows; each keeps
-    its part of DW in registers, and a second kernel adds the parts."""
+    its part of DW in registers, and a second kernel adds the parts. workers: of odd N a multiple of
+    8 (`alike`)."""
     rows = Rows(BM, blocks, threads, BACKWARD, X, DY, DX)
     (M, N), part, parts, (W,) = X.shape, rows.part, rows.sums(workers), rows.weights(W)
     groups = T.ceildiv(M, BM)

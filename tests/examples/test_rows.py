@@ -311,3 +311,14 @@ def test_every_width_compiles_without_spills_and_with_wide_accesses(N):
             assert is_short or "st.global.v4.b32" in main.ptx
             clusters = main.ptx.count("st.async.shared::cluster")
             assert bool(clusters) == ("reqnctapercluster" in main.ptx)
+
+
+@pytest.mark.parametrize("M, N", [(65536, 50257), (3_000_001, 1001)])
+def test_more_than_2_31_elements_have_wide_accesses_too(M, N):
+    x, w, s = T.Tensor((M, N), "bfloat16"), T.Tensor((N,), "bfloat16"), T.Tensor((M,), "float32")
+    plan = rows_plan.forward_plan(N, "softmax")
+    (softmax,) = rows.softmax.compile(x, x, target=HOPPER, **plan.options).kernels
+    assert "ld.global.nc.v4.b32" in softmax.ptx and "st.global.v4.b32" in softmax.ptx
+    knobs = rows_plan.chosen(rows_plan.backward_plan(N, "rms_norm"), N, {})
+    _, main, _ = rows.rms_norm_backward.compile(x, w, x, s, x, w, target=HOPPER, **knobs).kernels
+    assert "st.global.v4.b32" in main.ptx and "cp.async.cg" in main.ptx
