@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import collections
 import re
-import shutil
 
 import pytest
+from disassembler import has_disassembler
 from test_kernels_manual import example, one_warp_arrives, ping_pong, ring, shared_tile
 from test_kernels_manual import through_strips as strips
 
@@ -68,14 +68,6 @@ PTX = re.compile(
 
 def instructions(ptx: str) -> dict[str, int]:
     return dict(sorted(collections.Counter(PTX.findall(ptx)).items()))
-
-
-def has_disassembler() -> bool:
-    if shutil.which("nvdisasm"):
-        return True
-    from cuda import pathfinder
-
-    return pathfinder.find_nvidia_binary_utility("nvdisasm") is not None
 
 
 def assert_clean(kernel) -> None:

@@ -4,12 +4,12 @@ that; and where the block meets first."""
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from disassembler import has_disassembler
 from products import assert_near, assert_product, matmul, operand
 from test_kernels_manual import example
 from test_kernels_shared_out import finished
@@ -55,14 +55,6 @@ def is_early(kernel) -> bool:
 
 
 # ---- machine code -------------------------------------------------------------------------------
-
-
-def has_disassembler() -> bool:
-    if shutil.which("nvdisasm"):
-        return True
-    from cuda import pathfinder
-
-    return pathfinder.find_nvidia_binary_utility("nvdisasm") is not None
 
 
 def reaches_before(sass: str, wanted: str, waits: str) -> bool:

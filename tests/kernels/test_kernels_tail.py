@@ -8,6 +8,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from disassembler import has_disassembler
 from products import (
     FLOAT32_STEP,
     assert_near,
@@ -373,6 +374,7 @@ def test_loops_of_unknown_length_are_right(hopper, rng):
 # ---- the choice and the machine code ------------------------------------------------------------
 
 
+@pytest.mark.skipif(not has_disassembler(), reason="needs nvdisasm")
 @pytest.mark.parametrize("BM, BN, threads", [(256, 128, 256), (256, 192, 256)])
 def test_a_row_is_stored_between_the_next_rows_products(BM, BN, threads):
     spec = T.Tensor((2048, 2048), "bfloat16")

@@ -10,7 +10,7 @@ import pytest
 from tilejit.dtypes import int8, int32, int64, uint32
 from tilejit.ir.access import evaluate
 from tilejit.ir.analysis import difference
-from tilejit.ir.expr import Var, VarKind, arith, binary, cast, const, index
+from tilejit.ir.expr import Const, Var, VarKind, arith, binary, cast, const, index
 from tilejit.lower.index import coarse_comparison, split
 
 
@@ -84,6 +84,18 @@ def test_what_may_wrap_is_compared_as_it_is():
         binary("lt", binary("mul", cast(var("a", 9), int8), const(8, int8)), const(7, int8)),
     ):
         assert coarse_comparison(e, {}) is e
-    far = arith("add", arith("mul", var("a", 9), 8), 5)
+    far = arith("add", arith("mul", Var("a", int32, VarKind.VALUE, index(0), index(8)), 8), 5)
     lowest = binary("lt", const(-(2**31) + 1), far)
     assert coarse_comparison(lowest, {}) is lowest  # what it is rounded to would not be an int32
+
+
+def test_what_bounds_prove_for_every_thread_is_not_compared():
+    """Nor what they disprove; what does not depend on the thread stays as it is."""
+    thread, x = var("a", 9), Var("x", int32, VarKind.VALUE, index(0), index(8))
+    for op, right, known in (("lt", 9, True), ("ge", 9, False), ("gt", 8, False), ("le", 8, True)):
+        folded = coarse_comparison(binary(op, thread, const(right)), {})
+        assert isinstance(folded, Const) and folded.value == known
+        e = binary(op, x, const(right))
+        assert coarse_comparison(e, {}) is e
+    undecided = binary("lt", thread, const(8))
+    assert coarse_comparison(undecided, {}) is undecided
