@@ -492,6 +492,24 @@ def reduce(src: Box, dst: Box, kind: str, axis: int, clear: bool, keeps_nan: boo
     return Statement([f'T.reduce({text}, "{kind}", {axis}{options})'], run)
 
 
+def scan(tile: Box, kind: str, axis: int, reverse: bool, keeps_nan: bool) -> Statement:
+    """Running sums or maxima in the place of the elements."""
+
+    def run(s: State) -> None:
+        lines = np.moveaxis(tile.read(s), axis, 0)
+        results = list(lines[::-1] if reverse else lines)
+        for k in range(1, len(results)):
+            pair = np.stack([results[k - 1], results[k]])
+            results[k] = reduced(kind, pair, tile.dtype, None, tile.dtype, keeps_nan)
+        found = np.stack(results[::-1] if reverse else results)
+        tile.write(s, np.moveaxis(found, 0, axis))
+
+    options = ", reverse=True" * reverse
+    if kind == "max" and (keeps_nan or reverse):
+        options += f", nan_propagate={keeps_nan}"
+    return Statement([f"T.cum{kind}({tile.text}, dim={axis}{options})"], run)
+
+
 _FLOAT_STEPS = {"sum": "add", "max": "max", "min": "min"}
 
 

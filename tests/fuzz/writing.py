@@ -642,7 +642,7 @@ class Writer:
         if self.products and self.chance(0.2):
             return self.multiply()
         if self.statistics and self.chance(0.35):
-            return [self.reduction()]
+            return [self.scan() if self.chance(0.3) else self.reduction()]
         if depth > 0 and kind < 0.14:
             return [self.tile_loop(depth - 1)]
         if depth > 0 and kind < 0.22:
@@ -761,6 +761,17 @@ class Writer:
         keeps_nan = self.chance(0.3) and kind in ("max", "min", "absmax")
         sides = self.whole(source), self.whole(out)
         return m.reduce(*sides, kind, statistic.axis, not has_old, keeps_nan)
+
+    def scan(self) -> Statement:
+        """Running maxima of a tile in its place, or sums of integers."""
+        statistic = self.rng.choice(self.statistics)
+        source = statistic.source
+        is_sum = not source.dtype.is_float and not source.dtype.is_bool and source.limit is None
+        is_sum = is_sum and self.chance(0.5)
+        keeps_nan = self.chance(0.3) and not is_sum
+        axis = self.rng.randrange(len(source.extents))
+        tile = self.whole(source)
+        return m.scan(tile, "sum" if is_sum else "max", axis, self.chance(0.4), keeps_nan)
 
     def threads_section(self, variable: str, threads: int) -> Statement:
         """Statements that each thread executes for itself."""

@@ -64,7 +64,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     barrier.bar_sync(1, 128),
     barrier.bar_arrive(3, 256),
     special.PERMUTE,
-    *(special.shuffle(mode) for mode in ("idx", "bfly")),
+    *(special.shuffle(mode) for mode in ("idx", "bfly", "up", "down")),
     *(stmatrix.stmatrix(count, trans) for count in (1, 2, 4) for trans in (False, True)),
     *(
         make(bits)

@@ -287,7 +287,7 @@ def test_a_fast_function_on_the_gpu_is_close_to_what_it_means(instruction, execu
     assert np.allclose(found, meant, rtol=tolerance, atol=2e-6, equal_nan=True), (found, meant)
 
 
-@pytest.mark.parametrize("mode", ["idx", "bfly"])
+@pytest.mark.parametrize("mode", ["idx", "bfly", "up", "down"])
 def test_a_shuffle_on_the_gpu_is_what_it_means(mode, execute, make_lanes):
     value = np.arange(LANES, dtype=np.uint32) * 3
     operand = np.full(LANES, 5, np.uint32)

@@ -152,8 +152,14 @@ def test_shuffles_stay_within_their_warp(make_lanes):
     assert same.tolist() == [30] * 32 + [350] * 32 + [670] * 32
     (other,) = special.shuffle("bfly").meaning(lanes, [value, np.full(96, 16, np.uint32)])
     assert np.array_equal(other, value.reshape(-1, 2, 16)[:, ::-1].ravel())
-    with pytest.raises(AssertionError, match="shuffle up"):
-        special.shuffle("up")
+    three = np.full(96, 3, np.uint32)
+    lane = np.arange(32)
+    (before,) = special.shuffle("up").meaning(lanes, [value, three])
+    assert before[32:64].tolist() == (320 + 10 * np.where(lane < 3, lane, lane - 3)).tolist()
+    (after,) = special.shuffle("down").meaning(lanes, [value, three])
+    assert after[32:64].tolist() == (320 + 10 * np.where(lane > 28, lane, lane + 3)).tolist()
+    with pytest.raises(AssertionError, match="shuffle left"):
+        special.shuffle("left")
 
 
 def test_a_permutation_takes_bytes_by_number():

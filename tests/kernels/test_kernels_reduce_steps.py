@@ -404,8 +404,8 @@ def test_the_graph_means_the_same_in_steps(rng, kernel, shape, constants):
 
 @tilejit
 def greatest(A: T.Tensor, C: T.Tensor, P: T.Tensor):
-    """C[i] = where row i's greatest element first is, P = running sums of rows, as the hints for
-    T.reduce_argmax and T.cumsum say."""
+    """C[i] = where row i's greatest element first is, as the hint for T.reduce_argmax says; P =
+    running sums of rows, by a loop over the columns."""
     M, N = A.shape
     with T.Kernel(1, threads=THREADS):
         x, at = T.alloc_fragment((M, N), "float32"), T.alloc_fragment((M, N), "int32")

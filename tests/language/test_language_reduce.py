@@ -199,7 +199,6 @@ def test_reduction_inside_parallel_is_refused():
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("cumsum", r"T\.serial over the columns of a shared tile, .* in T\.Parallel over its rows"),
         ("reduce_argmax", r"T\.reduce_max, and T\.reduce_min of T\.if_then_else\(.*\)"),
         ("any_of", r"T\.reduce_bitor of a bool tile"),
         ("alloc_reducer", r"T\.alloc_fragment, and T\.reduce_sum of it after the loop"),

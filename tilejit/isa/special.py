@@ -268,22 +268,29 @@ def shuffle(mode: str) -> Instruction:
     """Every lane reads the uint32 of another lane of its warp.
 
     mode: "idx": of the lane numbered by the second input, modulo 32; "bfly": of the lane whose
-        number is this lane's XOR the second input. All lanes of the warp must take part.
+        number is this lane's XOR the second input; "up" and "down": of the lane whose number is
+        less or more by the second input, and its own where the warp has none. All lanes of the
+        warp must take part.
     """
-    assert mode in ("idx", "bfly"), f"shuffle {mode}"
+    assert mode in ("idx", "bfly", "up", "down"), f"shuffle {mode}"
 
     def meaning(lanes: LaneContext, inputs: Sequence[Array]) -> tuple[Array, ...]:
         shape = lanes.thread.shape
         value = np.broadcast_to(inputs[0], shape)
         operand = np.broadcast_to(inputs[1], shape).astype(np.int64) % WARP
         lane = np.arange(len(value))
-        other = operand if mode == "idx" else lane % WARP ^ operand
+        own = lane % WARP
+        if mode in ("up", "down"):
+            other = own - operand if mode == "up" else own + operand
+            other = np.where((other < 0) | (other >= WARP), own, other)
+        else:
+            other = operand if mode == "idx" else own ^ operand
         return (value[lane - lane % WARP + other],)
 
     # PTX ISA, "Data movement and conversion instructions: shfl.sync"
     return Instruction(
         name=f"shfl.sync.{mode}",
-        ptx=f"shfl.sync.{mode}.b32 $d0, $a0, $a1, 31, {_FULL};",
+        ptx=f"shfl.sync.{mode}.b32 $d0, $a0, $a1, {0 if mode == 'up' else 31}, {_FULL};",
         outputs=(dtypes.uint32,),
         inputs=(dtypes.uint32, dtypes.uint32),
         meaning=meaning,

@@ -194,6 +194,7 @@ from tilejit.language.reduce import (
     reduce_min,
     reduce_sum,
 )
+from tilejit.language.scan import cummax, cumsum
 from tilejit.language.section import section
 from tilejit.language.symbol import const, dynamic, symbolic
 from tilejit.language.tma import (
@@ -298,6 +299,8 @@ __all__ = [
     "copy",
     "cos",
     "cosh",
+    "cummax",
+    "cumsum",
     "dec_max_nreg",
     "disable_warp_group_reg_alloc",
     "double",
@@ -436,10 +439,6 @@ _INSTEAD = {
     "make_wgmma_swizzled_layout": "T.make_swizzled_layout",
     "float8_e4m3fnuz": "T.float8_e4m3fn",
     "float8_e5m2fnuz": "T.float8_e5m2",
-    "cumsum": "T.serial over the columns of a shared tile, and in it s[i, j] += s[i, j - 1] in "
-    "T.Parallel over its rows",
-    "cummax": "T.serial over the columns of a shared tile, and in it T.max(s[i, j], s[i, j - 1]) "
-    "in T.Parallel over its rows",
     "reduce_argmax": "T.reduce_max, and T.reduce_min of T.if_then_else(x[i, j] == most[i], j, N)",
     "reduce_argmin": "T.reduce_min, and T.reduce_min of T.if_then_else(x[i, j] == least[i], j, N)",
     "any_of": "T.reduce_bitor of a bool tile",

@@ -30,6 +30,7 @@ from tilejit.ops.reduce import Reduce, ReduceKind, result_shapes
 # what to do instead, by an argument's role
 _DETOURS = {
     "`out`": "Reduce to a fragment, and copy that with T.copy.",
+    "`dst`": "Scan to a fragment, and copy that with T.copy.",
     "the destination": "Gather to a fragment, and copy that with T.copy.",
 }
 
@@ -201,9 +202,9 @@ def cluster_reduce(buffer: Any, reduce_type: str = "sum", nan_propagate: bool = 
     what = "T.cluster_reduce"
     trace = tile_op(what)
     kind = _kind(what, reduce_type)
-    tile = _tile(what, buffer, "the tile")
-    _check_dtypes(what, kind, tile.buffer, tile.buffer)
-    keeps_nan = _flag(what, nan_propagate, "nan_propagate")
+    tile = as_tile(what, buffer, "the tile")
+    check_dtypes(what, kind, tile.buffer, tile.buffer)
+    keeps_nan = as_flag(what, nan_propagate, "nan_propagate")
     if math.prod(trace.cluster) > 1:
         trace.add(ClusterReduce(tile=tile, kind=kind, keeps_nan=keeps_nan, span=caller_span()))
 
@@ -234,9 +235,9 @@ def cluster_gather(src: Any, dst: Any) -> None:
     """
     what = "T.cluster_gather"
     trace = tile_op(what)
-    source, target = _tile(what, src, "the source"), _tile(what, dst, "the destination")
+    source, target = as_tile(what, src, "the source"), as_tile(what, dst, "the destination")
     blocks = math.prod(trace.cluster)
-    related = [_origin(source.buffer), _origin(target.buffer)]
+    related = [origin(source.buffer), origin(target.buffer)]
     if target.shape != (*source.shape, blocks):
         raise ShapeError(
             f"{what}: `{source.buffer.name}` is {shape_text(source.shape)} in each of "
@@ -292,9 +293,9 @@ def cluster_reduce_scatter(
     what = "T.cluster_reduce_scatter"
     trace = tile_op(what)
     kind = _kind(what, reduce_type)
-    source, target = _tile(what, src, "the source"), _tile(what, dst, "the destination")
-    _check_dtypes(what, kind, source.buffer, target.buffer)
-    keeps_nan = _flag(what, nan_propagate, "nan_propagate")
+    source, target = as_tile(what, src, "the source"), as_tile(what, dst, "the destination")
+    check_dtypes(what, kind, source.buffer, target.buffer)
+    keeps_nan = as_flag(what, nan_propagate, "nan_propagate")
     blocks = math.prod(trace.cluster)
     *rows, columns = source.shape
     if columns % blocks or target.shape != (*rows, columns // blocks):
@@ -305,7 +306,7 @@ def cluster_reduce_scatter(
             f"{what}: `{source.buffer.name}` is {shape_text(source.shape)}, and the part of one of "
             f"{count(blocks, 'block')} of a cluster is {wanted}, but `{target.buffer.name}` is "
             f"{shape_text(target.shape)}.",
-            related=[_origin(source.buffer), _origin(target.buffer)],
+            related=[origin(source.buffer), origin(target.buffer)],
         )
     span = caller_span()
     if blocks > 1:
@@ -329,18 +330,18 @@ def _reduce(
     trace = tile_op(what)
     refuse(what, batch=(batch, 1), annotations=(annotations, None))
     kind = _kind(what, reduce_type)
-    source, target = _tile(what, buffer, "the tile"), _tile(what, out, "`out`")
-    axis = _axis(what, dim, source)
+    source, target = as_tile(what, buffer, "the tile"), as_tile(what, out, "`out`")
+    axis = as_axis(what, dim, source)
     _check_shapes(what, source, target, axis)
-    _check_dtypes(what, kind, source.buffer, target.buffer)
+    check_dtypes(what, kind, source.buffer, target.buffer)
     trace.add(
         Reduce(
             src=source,
             dst=target,
             kind=kind,
             axis=axis,
-            clear=_flag(what, clear, "clear"),
-            keeps_nan=_flag(what, nan_propagate, "nan_propagate"),
+            clear=as_flag(what, clear, "clear"),
+            keeps_nan=as_flag(what, nan_propagate, "nan_propagate"),
             span=caller_span(),
         )
     )
@@ -353,13 +354,13 @@ def _kind(what: str, name: Any) -> ReduceKind:
     raise ArgumentError(f"{what}: reduce_type is {name!r}.", hint=f"It is one of {names}.")
 
 
-def _flag(what: str, x: Any, name: str) -> bool:
+def as_flag(what: str, x: Any, name: str) -> bool:
     if isinstance(x, bool) or (isinstance(x, int) and x in (0, 1)):
         return bool(x)
     raise ArgumentTypeError(f"{what}: {name} is {x!r}; it must be True or False while tracing.")
 
 
-def _tile(what: str, x: Any, role: str) -> Region:
+def as_tile(what: str, x: Any, role: str) -> Region:
     side = as_side(x, what, role)
     if isinstance(side, Start):
         raise ShapeError(
@@ -371,24 +372,24 @@ def _tile(what: str, x: Any, role: str) -> Region:
     if isinstance(side, Buffer) or scope not in (Scope.SHARED, Scope.FRAGMENT):
         raise ArgumentError(
             f"{what}: {role} is in {scope.words}, but it has to be in a fragment or shared memory.",
-            related=[_origin(owner)],
+            related=[origin(owner)],
             hint=_DETOURS.get(role, "Copy it to a fragment with T.copy first."),
         )
     return side
 
 
-def _origin(buffer: Buffer) -> tuple[Span | None, str]:
+def origin(buffer: Buffer) -> tuple[Span | None, str]:
     return buffer.span, f"{buffer.name} comes from here"
 
 
-def _axis(what: str, dim: Any, source: Region) -> int:
+def as_axis(what: str, dim: Any, source: Region) -> int:
     rank = len(source.shape)
     if not is_integer(dim):
         raise ArgumentTypeError(f"{what}: dim is {dim!r}, not an integer.")
     if not -rank <= int(dim) < rank:
         raise ArgumentError(
             f"{what}: dim is {dim}, but `{source.buffer.name}` is {shape_text(source.shape)}.",
-            related=[_origin(source.buffer)],
+            related=[origin(source.buffer)],
         )
     return int(dim) % rank
 
@@ -401,12 +402,12 @@ def _check_shapes(what: str, source: Region, target: Region, axis: int) -> None:
     raise ShapeError(
         f"{what}: `{source.buffer.name}` is {shape_text(source.shape)} and dim is {axis}, so `out` "
         f"is {' or '.join(wanted)}, but `{target.buffer.name}` is {shape_text(target.shape)}.",
-        related=[_origin(source.buffer), _origin(target.buffer)],
+        related=[origin(source.buffer), origin(target.buffer)],
     )
 
 
-def _check_dtypes(what: str, kind: ReduceKind, source: Buffer, target: Buffer) -> None:
-    related = [_origin(source), _origin(target)]
+def check_dtypes(what: str, kind: ReduceKind, source: Buffer, target: Buffer) -> None:
+    related = [origin(source), origin(target)]
     a, b = source.dtype, target.dtype
     if kind.is_bitwise and (a.is_float or a is not b):
         raise DTypeError(
@@ -419,7 +420,7 @@ def _check_dtypes(what: str, kind: ReduceKind, source: Buffer, target: Buffer) -
         raise DTypeError(
             f"{what}: `{target.name}` is bool, which holds no sum.",
             related=related,
-            hint="Allocate it as int32, or use T.reduce_bitor.",
+            hint="Allocate it as int32" + (", or use T.reduce_bitor." if "reduce" in what else "."),
         )
     if not _holds(b, a):
         raise DTypeError(

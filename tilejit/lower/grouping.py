@@ -40,6 +40,7 @@ from tilejit.ops.cluster import ClusterExchange, ClusterGather, ClusterReduce, C
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce, Step
+from tilejit.ops.scan import Scan
 from tilejit.ops.uses import used_variables
 
 Key = Buffer  # a fragment, or the root of a private array: what `EmitterBase.state` holds
@@ -143,6 +144,9 @@ def call_name(nodes: Body) -> str:
     if isinstance(node, Reduce):
         what = "reduce" if node.step is Step.WHOLE else f"reduce_{node.step.value}"
         return f"{what}_{node.kind}_{node.src.buffer.name}_{node.dst.buffer.name}"
+    if isinstance(node, Scan):
+        what = node.call[2:] if node.step is Step.WHOLE else f"{node.call[2:]}_{node.step.value}"
+        return f"{what}_{node.dst.buffer.name}"
     if isinstance(node, ClusterReduce):
         what = "reduce" if node.step is Step.WHOLE else node.step.value
         return f"cluster_{what}_{node.kind}_{node.tile.buffer.name}"

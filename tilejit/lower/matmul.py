@@ -24,7 +24,7 @@ from tilejit.layout.fragment import FragmentLayout
 from tilejit.lower.emit import Point, Points
 from tilejit.lower.index import coordinates, thread_part
 from tilejit.lower.operands import Operand, Operands, OperandSource, Spread, WarpTile
-from tilejit.lower.reduce import ReduceEmitter
+from tilejit.lower.scan import ScanEmitter
 from tilejit.ops.gemm import FetchOperands, Gemm, held_operands
 
 Words = Callable[[int, int], list[Value]]
@@ -32,7 +32,7 @@ Words = Callable[[int, int], list[Value]]
 FMA_STEP = 4  # values of k that one round of the plain multiply unrolls
 
 
-class MatmulEmitter(ReduceEmitter):
+class MatmulEmitter(ScanEmitter):
     """Multiplies by single warps and threads."""
 
     def emit_tile(self, node: Node, points: Points) -> None:

@@ -29,6 +29,7 @@ from tilejit.lower.quads import trade_pair
 from tilejit.lower.tiles import TileEmitter
 from tilejit.ops.cluster import ClusterExchange, ClusterReduce, ClusterScatter
 from tilejit.ops.reduce import Reduce, Step, identity
+from tilejit.ops.scan import Scan
 
 _Combining = Reduce | ClusterReduce | ClusterScatter
 _BITS = {8: uint8, 16: uint16}
@@ -66,7 +67,7 @@ class ReduceEmitter(TileEmitter):
         held = self.state[node.dst.buffer]
         if not node.clear:
             old = self.m.cast(held, node.dst.buffer.dtype, dtype)
-            results = [self._pair(node, a, b) for a, b in zip(old, results, strict=True)]
+            results = [self.pair(node, a, b) for a, b in zip(old, results, strict=True)]
         held[:] = self.m.cast(results, dtype, node.dst.buffer.dtype)
 
     def _in_threads(self, node: Reduce, reduction: Reduction) -> list[Value]:
@@ -97,11 +98,9 @@ class ReduceEmitter(TileEmitter):
         if len(values) == 1:
             return values[0]
         middle = len(values) // 2
-        return self._pair(
-            node, self._tree(node, values[:middle]), self._tree(node, values[middle:])
-        )
+        return self.pair(node, self._tree(node, values[:middle]), self._tree(node, values[middle:]))
 
-    def _pair(self, node: _Combining, a: Value, b: Value) -> Value:
+    def pair(self, node: _Combining | Scan, a: Value, b: Value) -> Value:
         m, dtype = self.m, node.accumulator
         result = m.binary(node.kind.combine, a, b, dtype)
         if not (node.keeps_nan and node.kind.is_extreme and dtype.is_float):
@@ -112,26 +111,26 @@ class ReduceEmitter(TileEmitter):
 
     # ---- between threads --------------------------------------------------------------------
 
-    def _from_lane(self, value: Value, step: int, dtype: DType) -> Value:
-        """The value of the lane whose number differs by the bit `step`."""
+    def from_lane(self, value: Value, which: Value, dtype: DType, mode: str = "bfly") -> Value:
+        """The value of another lane; mode and which: as of `shuffle`."""
         m = self.m
-        distance = m.const(step, uint32)
         if dtype.bits == 32:
             word = m.bitcast(value, dtype, uint32) if dtype is not uint32 else value
-            (word,) = m.issue(shuffle("bfly"), [word, distance])
+            (word,) = m.issue(shuffle(mode), [word, which])
             return m.bitcast(word, uint32, dtype) if dtype is not uint32 else word
         bits = m.bitcast(value, dtype, uint64) if dtype is not uint64 else value
         half = m.const(32, uint64)
         words = m.cast([bits, m.binary("shr", bits, half, uint64)], uint64, uint32)
-        moved = [m.issue(shuffle("bfly"), [word, distance])[0] for word in words]
+        moved = [m.issue(shuffle(mode), [word, which])[0] for word in words]
         low, high = m.cast(moved, uint32, uint64)
         bits = m.binary("or", low, m.binary("shl", high, half, uint64), uint64)
         return m.bitcast(bits, uint64, dtype) if dtype is not uint64 else bits
 
     def _with_lane(self, node: Reduce, values: list[Value], step: int) -> list[Value]:
         """Values, each combined with that of the lane whose number differs by the bit `step`."""
-        others = [self._from_lane(v, step, node.accumulator) for v in values]
-        return [self._pair(node, a, b) for a, b in zip(values, others, strict=True)]
+        distance = self.m.const(step, uint32)
+        others = [self.from_lane(v, distance, node.accumulator) for v in values]
+        return [self.pair(node, a, b) for a, b in zip(values, others, strict=True)]
 
     def _send_parts(self, node: Reduce, reduction: Reduction, values: list[Value]) -> None:
         """Each group of threads writes its part. Lanes that hold parts of the same results share
@@ -148,8 +147,9 @@ class ReduceEmitter(TileEmitter):
             pairs = list(zip(values[::2], values[1::2], strict=True))
             given = [m.select(is_odd, even, odd) for even, odd in pairs]
             kept = [m.select(is_odd, odd, even) for even, odd in pairs]
-            come = [self._from_lane(v, step, dtype) for v in given]
-            values = [self._pair(node, a, b) for a, b in zip(kept, come, strict=True)]
+            distance = m.const(step, uint32)
+            come = [self.from_lane(v, distance, dtype) for v in given]
+            values = [self.pair(node, a, b) for a, b in zip(kept, come, strict=True)]
             layout = fewer
         parts = thread_part(layout, self.thread)
         first = self.replica(layout)

@@ -21,6 +21,7 @@ from tilejit.ops.cluster import MOST_BLOCKS, ROOM_GAP
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
+from tilejit.ops.scan import Scan
 from tilejit.passes.box_rows import (
     ABSENT_CLOCKS,
     CLUSTER_CLOCKS,
@@ -428,7 +429,7 @@ class _Planner:
             touched = [n.buffer for n in walk(node.body) if isinstance(n, Load | Store)]
             size = sum(b.dtype.bytes for b in touched if b.scope is Scope.GLOBAL)
             return _Work(clocks=math.prod(node.extents) * size / self.store_bytes)
-        if isinstance(node, Reduce):
+        if isinstance(node, Reduce | Scan):
             size = math.prod(node.src.extents)
             return _Work(clocks=size / REDUCE_A_CLOCK + TRADE_CLOCKS)
         return _Work()

@@ -49,6 +49,7 @@ from tilejit.passes.reduce import (
     stands_alone,
     with_scratch,
 )
+from tilejit.passes.scan import scan_layouts
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
 
@@ -92,7 +93,7 @@ class _Inference:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.threads = kernel.num_threads
-        self.layouts: dict[Buffer, FragmentLayout] = {}
+        self.layouts: dict[Buffer, FragmentLayout] = scan_layouts(kernel.body)
         self.notes: list[str] = []
         self.loops = [loop for node in walk(kernel.body) if (loop := as_parallel(node)) is not None]
         self.gemms = [node for node in walk(kernel.body) if isinstance(node, Gemm)]
@@ -388,10 +389,9 @@ class _Converter:
         self.notes.append(
             f"fragment {buffer.name} goes through shared memory for the access at {node.span}"
         )
-        result: list[Node] = [self.moved(node, buffer, back=False), replace(node, buffer=scratch)]
-        if not isinstance(node, Load):
-            result.append(self.moved(node, buffer, back=True))
-        return result
+        before = self.moved(node, buffer, back=False)
+        after = [] if isinstance(node, Load) else [self.moved(node, buffer, back=True)]
+        return [before, replace(node, buffer=scratch), *after]
 
     def gemm(self, node: Gemm) -> list[Node]:
         assert node.atom is not None

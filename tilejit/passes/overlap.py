@@ -44,6 +44,7 @@ from tilejit.isa.wgmma import MAX_PENDING
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.ops.reduce import Reduce
+from tilejit.ops.scan import Scan
 from tilejit.passes.pieces import only_brings
 from tilejit.passes.pressure import fills, fragments_at, most_words, words_beside
 from tilejit.passes.registers import consumer_registers
@@ -55,7 +56,7 @@ _QUIET = (Scope.FRAGMENT, Scope.SHARED, Scope.VAR)
 _LEAVING = (
     ControlOp.STORE_WAIT_READ, ControlOp.STORE_WAIT, ControlOp.FENCE_ASYNC, ControlOp.STORE_COMMIT,
 )  # fmt: skip
-_KNOWN = (Let, Load, Store, Copy, Fill, Gemm, GemmWait, Parallel, Reduce, If, For, While)
+_KNOWN = (Let, Load, Store, Copy, Fill, Gemm, GemmWait, Parallel, Reduce, Scan, If, For, While)
 
 
 @dataclass(frozen=True)

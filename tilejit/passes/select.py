@@ -50,6 +50,7 @@ from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.elementwise import as_loops, as_parallel, is_private
 from tilejit.ops.gemm import Gemm, GemmWait, GemmWarpPolicy
 from tilejit.ops.reduce import Reduce
+from tilejit.ops.scan import Scan
 from tilejit.passes.bulk import refused, whole_copy
 from tilejit.passes.hopper import Bringable, brings, copies_to_bring
 from tilejit.passes.manual import (
@@ -63,6 +64,7 @@ from tilejit.passes.manual import (
 )
 from tilejit.passes.own import own_tiles
 from tilejit.passes.reduce import combined_in_fragment, in_fragments
+from tilejit.passes.scan import in_parts
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
 
@@ -177,6 +179,10 @@ class _Selector:
                 result += self.gemm(node)
             elif isinstance(node, Reduce | ClusterGather | ClusterScatter):
                 result += in_fragments(node)
+            elif isinstance(node, Scan):
+                nodes, note = in_parts(node, self.threads)
+                result += nodes
+                self.notes.append(note)
             elif isinstance(node, ClusterReduce):
                 result += combined_in_fragment(node)
             elif isinstance(node, Atomic):
@@ -407,7 +413,7 @@ def needs_all_threads(node: Node) -> bool:
         return not is_private(node) and not is_started
     if isinstance(node, SyncThreads):
         return node.number is None
-    kinds = Gemm | GemmWait | Parallel | Reduce | ClusterExchange
+    kinds = Gemm | GemmWait | Parallel | Reduce | Scan | ClusterExchange
     return isinstance(node, kinds) or is_aligned(node)
 
 
@@ -441,7 +447,7 @@ def _spelling(node: Node) -> str:
         return "T.wgmma_gemm"
     if isinstance(node, Reduce):
         return f"T.reduce_{node.kind}"
-    if isinstance(node, ClusterExchange):
+    if isinstance(node, Scan | ClusterExchange):
         return node.call
     return names.get(type(node)) or spelling(node)
 

@@ -16,6 +16,7 @@ from tilejit.ir.node import Body, For, Node, walk
 from tilejit.ops.copy import Copy
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce
+from tilejit.ops.scan import Scan
 from tilejit.passes.nominal import nominal
 from tilejit.passes.registers import GROUP, SPARE_REGISTERS, consumer_registers
 
@@ -61,7 +62,7 @@ def reduces_between(kernel: Kernel) -> bool:
         if isinstance(loop, For):
             inside = list(walk(loop.body))
             if any(isinstance(n, Gemm) for n in inside):
-                return any(isinstance(n, Reduce) for n in inside)
+                return any(isinstance(n, Reduce | Scan) for n in inside)
     return False
 
 

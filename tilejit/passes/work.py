@@ -12,9 +12,11 @@ from tilejit.ir.node import For, If, Load, Node, Parallel
 from tilejit.ir.node import walk as walk_nodes
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.reduce import Reduce
+from tilejit.ops.scan import Scan
 from tilejit.passes.nominal import nominal
 
 LANES = 128  # instructions of threads that a multiprocessor starts in a clock
+SCAN_STEPS = 4  # instructions for an element of a scan
 MATH_LANES = 16  # the same of its special function units
 _FREE = frozenset(("cast", "bitcast"))  # mostly part of something else
 
@@ -31,6 +33,8 @@ def work_clocks(node: Node) -> float:
         return math.prod(node.extents) * _clocks_of_iteration(node)
     if isinstance(node, Reduce):
         return math.prod(node.src.extents) / LANES
+    if isinstance(node, Scan):
+        return SCAN_STEPS * math.prod(node.src.extents) / LANES
     if isinstance(node, Copy) and node.is_trade:
         return 0.75 * math.prod(node.dst.extents) / LANES  # four permutations, two shuffles for 8
     if isinstance(node, Copy):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tilejit.errors import InternalError, SimulationError
-from tilejit.ir.buffer import Buffer, Region
+from tilejit.ir.buffer import Buffer, Region, whole
 from tilejit.ir.divergence import divergence
 from tilejit.ir.expr import Expr, Var, index
 from tilejit.ir.kernel import Kernel, ParamKind
@@ -56,6 +56,7 @@ from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import FetchOperands, Gemm, GemmWait
 from tilejit.ops.reduce import Reduce, Step
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
+from tilejit.ops.scan import Scan
 from tilejit.sim.reference_atomic import combine_at
 from tilejit.sim.reference_gemm import accumulate
 from tilejit.sim.reference_memory import (
@@ -65,7 +66,15 @@ from tilejit.sim.reference_memory import (
     holds_everywhere,
     holds_nowhere,
 )
-from tilejit.sim.reference_reduce import exchanged, parts_of, reduced, taken
+from tilejit.sim.reference_reduce import (
+    exchanged,
+    parts_of,
+    reduced,
+    running,
+    running_in_parts,
+    taken,
+    with_before,
+)
 from tilejit.sim.reference_state import BlockState
 from tilejit.sim.reference_sync import Cluster, Meetings
 from tilejit.sim.reference_values import (
@@ -140,6 +149,7 @@ class _Executor(Meetings):
             Fill: self.run_fill,
             Gemm: self.run_gemm,
             Reduce: self.run_reduce,
+            Scan: self.run_scan,
             ClusterReduce: self.run_exchange,
             ClusterGather: self.run_exchange,
             ClusterScatter: self.run_exchange,
@@ -421,6 +431,19 @@ class _Executor(Meetings):
             self.state.write(node.dst, taken(node, self.state.read(node.parts), old))
             return
         self.state.write(node.dst, reduced(node, self.state.read(node.src), old))
+
+    def run_scan(self, node: Scan) -> None:
+        self.need_all_threads(node.call)
+        if node.scratch is None:
+            values = running(node, self.state.read(node.src))
+            self.state.write(node.dst, cast_array(values, node.accumulator, node.dst.buffer.dtype))
+        elif node.step is Step.SEND:
+            values, totals = running_in_parts(node, self.state.read(node.src))
+            self.state.write(node.dst, values)
+            self.state.write(whole(node.scratch), totals)
+        else:
+            totals = self.state.read(whole(node.scratch))
+            self.state.write(node.dst, with_before(node, self.state.read(node.src), totals))
 
     def run_exchange(self, node: ClusterExchange) -> None:
         self.need_all_threads(node.call)

@@ -12,6 +12,7 @@ import numpy as np
 from tilejit.ops.cluster import ClusterExchange, ClusterReduce, ClusterScatter
 from tilejit.ops.reduce import Reduce, identity
 from tilejit.ops.scalar import Array, cast_array, evaluate_op
+from tilejit.ops.scan import Scan
 
 _Combining = Reduce | ClusterReduce | ClusterScatter
 
@@ -68,6 +69,54 @@ def exchanged(node: ClusterExchange, parts: Sequence[Array], rank: int) -> Array
     return cast_array(_all(node, _counting(node, values)), node.accumulator, target)
 
 
+def running(node: Scan, values: Array) -> Array:
+    """Each element with all before it along the axis, or after it, in the accumulator's dtype."""
+    values = cast_array(values, node.src.buffer.dtype, node.accumulator)
+    return np.moveaxis(_running(node, np.moveaxis(values, node.axis, 0)), 0, node.axis)
+
+
+def running_in_parts(node: Scan, values: Array) -> tuple[Array, Array]:
+    """The same of each part for itself, and what each adds up to, the parts last."""
+    lines = np.moveaxis(values, node.axis, 0)
+    parts = [_running(node, part) for part in _parts(node, lines) if len(part)]
+    totals = [part[0 if node.reverse else -1] for part in parts]
+    assert node.spread is not None, "select did not run"
+    nothing = identity(node.kind, node.accumulator, keeps_nan=node.keeps_nan)
+    absent = np.full_like(totals[0], nothing)
+    totals += [absent] * (node.spread.parts - len(parts))
+    return np.moveaxis(np.concatenate(parts), 0, node.axis), np.stack(totals, axis=-1)
+
+
+def with_before(node: Scan, values: Array, totals: Array) -> Array:
+    """What was scanned in parts, with what the parts before each add up to."""
+    lines = np.moveaxis(values, node.axis, 0)
+    parts = _parts(node, lines)
+    order = list(enumerate(parts))[:: -1 if node.reverse else 1]
+    before: Array | None = None
+    results = list(parts)
+    for k, part in order:
+        total = totals[..., k]
+        if before is not None:
+            results[k] = _combined(node, before, part)
+            total = _combined(node, before, total)
+        before = total
+    return np.moveaxis(np.concatenate(results), 0, node.axis)
+
+
+def _parts(node: Scan, lines: Array) -> list[Array]:
+    assert node.spread is not None, "select did not run"
+    length = node.spread.length
+    return [lines[k * length : (k + 1) * length] for k in range(node.spread.parts)]
+
+
+def _running(node: Scan, lines: Array) -> Array:
+    """Each line with all before it, or after it."""
+    results = list(lines[::-1] if node.reverse else lines)
+    for k in range(1, len(results)):
+        results[k] = _combined(node, results[k - 1], results[k])
+    return np.stack(results[::-1] if node.reverse else results)
+
+
 def _all(node: _Combining, values: Array) -> Array:
     """All elements along the first axis as one."""
     while len(values) > 1:  # halves, so that errors of sums grow with the logarithm
@@ -78,7 +127,7 @@ def _all(node: _Combining, values: Array) -> Array:
     return first
 
 
-def _combined(node: _Combining, a: Array, b: Array) -> Array:
+def _combined(node: _Combining | Scan, a: Array, b: Array) -> Array:
     result = evaluate_op(node.kind.combine, (a, b), node.accumulator)
     if node.keeps_nan and node.kind.is_extreme and node.accumulator.is_float:
         result = np.where(np.isnan(a), a, np.where(np.isnan(b), b, result))
