@@ -12,7 +12,7 @@ from test_kernels_reduce import FLOATS, INTEGERS, values
 
 import tilejit.language as T
 from tilejit import tilejit
-from tilejit.errors import TraceError
+from tilejit.errors import ResourceError, TraceError
 from tilejit.ir.node import walk
 from tilejit.ops.scan import Scan
 from tilejit.runtime.device import use_executor
@@ -124,6 +124,62 @@ def test_tiles_are_in_fragments_and_shared_memory(run, rng, source, target):
     for shape, dim in (((16, 48), 1), ((16, 48), 0), ((1500,), 0)):
         check(run, rng, shape, dim, "int32", source=source, target=target)
         check(run, rng, shape, dim, "float16", source=source, target=target, op="cummax")
+
+
+def test_pieces_of_slices_that_cross_are_not_taken(run, rng):
+    """Both begin at the same element, and go other ways."""
+
+    @tilejit
+    def crossed(A: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=32):
+            s = T.alloc_shared(A.shape, A.dtype)
+            T.copy(A, s)
+            T.cumsum(s[:, :, 0], s[0, 0:33, :], dim=0)
+            T.copy(s, C)
+
+    a = rng.integers(0, 9, (33, 64, 64), np.uint8)
+    want = a.copy()
+    want[0, :33] = a[:, :, 0].cumsum(0, dtype=np.uint8)
+    assert (run(crossed, a, out=[(a.shape, np.uint8)]) == want).all()
+
+
+def test_zeros_keep_their_sign(run):
+    a = np.full((2, 700), -0.0, np.float32)
+    for dim in (0, 1):
+        got = run(scanning, a, out=[(a.shape, np.float32)], dim=dim)
+        assert (got == 0).all() and np.signbit(got).all()
+
+
+def test_accumulators_go_there_and_back_through_one_tile(hopper, rng):
+    @tilejit
+    def product(A: T.Tensor, B: T.Tensor, C: T.Tensor):
+        with T.Kernel(1, threads=256):
+            a, b = T.alloc_shared(A.shape, A.dtype), T.alloc_shared(B.shape, B.dtype)
+            acc = T.alloc_fragment(C.shape, "float32")
+            T.copy(A, a)
+            T.copy(B, b)
+            T.gemm(a, b, acc, clear_accum=True)
+            T.cumsum(acc, dim=1)
+            T.copy(acc, C)
+
+    a = rng.integers(-2, 3, (128, 64)).astype(np.float16)
+    b = rng.integers(-2, 3, (64, 256)).astype(np.float16)
+    c = hopper(product, a, b, out=[((128, 256), np.float32)])
+    assert (c == (a.astype(np.float32) @ b.astype(np.float32)).cumsum(1)).all()
+
+
+def test_line_that_is_too_long_says_so():
+    @tilejit
+    def long(A: T.Tensor):
+        with T.Kernel(1, threads=32):
+            s = T.alloc_shared(A.shape, A.dtype)
+            T.copy(A, s)
+            T.cumsum(s)
+            T.copy(s, A)
+
+    words = r"T.cumsum: `s` takes 316 registers in each of 32 threads while it is scanned; 256 is"
+    with pytest.raises(ResourceError, match=words):
+        long.compile(T.Tensor((10000,), "float32"), target="sm_90a")
 
 
 @pytest.mark.parametrize(("dtype", "out"), [

@@ -7,7 +7,8 @@ import pytest
 
 import tilejit.language as T
 from tilejit import options, tilejit
-from tilejit.ir.node import walk
+from tilejit.ir.expr import is_const
+from tilejit.ir.node import If, walk
 from tilejit.ops.copy import Fill
 from tilejit.ops.gemm import Gemm
 
@@ -127,3 +128,94 @@ def test_warpgroups_multiply_without_zeros_in_registers():
     assert "wgmma.mma_async" in kernel.ptx
     assert "fill" not in kernel.source
     assert kernel.resources.spill_bytes == kernel.resources.stack_bytes == 0
+
+
+# ---- zeros in one branch ------------------------------------------------------------------------
+
+KEYS = 320
+
+
+def masked(mask_first=True, flipped=False, dtype="float16", atom="float32"):
+    """Row sums of exp of masked products: the mask stands in the accumulator before the product is
+    added, as 0 and minus infinity."""
+
+    @tilejit
+    def sums(A: T.Tensor, B: T.Tensor, S: T.Tensor, *, threads=128):
+        with T.Kernel(T.ceildiv(A.shape[0], 64), threads=threads) as block:
+            a, b = T.alloc_shared((64, 64), dtype), T.alloc_shared((64, 64), dtype)
+            acc = T.alloc_fragment((64, 64), atom)
+            total = T.alloc_fragment((64,), "float32")
+            T.copy(A[block * 64, 0], a)
+            T.clear(total)
+            for k in T.Pipelined(T.ceildiv(B.shape[0], 64), num_stages=2):
+                T.copy(B[k * 64, 0], b)
+                if mask_first:
+                    for i, j in T.Parallel(64, 64):
+                        seen = block * 64 + i >= k * 64 + j
+                        acc[i, j] = T.if_then_else(seen, 0, -T.infinity(atom))
+                elif flipped:
+                    if k % 2 == 1:
+                        T.fill(acc, -1.0)
+                    else:
+                        T.clear(acc)
+                else:
+                    if k % 2 == 0:
+                        T.clear(acc)
+                    else:
+                        T.fill(acc, -1.0)
+                T.gemm(a, b, acc, transpose_B=True)
+                for i, j in T.Parallel(64, 64):  # what stays behind are infinities and NaNs
+                    acc[i, j] = T.exp2(acc[i, j])
+                T.reduce_sum(acc, total, dim=1, clear=False)
+                for i, j in T.Parallel(64, 64):
+                    acc[i, j] = T.log2(acc[i, j] - 1.0) * T.infinity(atom)
+            T.copy(total, S[block * 64])
+
+    return sums
+
+
+def begun(kernel, target="sm_90a"):
+    spec = T.Tensor((KEYS, 64), "float16"), T.Tensor((KEYS, 64), "float16")
+    compiled = kernel.compile(*spec, T.Tensor((KEYS,), "float32"), target=target)
+    (frame,) = compiled.kernels
+    body = list(walk(frame.planned.body))
+    return [n.begins for n in body if isinstance(n, Gemm)], body, compiled
+
+
+@pytest.mark.parametrize("kernel", [masked(), masked(False), masked(False, True)])
+def test_zeros_of_one_branch_are_left_out(kernel):
+    begins, body, compiled = begun(kernel)
+    assert begins and all(e is not None for e in begins)
+    branches = [n for n in body if isinstance(n, If) and not (n.then and n.orelse)]
+    assert any(n.then or n.orelse for n in branches)
+    assert not any(isinstance(n, Fill) and is_const(n.value, 0) and n.dst.buffer.rank == 2
+                   for n in body)  # fmt: skip
+    assert "setp.ne.u32 \tfirst" in compiled.ptx or "setp.ne.u32 first" in compiled.ptx
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_120a"])
+def test_other_multiplies_take_the_zeros(target):
+    begins, _, _ = begun(masked(), target)
+    assert begins == [None]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "options_",
+    [{}, {"mask_first": False}, {"mask_first": False, "flipped": True}, {"atom": "float16"}],
+)
+def test_masked_sums_are_right(executor, target, options_):
+    if executor == "gpu":
+        pytest.skip("arrays on the host")
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(-1, 2, (KEYS, 64)).astype(np.float16) / 8 for _ in range(2))
+    s = np.full(KEYS, np.nan, np.float32)
+    with options(target=target):
+        masked(**options_)(a, b, s)
+    scores = a.astype(np.float64) @ b.astype(np.float64).T
+    if options_.get("mask_first", True):
+        scores = np.where(np.arange(KEYS)[:, None] >= np.arange(KEYS), scores, -np.inf)
+    else:
+        scores -= np.arange(KEYS) // 64 % 2
+    tolerance = 2e-3 if "atom" in options_ else 1e-5
+    np.testing.assert_allclose(s, np.exp2(scores).sum(1), rtol=tolerance)

@@ -355,12 +355,22 @@ def _kind(what: str, name: Any) -> ReduceKind:
 
 
 def as_flag(what: str, x: Any, name: str) -> bool:
+    """An argument that is True or False.
+
+    Raises:
+        ArgumentTypeError: it is something else, or traced.
+    """
     if isinstance(x, bool) or (isinstance(x, int) and x in (0, 1)):
         return bool(x)
     raise ArgumentTypeError(f"{what}: {name} is {x!r}; it must be True or False while tracing.")
 
 
 def as_tile(what: str, x: Any, role: str) -> Region:
+    """A tile in a fragment or shared memory.
+
+    Raises:
+        ShapeError, ArgumentError: one element, or another memory.
+    """
     side = as_side(x, what, role)
     if isinstance(side, Start):
         raise ShapeError(
@@ -379,10 +389,16 @@ def as_tile(what: str, x: Any, role: str) -> Region:
 
 
 def origin(buffer: Buffer) -> tuple[Span | None, str]:
+    """Where a message says that the buffer was made."""
     return buffer.span, f"{buffer.name} comes from here"
 
 
 def as_axis(what: str, dim: Any, source: Region) -> int:
+    """A dimension of the tile, counted from its first.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it has no such dimension.
+    """
     rank = len(source.shape)
     if not is_integer(dim):
         raise ArgumentTypeError(f"{what}: dim is {dim!r}, not an integer.")
@@ -407,6 +423,11 @@ def _check_shapes(what: str, source: Region, target: Region, axis: int) -> None:
 
 
 def check_dtypes(what: str, kind: ReduceKind, source: Buffer, target: Buffer) -> None:
+    """
+    Raises:
+        DTypeError: the operation has no meaning for the dtypes, or the target does not hold what
+            comes out.
+    """
     related = [origin(source), origin(target)]
     a, b = source.dtype, target.dtype
     if kind.is_bitwise and (a.is_float or a is not b):

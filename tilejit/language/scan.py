@@ -28,8 +28,9 @@ def cumsum(src: Any, dst: Any = None, dim: int = 0, reverse: bool = False) -> No
         reverse: True sums from each element to the end.
 
     Floats are added in float32, or float64 where `src` or `dst` is, in an order that depends on
-    the shape and the threads alone, and each sum is rounded once to `dst`'s dtype. Integers are
-    added in `dst`'s dtype and wrap. The same sums as `numpy.cumsum` but for rounding.
+    the shapes, dtypes and memories of the tiles and on the threads alone, and each sum is rounded
+    once to `dst`'s dtype. Integers are added in `dst`'s dtype and wrap. The same sums as
+    `numpy.cumsum` but for rounding.
 
     Raises:
         ShapeError: `dst` has another shape.

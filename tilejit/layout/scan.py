@@ -41,6 +41,7 @@ class Scanning:
 
     @property
     def is_padded(self) -> bool:
+        """True when digits of the axis cover more than its extent."""
         return self.parts * self.length > self.layout.shape[self.axis]
 
     @cached_property

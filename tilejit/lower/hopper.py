@@ -258,6 +258,9 @@ class KernelEmitter(MatmulEmitter):
         inputs.append(self._descriptor(node.b, side, column, point))
         if node.clear:
             inputs.append(m.const(0, uint32))
+        elif node.begins is not None:
+            zero, one_more = m.const(0, uint32), m.const(1, uint32)
+            inputs.append(m.select(self.value(node.begins), zero, one_more))
         record = isa_wgmma.wgmma_sequence(
             one,
             rows=rows,
@@ -268,7 +271,7 @@ class KernelEmitter(MatmulEmitter):
             a_registers=is_register,
             transpose_a=node.transpose_a and not is_register,
             transpose_b=not node.transpose_b,
-            scaled=node.clear,
+            scaled=node.clear or node.begins is not None,
         )
         words = m.issue(record, inputs)
         if one.acc is float16:  # taking two elements out of a register is touching it

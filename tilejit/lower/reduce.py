@@ -101,6 +101,7 @@ class ReduceEmitter(TileEmitter):
         return self.pair(node, self._tree(node, values[:middle]), self._tree(node, values[middle:]))
 
     def pair(self, node: _Combining | Scan, a: Value, b: Value) -> Value:
+        """Two values combined, in the accumulator's dtype."""
         m, dtype = self.m, node.accumulator
         result = m.binary(node.kind.combine, a, b, dtype)
         if not (node.keeps_nan and node.kind.is_extreme and dtype.is_float):

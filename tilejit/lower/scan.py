@@ -17,7 +17,7 @@ from tilejit.layout.scan import Scanning
 from tilejit.lower.emit import Points
 from tilejit.lower.index import coordinates, thread_digit, thread_part
 from tilejit.lower.reduce import ReduceEmitter
-from tilejit.ops.reduce import Step, identity
+from tilejit.ops.reduce import Step
 from tilejit.ops.scan import Scan
 
 
@@ -70,8 +70,7 @@ class ScanEmitter(ReduceEmitter):
 
     def nothing(self, node: Scan) -> Value:
         """What leaves other values as they are."""
-        dtype = node.accumulator
-        return self.m.const(identity(node.kind, dtype, keeps_nan=node.keeps_nan), dtype)
+        return self.m.const(node.nothing, node.accumulator)
 
     def _leave_totals(
         self, node: Scan, spread: Scanning, totals: dict[tuple[int, ...], Value]

@@ -40,6 +40,8 @@ class Gemm(Node):
         the node starts, and those of `following` (the next iteration's a and b) when it ends.
         They are loaded while the last step is multiplied, after `meanwhile` has waited for them.
     filling: decided by `pipeline`: the copies that run ahead, issued before the first step.
+    begins: decided by `fold_clears`: where it holds, all of acc is zero, and what acc holds need
+        not be added; the same for all threads. None where that is not known.
     row: decided by `tail`: of the instructions of each warpgroup along m, the only one that is
         issued; None for all.
     """
@@ -57,6 +59,7 @@ class Gemm(Node):
     following: tuple[Region, Region] | None = None
     meanwhile: Body = ()
     filling: Body = ()
+    begins: Expr | None = None
     row: int | None = None
 
     @property
@@ -87,7 +90,8 @@ class Gemm(Node):
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
-        return tuple(e for region in self.regions for e in region.starts)
+        begins = () if self.begins is None else (self.begins,)
+        return (*begins, *(e for region in self.regions for e in region.starts))
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -134,6 +138,8 @@ class Gemm(Node):
         if self.clear:
             text += ", clear_accum=True"
         comment = f"  # {self.atom}" if self.atom else ""
+        if self.begins is not None:
+            comment += f"; without what acc holds where {names.expr(self.begins)}"
         if self.row is not None:
             comment += f"; row {self.row} of each"
         if self.following:

@@ -11,7 +11,7 @@ from tilejit.ir.expr import Expr
 from tilejit.ir.names import Names
 from tilejit.ir.node import Node
 from tilejit.layout.scan import Scanning
-from tilejit.ops.reduce import ReduceKind, Step, accumulator
+from tilejit.ops.reduce import ReduceKind, Step, accumulator, identity
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,6 +69,13 @@ class Scan(Node):
     def accumulator(self) -> DType:
         """The dtype in which elements are combined."""
         return accumulator(self.src.buffer.dtype, self.dst.buffer.dtype)
+
+    @property
+    def nothing(self) -> float | int:
+        """What leaves every other value as it is, zeros of either sign too."""
+        if self.kind is ReduceKind.SUM and self.accumulator.is_float:
+            return -0.0
+        return identity(self.kind, self.accumulator, keeps_nan=self.keeps_nan)
 
     def problems(self) -> Iterator[str]:
         if not 0 <= self.axis < len(self.src.shape):

@@ -9,7 +9,7 @@ from tilejit.ir.kernel import Kernel
 from tilejit.ir.verify import verify
 from tilejit.passes.allocate import allocate_memory
 from tilejit.passes.bounds import drop_masks
-from tilejit.passes.clears import fold_clears
+from tilejit.passes.clears import drop_zeros, fold_clears
 from tilejit.passes.constants import hide_constants
 from tilejit.passes.describe import describe_tensors
 from tilejit.passes.exchange import plan_exchanges
@@ -37,6 +37,7 @@ PASSES: tuple[Pass, ...] = (
     infer_layouts,  # layouts depend on the instructions
     pipeline_loops,  # how many slots fit depends on the layouts' bytes
     specialise,  # the same of what producers bring
+    drop_zeros,  # what rounds fill anew has been looked at
     order_tiles,  # blocks that walk have an order already
     insert_sync,  # hazards depend on what runs ahead
     order_reads,  # meetings and arrivals are what tells others

@@ -43,6 +43,7 @@ from tilejit.ops.cluster import ClusterExchange
 from tilejit.ops.copy import Copy, Fill
 from tilejit.ops.gemm import Gemm
 from tilejit.ops.reduce import Reduce, Step
+from tilejit.ops.scan import Scan
 from tilejit.passes.exchange import FEWEST_STAGES, sends_ahead
 from tilejit.passes.overlap import SPARE_REGISTERS, Overlap, with_followers
 from tilejit.passes.pressure import fills, made_anew, most_words
@@ -50,7 +51,8 @@ from tilejit.passes.registers import launch_registers
 
 MORE_WORDS = 4  # of a thread, which a round of two parts may take beyond one of a single part
 _KNOWN = (
-    Let, Load, Store, Atomic, Copy, Fill, Gemm, Parallel, Reduce, ClusterExchange, If, For, While,
+    Let, Load, Store, Atomic, Copy, Fill, Gemm, Parallel, Reduce, Scan, ClusterExchange, If, For,
+    While,
 )  # fmt: skip
 _SLOTTED = (Load, Store, Copy, Fill)  # what can be pointed at one of two tiles
 

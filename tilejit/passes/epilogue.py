@@ -65,13 +65,15 @@ class Staging:
     """A kernel whose accumulators leave through shared memory.
 
     buffers: the strips there, written by warpgroups of their own. strips: of copies that are stored
-        at once. late: the copy that is left for the next tile's time.
+        at once. late: the copy that is left for the next tile's time. by_threads: copies that stay
+        as they were.
     """
 
     kernel: Kernel
     buffers: list[Buffer] = field(default_factory=list)
     strips: list[Strips] = field(default_factory=list)
     late: Late | None = None
+    by_threads: list[Copy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -191,6 +193,7 @@ class _Stager:
             f"{source.name} -> {target.name}: {done} by the threads, not by TMA ({reason})"
         )
         self.by_threads.add(self.aliases.of(target))
+        self.staging.by_threads.append(node)
         loop = None if node.combine is None else as_parallel(node)
         return loop or node
 

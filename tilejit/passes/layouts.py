@@ -49,13 +49,10 @@ from tilejit.passes.reduce import (
     stands_alone,
     with_scratch,
 )
-from tilejit.passes.scan import scan_layouts
+from tilejit.passes.registers import MAX_WORDS
+from tilejit.passes.scan import scan_layouts, scan_scratch
 from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
-
-# Words of a fragment a thread may hold: more cannot stay in 255 registers, and the compile time
-# of tuples grows with the square (256 words 0.5 s, 512 words 1.7 s).
-MAX_WORDS = 256
 
 
 def infer_layouts(kernel: Kernel) -> Kernel:
@@ -281,7 +278,7 @@ class _Converter:
         self.threads = kernel.num_threads
         self.layouts = dict(kernel.fragments)
         self.notes: list[str] = []
-        self.scratch: dict[Buffer, Buffer] = {}
+        self.scratch: dict[Buffer, Buffer] = scan_scratch(kernel.body)
         self.aliases = Aliases(kernel)
 
     def visit(self, body: Body, steps: dict[Var, Sequence[int]]) -> Body:

@@ -9,6 +9,9 @@ GROUP = 128  # threads of a warpgroup
 MAX_THREADS = 1024  # of a block, producers included (CUDA Programming Guide)
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor (CUDA Programming Guide)
 MOST_REGISTERS = 255  # of a thread
+# Words of a fragment that a thread may hold: more cannot stay in registers, and the compile time of
+# tuples grows with the square (256 words 0.5 s, 512 words 1.7 s).
+MAX_WORDS = 256
 REGISTER_STEP = 8  # setmaxnreg counts in eights (PTX ISA, "setmaxnreg")
 PRODUCER_REGISTERS = 40
 SPARE_REGISTERS = 40  # of a thread, besides its fragments: addresses, the epilogue

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tilejit.errors import ResourceError
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import arith, index
 from tilejit.ir.node import Body, Node, walk
@@ -19,6 +20,7 @@ from tilejit.layout.scan import Scanning, scanned
 from tilejit.ops.copy import Copy
 from tilejit.ops.reduce import Step
 from tilejit.ops.scan import Scan
+from tilejit.passes.registers import MAX_WORDS
 
 WIDEST_BYTES = 16  # of a thread's access to memory (PTX ISA, "ld")
 MOST_WORDS = 64  # registers of a thread for a tile, where it may come in pieces
@@ -26,7 +28,11 @@ MOST_WORDS = 64  # registers of a thread for a tile, where it may come in pieces
 
 def in_parts(node: Scan, threads: int) -> tuple[list[Node], str]:
     """The scan by so many threads of a fragment of its own, with the copies that it takes; and
-    what explain() says of it. A tile in shared memory that is large comes in pieces."""
+    what explain() says of it. A tile in shared memory that is large comes in pieces.
+
+    Raises:
+        ResourceError: a line takes too many registers.
+    """
     spread = _spread(node, threads)
     words = _words(node, spread)
     if words > MOST_WORDS:
@@ -34,6 +40,14 @@ def in_parts(node: Scan, threads: int) -> tuple[list[Node], str]:
         if pieces and all(_words(p, _spread(p, threads)) < words for p in pieces):
             (first, note), (second, _) = (in_parts(piece, threads) for piece in pieces)
             return [*first, *second], note
+    if words > MAX_WORDS:
+        region = node.src
+        raise ResourceError(
+            f"{node.call}: `{region.buffer.name}` takes {words} registers in each of {threads} "
+            f"threads while it is scanned; {MAX_WORDS} is the most.",
+            span=node.span,
+            hint="Use more threads or a smaller tile.",
+        )
     held = whole(_buffer(node, "scanned", node.src.shape, Scope.FRAGMENT))
     scan = replace(node, src=held, dst=held, spread=spread)
     steps = [scan]
@@ -62,7 +76,8 @@ def _halves(node: Scan) -> tuple[Scan, Scan] | None:
     if any(r.buffer.scope is not Scope.SHARED for r in node.regions):
         return None
     is_apart = node.src.buffer.root is not node.dst.buffer.root
-    if not is_apart and (node.src.buffer, node.src.starts) != (node.dst.buffer, node.dst.starts):
+    places = {(r.buffer, r.starts, r.kept) for r in node.regions}
+    if not is_apart and len(places) > 1:
         return None
     shape = node.src.shape
     others = [d for d in range(len(shape)) if d != node.axis]
@@ -92,6 +107,20 @@ def scan_layouts(body: Body) -> dict[Buffer, FragmentLayout]:
             assert node.spread is not None, "select did not run"
             found[node.dst.buffer] = node.spread.layout
     return found
+
+
+def scan_scratch(body: Body) -> dict[Buffer, Buffer]:
+    """Shared memory for fragments that are scanned in their places, where they lie otherwise: one
+    tile for the way there and the way back."""
+    scratch: dict[Buffer, Buffer] = {}
+    scanned = scan_layouts(body)
+    for node in walk(body):
+        if isinstance(node, Copy) and node.dst.buffer in scanned and node.src.is_whole:
+            source, held = node.src.buffer, node.dst.buffer
+            if source.scope is Scope.FRAGMENT and source.dtype is held.dtype:
+                like = replace(source, name=f"{source.name}_shared", scope=Scope.SHARED)
+                scratch[held] = scratch.setdefault(source, like)
+    return scratch
 
 
 def _buffer(node: Scan, suffix: str, shape: Sequence[int], scope: Scope) -> Buffer:

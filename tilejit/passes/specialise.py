@@ -47,6 +47,7 @@ from tilejit.ops.gemm import Gemm, GemmWait
 from tilejit.passes.bring import Feed, feeds, is_inward, touches
 from tilejit.passes.channels import Channel, barriers, counted, counter, zeros
 from tilejit.passes.epilogue import Staging, stage_stores
+from tilejit.passes.forward import forwarded
 from tilejit.passes.given import cluster_of, registers_of
 from tilejit.passes.late import after, during, main_loop
 from tilejit.passes.overlap import held_registers, overlaps
@@ -80,7 +81,12 @@ def specialise(kernel: Kernel) -> Kernel:
     brought = [n for n in brought if n.barrier is None]
     if not brought:
         return kernel
-    return _Specialiser(kernel, brought).run()
+    direct, saved = forwarded(kernel)
+    specialiser = _Specialiser(direct, brought)
+    if not saved.keys().isdisjoint(specialiser.staging.by_threads):  # the user's way is better
+        return _Specialiser(kernel, brought).run()
+    specialiser.notes += [f"{b.name} is left out" for b in saved.values()]
+    return specialiser.run()
 
 
 class _Specialiser:

@@ -412,7 +412,8 @@ class _Executor(Meetings):
         self.need_all_threads("T.gemm")
         self.run(node.filling)
         a, b = self.state.read(node.a), self.state.read(node.b)
-        acc = None if node.clear else self.state.read(node.acc)
+        is_first = node.clear or (node.begins is not None and bool(self.values.value(node.begins)))
+        acc = None if is_first else self.state.read(node.acc)
         result = accumulate(
             a.T if node.transpose_a else a,
             b.T if node.transpose_b else b,

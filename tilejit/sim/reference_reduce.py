@@ -81,8 +81,7 @@ def running_in_parts(node: Scan, values: Array) -> tuple[Array, Array]:
     parts = [_running(node, part) for part in _parts(node, lines) if len(part)]
     totals = [part[0 if node.reverse else -1] for part in parts]
     assert node.spread is not None, "select did not run"
-    nothing = identity(node.kind, node.accumulator, keeps_nan=node.keeps_nan)
-    absent = np.full_like(totals[0], nothing)
+    absent = np.full_like(totals[0], node.nothing)
     totals += [absent] * (node.spread.parts - len(parts))
     return np.moveaxis(np.concatenate(parts), 0, node.axis), np.stack(totals, axis=-1)
 
