@@ -62,3 +62,11 @@ def test_only_tiles_that_need_a_mask_pay_for_it(target, options, masks):
     assert all(not n.orelse for n in around)  # tiles without a mask have nothing to do
     assert not re.search(r"C7\d\d\d|(?i:warning|advisory|error)", frame.compiled.log)
     assert frame.resources.spill_bytes == frame.resources.stack_bytes == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_120a"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_warps_keep_their_rows_where_they_multiply_alone(target, is_causal):
+    """Statistics and weights stay in registers: no policy has to be given for that."""
+    text = compiled(target, is_causal=is_causal, BM=64, threads=128).explain()
+    assert "through shared memory" not in text and "on 4x1 warps" in text

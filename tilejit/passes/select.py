@@ -64,6 +64,7 @@ from tilejit.passes.manual import (
 )
 from tilejit.passes.own import own_tiles
 from tilejit.passes.reduce import combined_in_fragment, in_fragments
+from tilejit.passes.rows import used_by_rows
 from tilejit.passes.scan import in_parts
 from tilejit.passes.tma import same_bits
 from tilejit.target import Feature, Target
@@ -95,6 +96,7 @@ class Selection:
         self.target = target
         self.kernel = own_tiles(kernel, target)
         self.used = _used_variables(self.kernel.body)
+        self.by_rows = used_by_rows(self.kernel.body)
 
     @cached_property
     def _divergence(self) -> Divergence:
@@ -111,12 +113,12 @@ class Selection:
             kernel = replace(kernel, threads=threads)
         kernel = with_meetings(_with_thread_vars(kernel))
         if any(isinstance(n, Roles) for n in walk(kernel.body)):  # of some of the threads
-            selector = _Selector(kernel, self.target, divergence(kernel), self.used, None)
+            selector = _Selector(kernel, self.target, divergence(kernel), self, None)
         else:
             varying = self._divergence.vars.union(kernel.thread_vars)
             known = self._bringable if brings(self.target) else None
             state = replace(self._divergence, vars=varying)
-            selector = _Selector(kernel, self.target, state, self.used, known)
+            selector = _Selector(kernel, self.target, state, self, known)
         body = selector.visit(kernel.body, is_divergent=False, is_pipelined=False)
         return replace(
             kernel,
@@ -141,7 +143,7 @@ class _Selector:
         kernel: Kernel,
         target: Target,
         divergence: Divergence,
-        used: set[Var],
+        selection: Selection,
         known: Bringable | None,
     ) -> None:
         self.kernel = kernel
@@ -150,7 +152,8 @@ class _Selector:
         self.divergence = divergence
         self.notes: list[str] = []
         self.first: list[Node] = []  # what the kernel begins with
-        self.used = used
+        self.used = selection.used
+        self.by_rows = selection.by_rows
         self.brought = copies_to_bring(kernel, target, known=known)
         self.executing = Executing(kernel, self.divergence)
 
@@ -352,7 +355,9 @@ class _Selector:
             held = [r.buffer for r in (node.a, node.acc) if r.buffer.scope is Scope.FRAGMENT]
             wait = GemmWait(pending=0, registers=tuple(dict.fromkeys(held)), span=node.span)
             return [replace(node, atom=wgmma, is_async=True), wait]
-        atom, reasons = choose_gemm(node, self.target, self.threads)
+        atom, reasons = choose_gemm(
+            node, self.target, self.threads, by_rows=node.acc.buffer in self.by_rows
+        )
         reasons = [*self.brought.gemm_reasons.get(node, ()), *reasons]
         copies = self.operand_copies(node) if atom.mma is None else {}
         for side, region in (("a", node.a), ("b", node.b)):
@@ -463,8 +468,15 @@ def shared_scratch(like: Buffer) -> Buffer:
     )
 
 
-def choose_gemm(node: Gemm, target: Target, threads: int) -> tuple[GemmAtom, list[str]]:
-    """The atom of a tile multiply, and why faster ones were passed over."""
+def choose_gemm(
+    node: Gemm, target: Target, threads: int, *, by_rows: bool = False
+) -> tuple[GemmAtom, list[str]]:
+    """The atom of a tile multiply, and why faster ones were passed over.
+
+    by_rows: rows should be in one warp, where the user does not say how warps share the tile.
+    """
+    if by_rows and node.policy is GemmWarpPolicy.Square:
+        node = replace(node, policy=GemmWarpPolicy.FullRow)
     a, b, acc = node.a.buffer.dtype, node.b.buffer.dtype, node.acc.buffer.dtype
     reasons: list[str] = []
     candidates = find_mma(a, b, acc, target)
