@@ -9,7 +9,15 @@ import random
 import pytest
 
 from tilejit.dtypes import int8, int32, int64, uint8, uint32
-from tilejit.ir.analysis import difference, divisor, interval, linear, provably, tells_apart
+from tilejit.ir.analysis import (
+    difference,
+    divisor,
+    interval,
+    linear,
+    provably,
+    reduced,
+    tells_apart,
+)
 from tilejit.ir.expr import (
     Expr,
     Var,
@@ -20,6 +28,7 @@ from tilejit.ir.expr import (
     const,
     index,
     select,
+    show,
     substitute,
     unary,
 )
@@ -96,6 +105,50 @@ def test_bounds_divisors_and_sums_hold_for_every_value(seed):
             assert value == 0 if by == 0 else value % by == 0, (e, values, value, by)
             parts = [whole(t, values) * f for t, f in terms.items()]
             assert sum(parts) + constant == value, (e, values, value, terms, constant)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_indexes_mean_the_same_without_what_does_not_reach_them(seed):
+    rng = random.Random(seed)
+    ranges = variables()
+    names = list(ranges)
+    shorter = 0
+    for _ in range(300):
+        e = random_index(rng, names, rng.randrange(0, 3))
+        for _ in range(rng.randrange(1, 4)):
+            unit = rng.choice([2, 8, 16, 12])
+            e = arith("add", arith("mul", e, unit), rng.randrange(-3, 40))
+            op = rng.choice(["floordiv", "floormod", "shr", "and", "or", "xor"])
+            by = rng.choice([1, 3, 7, 8, 16, 63, 64, 96])
+            e = binary(op, e, const(by % 8 if op == "shr" else by, e.dtype))
+        found, by = reduced(e), divisor(e)
+        shorter += found is not e
+        for _ in range(12):
+            values = samples(rng, ranges)
+            value = whole(e, values)
+            if abs(value) < 2**31:
+                assert whole(found, values) == value, (show(e), show(found), values)
+                assert value == 0 if by == 0 else value % by == 0, (show(e), values, by)
+    assert shorter > 100
+
+
+@pytest.mark.parametrize(
+    ("op", "factor", "rest", "by", "wanted"),
+    [
+        ("floordiv", 8, 3, 128, "(i * 8) // 128"),
+        ("floormod", 8, 67, 128, "(((i * 8) + 64) % 128) + 3"),
+        ("shr", 8, 3, 7, "(i * 8) >> 7"),
+        ("and", 8, 3, 63, "((i * 8) & 63) + 3"),
+        ("xor", 8, 3, 64, "((i * 8) ^ 64) + 3"),
+        ("and", 8, 3, 36, "((i * 8) + 3) & 36"),  # bits apart
+        ("floordiv", 6, 3, 128, "((i * 6) + 2) // 128"),
+        ("floordiv", 5, 3, 128, "((i * 5) + 3) // 128"),
+    ],
+)
+def test_neighbours_have_one_quotient_and_remainders_one_apart(op, factor, rest, by, wanted):
+    i = bounded("i", 0, 1000)
+    e = binary(op, arith("add", arith("mul", i, factor), rest), const(by))
+    assert show(reduced(e)) == wanted
 
 
 @pytest.mark.parametrize("seed", range(4))

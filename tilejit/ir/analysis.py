@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tilejit.dtypes import DType, int32, int64
-from tilejit.ir.expr import Const, Expr, Op, Var, VarKind, arith, int_value, walk
+from tilejit.ir.expr import Const, Expr, Op, Var, VarKind, arith, int_value, rebuild, walk
 
 # Largest runtime extent: checked at every call, so that index arithmetic over one dimension,
 # rounded up to any tile, still fits 32 bits.
@@ -269,6 +269,43 @@ def difference(a: Expr, b: Expr) -> int | None:
     return p - q if x == y else None
 
 
+_PERIODIC = frozenset(("floordiv", "floormod", "shr", "and", "or", "xor"))
+
+
+def reduced(e: Expr) -> Expr:
+    """An index with its quotients, remainders and bits free of the part that does not reach them:
+    (8 * i + 3) // 128 is 8 * i // 128, and (8 * i + 3) % 128 is 8 * i % 128 + 3. So what neighbours
+    share, and how they differ, can be seen."""
+    nodes = list(walk(e))
+    if not any(isinstance(node, Op) and node.op in _PERIODIC for node in nodes):
+        return e
+    done: dict[Expr, Expr] = {}
+    for node in nodes:
+        fresh = node
+        if isinstance(node, Op):
+            fresh = rebuild(node, tuple(done[c] for c in node.children))
+            if isinstance(fresh, Op) and fresh.op in _PERIODIC:
+                fresh = _without_rest(fresh)
+        done[node] = fresh
+    return done[e]
+
+
+def _without_rest(e: Op) -> Expr:
+    x, by = e.children[0], int_value(e.children[1])
+    if by is None or by <= 0 or e.dtype not in (int32, int64):
+        return e
+    if e.op == "and" and by & (by + 1):
+        return e
+    period = {"shr": 1 << min(by, 31), "and": by + 1, "or": by & -by, "xor": by & -by}.get(e.op, by)
+    terms, constant = linear(x)
+    unit = math.gcd(period, *(factor * divisor(term) for term, factor in terms.items()))
+    rest = constant % unit
+    if not rest or not terms:
+        return e
+    same = rebuild(e, (arith("add", x, -rest), e.children[1]))
+    return same if e.op in ("floordiv", "shr") else arith("add", same, rest)
+
+
 def divisor(e: Expr, known: Mapping[Var, int] | None = None) -> int:
     """A number that provably divides `e` (0 when `e` is provably 0).
 
@@ -306,6 +343,11 @@ def _divisor(e: Op, args: list[int]) -> int:
         return args[0] // by if args[0] % by == 0 else 1
     if e.op == "floormod":
         return math.gcd(args[0], args[1])
+    if e.op in ("and", "or", "xor"):
+        low = [n & -n for n in args if n]  # the lowest bit that may be set
+        if e.op == "and":
+            return max(low) if len(low) == 2 else 0
+        return min(low, default=0)
     return 1
 
 

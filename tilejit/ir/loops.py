@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from tilejit.ir.access import local_registers
-from tilejit.ir.analysis import difference, divisor, linear
+from tilejit.ir.analysis import difference, divisor, linear, reduced
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Const, Expr, Var, arith, int_value, substitute, variables
 from tilejit.ir.kernel import Kernel
@@ -186,20 +186,58 @@ def contiguous_width(
     they are not neighbours in memory; None when the access does not depend on `last`."""
     if not at or not any(last in variables(e) for e in at):
         return None
-    if any(last in variables(e) for e in at[:-1]):
+    width, start = VECTOR_BYTES // buffer.dtype.bytes, at[-1]
+    is_plain = not any(last in variables(e) for e in at[:-1])
+    if not is_plain or difference(_moved(at[-1], last, 1), at[-1]) != 1:
+        block = _block(at, last)
+        if block is None:
+            return 1
+        size, is_same, start = block
+        if is_same:
+            return size
+        width = min(width, size)
+    if int_value(buffer.element_strides[-1]) != 1:
         return 1
-    step = difference(substitute(at[-1], {last: arith("add", last, 1)}), at[-1])
-    if step != 1 or int_value(buffer.element_strides[-1]) != 1:
-        return 1
-    width = VECTOR_BYTES // buffer.dtype.bytes
     if buffer.scope is Scope.GLOBAL:
         width = min(width, max(1, (buffer.align or buffer.dtype.bytes) // buffer.dtype.bytes))
         width = _power(width, divisor(buffer.offset, multiples))
         for stride in buffer.element_strides[:-1]:
             width = _power(width, divisor(stride, multiples))
-    start = substitute(at[-1], {last: arith("mul", last, 0)})
+    start = substitute(start, {last: arith("mul", last, 0)})
     return _power(width, divisor(start, multiples))
+
+
+def _moved(e: Expr, last: Var, by: int) -> Expr:
+    return substitute(e, {last: arith("add", last, by)})
+
+
+def _block(at: Sequence[Expr], last: Var) -> tuple[int, bool, Expr] | None:
+    """How many iterations from each multiple of that number on access the same element, or
+    neighbours, where quotients and remainders of `last` are what an access is at; whether it is the
+    same one; and where the first is along the last dimension. None where it is neither."""
+    high = None if last.high is None else arith("floordiv", last.high, 2)
+    number = Var(last.name, last.dtype, last.kind, last.low, high)
+    size = VECTOR_BYTES
+    while size > 1:
+        first, *others = (
+            [
+                reduced(substitute(e, {last: arith("add", arith("mul", number, size), k)}))
+                for e in at
+            ]
+            for k in range(size)
+        )
+        steps = [[difference(e, f) for e, f in zip(o, first, strict=True)] for o in others]
+        if not any(any(step[:-1]) or None in step for step in steps):
+            moves = [step[-1] for step in steps]
+            if not any(moves) or moves == list(range(1, size)):
+                return size, not any(moves), first[-1]
+        size //= 2
+    return None
 
 
 def _power(width: int, number: int) -> int:
     return math.gcd(width, number) if number else width
+
+
+def _at(e: Expr, last: Var, number: Var, size: int, k: int) -> Expr:
+    return substitute(e, {last: arith("add", arith("mul", number, size), k)})

@@ -134,7 +134,7 @@ class AccessEmitter(EmitterBase):
         # a vector is inside or outside as a whole when it starts and the extent ends at its
         # multiple; else its end is accessed by itself, which is worth it where the rest is wide
         multiples = self.kernel.multiples
-        starts = [tuple(group[0].sub(e) for e in at) for group in groups]
+        starts = [tuple(group[0].place(e) for e in at) for group in groups]
         common = math.gcd(divisor(extent, multiples), *(divisor(s[-1], multiples) for s in starts))
         together = math.gcd(width, common)
         if together == width:
@@ -182,8 +182,8 @@ class AccessEmitter(EmitterBase):
 def are_neighbours(points: Sequence[Point], last: Expr) -> bool:
     """True when the points run together and `last` goes up by one from each to the next."""
     first, *others = points
-    start = first.sub(last)
+    start = first.place(last)
     return all(
-        other.condition is first.condition and difference(other.sub(last), start) == k
+        other.condition is first.condition and difference(other.place(last), start) == k
         for k, other in enumerate(others, 1)
     )

@@ -13,7 +13,15 @@ from typing import Any
 
 from tilejit.dtypes import DType, bool_, float32, int32, int64, uint8, uint16, uint32, uint64
 from tilejit.errors import InternalError
-from tilejit.ir.analysis import Interval, divisor, interval, is_whole, keeps_value, linear
+from tilejit.ir.analysis import (
+    Interval,
+    divisor,
+    interval,
+    is_whole,
+    keeps_value,
+    linear,
+    reduced,
+)
 from tilejit.ir.buffer import Buffer, Region, Scope
 from tilejit.ir.expr import (
     BINARY,
@@ -66,6 +74,10 @@ class Point:
 
     def sub(self, e: Expr) -> Expr:
         return substitute(e, self.mapping) if self.mapping else e
+
+    def place(self, e: Expr) -> Expr:
+        """The same of an index, so that what neighbours share is the same expression."""
+        return reduced(self.sub(e))
 
 
 @dataclass

@@ -164,7 +164,7 @@ class StatementEmitter(AccessEmitter):
         width = self.access_width(node.buffer, node.index, points)
         for first in range(0, len(points.points), width):
             group = points.points[first : first + width]
-            at = tuple(group[0].sub(e) for e in node.index)
+            at = tuple(group[0].place(e) for e in node.index)
             tests = tuple(p.tests for p in group)
             key = (at, tests, id(group[0].bounds), id(group[0].condition))
             if key not in done:
@@ -218,7 +218,7 @@ class StatementEmitter(AccessEmitter):
         once = self.once(node, points)
         for first in range(0, len(points.points), width):
             group = points.points[first : first + width]
-            at = tuple(group[0].sub(e) for e in node.index)
+            at = tuple(group[0].place(e) for e in node.index)
             found = self._kept(group)
             assert found is not None, "neighbours are left from one on to another"
             when, part = self._reach(node.buffer, at, group, found, once)
