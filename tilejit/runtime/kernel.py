@@ -71,6 +71,7 @@ class TileKernel:
         self._overlaps = frozenset(overlaps)
         self.is_factory_made = specialise is not None
         self._specialise = specialise
+        self._general: Callable[[], TileKernel] | None = None
         self._host = HostProgram(program)
         self._tensors = tuple(n for n, a in enumerate(program.arguments) if isinstance(a, Buffer))
 
@@ -119,6 +120,12 @@ class TileKernel:
         """What was decided for each kernel, as text."""
         return "\n".join(frame.explain() for frame in self.kernels)
 
+    def generalised(self, general: Callable[[], TileKernel]) -> TileKernel:
+        """The same, which leaves calls that it is not for to another kernel."""
+        if not self.is_factory_made:
+            self._general = general
+        return self
+
     def lower(self) -> None:
         """Decide and generate everything, so that errors show now; makes no cubin."""
         for frame in self.kernels:
@@ -141,7 +148,7 @@ class TileKernel:
                 return look.run(stream)
             given = self._binder.bind(args, self._without_constants(kwargs))
             values, symbols = self._read(given)
-            other = self._variant(values)
+            other = self._variant(values) or self._wider(symbols)
             if other is not None:
                 return other(*args, stream=stream, **kwargs)
             return self.run(values, symbols, stream, None, self._warm, look)
@@ -250,6 +257,15 @@ class TileKernel:
                     hint="Compile it with such arguments, or call the decorated function.",
                 )
         return None
+
+    def _wider(self, symbols: Symbols) -> TileKernel | None:
+        """The kernel for any extents, where this one was compiled for others; else None."""
+        if self._general is None:
+            return None
+        promised = self.program.kernels[0].multiples if self.program.kernels else {}
+        if all(symbols.get(v, 0) % n == 0 for v, n in promised.items()):
+            return None
+        return self._general()
 
     def _is_written(self, name: str) -> bool:
         buffer = self.program.arguments[self.names.index(name)]

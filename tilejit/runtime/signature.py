@@ -162,6 +162,15 @@ class Signature:
         by_name = dict(zip(call.names, call.values, strict=True))
         return self.matcher.match([by_name[n] for n in self.declared])
 
+    def match_specs(self, call: Call) -> Symbols:
+        """The values of the symbols that the tensors of a `compile` tell."""
+        by_name = dict(zip(call.names, call.values, strict=True))
+        told = [n for n in self.declared if n not in call.symbolic]
+        declared = [(n, self.rules[n].annotation.buffer) for n in told]
+        if not declared:
+            return {}
+        return Matcher(self.what, declared).match([by_name[n] for n in told])
+
     def bind_specs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """Take the arguments of `compile` apart: arrays or specs; what is declared may be left
         out."""

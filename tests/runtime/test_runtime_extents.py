@@ -1,0 +1,46 @@
+"""Kernels with runtime extents, compiled for those of arrays or specs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tilejit.language as T
+from tilejit import tilejit
+
+M, N = T.dynamic("M"), T.dynamic("N")
+
+
+@tilejit
+def doubled(A: T.Tensor((M, N), "float32"), B: T.Tensor((M, N), "float32")):
+    with T.Kernel(M, T.ceildiv(N, 512), threads=128) as (row, block):
+        for j in T.Parallel(512):
+            column = block * 512 + j
+            if column < N:
+                B[row, column] = 2 * A[row, column]
+
+
+def is_wide(kernel) -> bool:
+    return "ld.global.nc.v4" in kernel.ptx or "ld.global.v4" in kernel.ptx
+
+
+def spec(rows, columns):
+    return T.Tensor((rows, columns), "float32")
+
+
+def test_what_divides_the_extents_is_known():
+    assert is_wide(doubled.compile(spec(4, 4096), spec(4, 4096), target="sm_90a"))
+    assert not is_wide(doubled.compile(spec(4, 4095), spec(4, 4095), target="sm_90a"))
+    assert not is_wide(doubled.compile(target="sm_90a"))
+    some = T.dynamic("some")
+    assert not is_wide(doubled.compile(spec(4, some), spec(4, some), target="sm_90a"))
+
+
+@pytest.mark.parametrize("columns", [4096, 1001, 8, 515])
+def test_it_serves_all_extents(columns):
+    kernel = doubled.compile(spec(4, 4096), spec(4, 4096))
+    a = np.random.default_rng(0).random((3, columns), np.float32)
+    b = np.full_like(a, np.nan)
+    for _ in range(2):
+        kernel(a, b)
+        assert (b == 2 * a).all()
