@@ -701,6 +701,10 @@ def multiply(A: T.Tensor, C: T.Tensor, *, case="", M=64, K=64, threads=128, dtyp
         acc = T.alloc_fragment((M, 64), "float32")
         other = T.alloc_fragment((M, 64), "float32")
         left = T.alloc_fragment((M, K), dtype)
+        T.fill(a, 1)
+        T.fill(b, 1)
+        T.clear(other)
+        T.clear(left)
         T.clear(acc)
         T.wgmma_gemm(a[0, :, :], b, acc)
         if case == "read":
@@ -977,7 +981,7 @@ def prefers_tma(A: T.Tensor, C: T.Tensor, *, dtype="float32", to="shared"):
         s = T.alloc_shared((8, 32), dtype)
         f = T.alloc_fragment((8, 32), dtype)
         T.copy(A, s if to == "shared" else f, prefer_instruction="tma")
-        T.copy(s, C)
+        T.copy(s if to == "shared" else f, C)
 
 
 def test_preference_for_tma_is_met_or_refused_with_the_reason():

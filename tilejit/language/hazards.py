@@ -1,4 +1,5 @@
-"""Refuses T.Parallel loops whose iterations certainly depend on each other.
+"""Refuses T.Parallel loops whose iterations certainly depend on each other, and tiles that are
+used though nothing fills them.
 
 Knows linear indexes. What it cannot prove is left to the simulator.
 """
@@ -9,9 +10,12 @@ from collections.abc import Iterator
 
 from tilejit.errors import TraceError
 from tilejit.ir.analysis import difference, linear
-from tilejit.ir.buffer import Buffer
+from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.expr import Expr, Var, show, variables
-from tilejit.ir.node import Body, If, Load, Parallel, Store, While, walk
+from tilejit.ir.node import Body, If, Load, Node, Parallel, Store, While, walk
+from tilejit.ops.gemm import Gemm
+
+_FILLED = (Scope.FRAGMENT, Scope.SHARED, Scope.LOCAL, Scope.VAR)
 
 
 def check_iterations(body: Body) -> None:
@@ -23,6 +27,33 @@ def check_iterations(body: Body) -> None:
     for node in walk(body):
         if isinstance(node, Parallel):
             _check(node)
+
+
+def check_filled(body: Body) -> None:
+    """Refuse tiles and variables that nothing in the kernel writes, or only what adds to them.
+
+    Raises:
+        TraceError: at the first use.
+    """
+    filled: set[Buffer] = set()
+    used: dict[Buffer, Node] = {}
+    for node in walk(body):
+        read = {b.root for b in node.reads}
+        filled |= {b.root for b in node.writes} - read
+        for buffer in read:
+            if buffer.scope in _FILLED:
+                used.setdefault(buffer, node)
+    for buffer, node in used.items():
+        if buffer not in filled:
+            is_added = any(buffer in {b.root for b in n.writes} for n in walk(body))
+            what = "only what adds to it" if is_added else "nothing"
+            raise TraceError(
+                f"`{buffer.name}` is used here, but {what} in the kernel fills it.",
+                span=node.span,
+                related=[(buffer.span, f"{buffer.name} comes from here")],
+                hint="Begin with T.clear, T.fill or T.copy"
+                + (", or clear_accum=True." if isinstance(node, Gemm) else "."),
+            )
 
 
 def _check(loop: Parallel) -> None:

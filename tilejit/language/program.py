@@ -15,7 +15,7 @@ from tilejit.ir.kernel import Kernel, Param, ParamKind, Program
 from tilejit.ir.node import Body, walk
 from tilejit.language.finish import finish_body, shape_variables, used_variables
 from tilejit.language.handle import BufferHandle
-from tilejit.language.hazards import check_iterations
+from tilejit.language.hazards import check_filled, check_iterations
 from tilejit.language.layout import check_views
 from tilejit.language.schedule import check_schedules
 from tilejit.language.trace import Trace
@@ -77,6 +77,7 @@ def _kernel(
     check_roles(trace, body)
     check_views(trace, body)
     body = check_multiplies(body)
+    check_filled(body)
     kernel = Kernel(
         name=name,
         params=_params(host, trace, body, overlaps),
