@@ -44,7 +44,8 @@ def own_tiles(kernel: Kernel, target: Target) -> Kernel:
             continue
         for number, loop in enumerate(mine[1:], 1):
             fresh.setdefault(loop, {})[buffer] = replace(buffer, name=f"{buffer.name}_{number}")
-    if not fresh or _bytes(kernel, loops, fresh) > target.shared_bytes - SPARE_BYTES:
+    room = target.shared_bytes - SPARE_BYTES
+    if not fresh or all(_bytes(kernel, loops, fresh, n) > room for n in (FEWEST_SLOTS, 1)):
         return kernel
 
     def visit(node: Node) -> Node:
@@ -85,11 +86,13 @@ def _fills_first(body: Body, buffer: Buffer) -> bool:
     return first.dst.is_whole and not any(b.root is buffer for n in touching[1:] for b in n.writes)
 
 
-def _bytes(kernel: Kernel, loops: list[For], fresh: Mapping[For, Mapping[Buffer, Buffer]]) -> int:
-    """Of shared memory that tiles take with the slots that are asked for, or the fewest."""
+def _bytes(
+    kernel: Kernel, loops: list[For], fresh: Mapping[For, Mapping[Buffer, Buffer]], fewest: int
+) -> int:
+    """Of shared memory that tiles take with the slots that are asked for, or so few."""
     slots = dict.fromkeys(kernel.scoped(Scope.SHARED), 1)
     for loop in loops:
-        stages = FEWEST_SLOTS if loop.num_stages is None else loop.num_stages
+        stages = fewest if loop.num_stages is None else loop.num_stages
         for copy in (n for n in loop.body if is_inward(n)):
             assert isinstance(copy, Copy)
             own = fresh.get(loop, {}).get(copy.dst.buffer, copy.dst.buffer)

@@ -534,6 +534,7 @@ class _Specialiser:
     def _overlapped(self, loop: For) -> list[Node]:
         overlap, groups = self.overlaps[loop], self.kernel.num_threads // GROUP
         turns = groups if groups > 1 and overlap.has_turns and self.uneven is None else 0
+        self.notes.append(f"rounds of the loop at {loop.span} overlap")
         if turns:
             self.turning = turns
             self.notes.append(
