@@ -284,6 +284,7 @@ def test_warpgroups_of_a_role_reduce_for_themselves(run, rng):
                 y = T.alloc_fragment((700,), "float32")
                 z = T.alloc_fragment((1,), "float32")
                 T.copy(A[1:4, :], b)
+                T.clear(z)
                 for _ in T.serial(3):
                     T.reduce_sum(b, y, dim=0)
                     T.reduce_max(y, z, dim=0, clear=False)

@@ -138,7 +138,7 @@ def test_tiles_of_unequal_work_have_no_turns(hopper, rng):
 
 @tilejit
 def staged(A: T.Tensor, B: T.Tensor, C: T.Tensor):
-    """C = A @ B by way of a tile of the user's."""
+    """C = A @ B by way of a tile of the user's, half of it at a time."""
     K, N = B.shape
     with T.Kernel(T.ceildiv(N, 64), T.ceildiv(A.shape[0], 64), threads=128) as (bx, by):
         a = T.alloc_shared((64, 32), A.dtype)
@@ -151,7 +151,8 @@ def staged(A: T.Tensor, B: T.Tensor, C: T.Tensor):
             T.copy(B[k * 32, bx * 64], b)
             T.gemm(a, b, acc)
         T.copy(acc, out)
-        T.copy(out, C[by * 64, bx * 64])
+        T.copy(out[:32, :], C[by * 64, bx * 64])
+        T.copy(out[32:, :], C[by * 64 + 32, bx * 64])
 
 
 def test_tiles_that_share_memory_of_the_block_have_no_turns(hopper, rng):
