@@ -56,7 +56,15 @@ def _rewrite_code(fn: FunctionType) -> CodeType:
     definition = _parse(fn)
     tree = _Rewriter(fn, definition).module()
     flags = fn.__code__.co_flags & _FLAGS
-    outer = compile(tree, fn.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    try:
+        outer = compile(tree, fn.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    except SyntaxError as error:  # the user's own code compiled: blocks are nested too deep
+        raise TraceError(
+            f"`{fn.__name__}` cannot be traced: {error.msg}.",
+            span=Span(fn.__code__.co_filename, error.lineno or 1, function=fn.__name__),
+            hint="Python nests 20 blocks, and each `elif` is one more here: write an `if` for each "
+            "case, or put some of the code in a @T.macro.",
+        ) from None
     (wrapper,) = (c for c in outer.co_consts if isinstance(c, CodeType))
     (code,) = (
         c for c in wrapper.co_consts if isinstance(c, CodeType) and c.co_name == definition.name
