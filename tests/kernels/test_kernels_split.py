@@ -208,7 +208,6 @@ def kernel_of(before=None, inside=None, after=None, grid=(2,), split=2):
 @pytest.mark.parametrize(
     "parts, reason",
     [
-        ({}, "acc does not begin at zero"),
         ({"before": lambda acc, C: T.fill(acc, 1)}, "acc does not begin at zero"),
         ({"before": lambda acc, C: (T.clear(acc), T.copy(acc, C[0, 0]))},
          "a tensor is written before it"),

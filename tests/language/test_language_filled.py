@@ -34,6 +34,19 @@ def program(A: T.Tensor, C: T.Tensor, *, case):
         elif case == "shared":
             acc_in = T.alloc_shared((64, 64), "float32")
             T.copy(acc_in, acc)
+        elif case == "elements":
+            for _ in T.serial(3):
+                for i, j in T.Parallel(64, 64):
+                    acc[i, j] += T.cast(a[i, j], "float32")
+        elif case == "begun later":
+            for k in T.serial(3):
+                for i, j in T.Parallel(64, 64):
+                    acc[i, j] = T.if_then_else(k == 0, 0.0, acc[i, j]) + 1.0
+        elif case == "count":
+            x = T.alloc_var("int32")
+            x = x + 1
+            for i, j in T.Parallel(64, 64):
+                acc[i, j] = T.cast(x, "float32")
         elif case == "view":
             flat = T.SharedBuffer((4096,), "float16", data=a)
             for i, j in T.Parallel(64, 64):
@@ -49,6 +62,7 @@ def program(A: T.Tensor, C: T.Tensor, *, case):
         ("sum", "total", ADDED, "T.reduce_sum(acc, total, dim=1, clear=False)"),
         ("shared", "acc_in", NOTHING, "T.copy(acc_in, acc)"),
         ("nothing", "acc", NOTHING, "T.copy(acc, C)"),
+        ("elements", "acc", ADDED, 'acc[i, j] += T.cast(a[i, j], "float32")'),
     ],
 )
 def test_use_of_what_nothing_fills_is_refused_at_its_line(case, name, what, line):
@@ -60,7 +74,7 @@ def test_use_of_what_nothing_fills_is_refused_at_its_line(case, name, what, line
     assert line in text and f"{name} comes from here" in text
 
 
-@pytest.mark.parametrize("case", ["begun", "copied", "view"])
+@pytest.mark.parametrize("case", ["begun", "copied", "view", "begun later", "count"])
 def test_what_something_fills_is_fine(case):
     specs = T.Tensor((64, 64), "float16"), T.Tensor((64, 64), "float32")
     program.compile(*specs, case=case, target="sm_90a")

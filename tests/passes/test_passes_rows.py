@@ -63,5 +63,5 @@ def test_rows_that_each_round_needs_whole_stay_in_a_warp(use, wanted):
     assert warps(use=use) == wanted
 
 
-def test_what_the_user_says_holds():
+def test_other_policies_hold():
     assert warps(use="rows", policy=POLICY.FullCol) == ["1x4"]

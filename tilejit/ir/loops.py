@@ -237,7 +237,3 @@ def _block(at: Sequence[Expr], last: Var) -> tuple[int, bool, Expr] | None:
 
 def _power(width: int, number: int) -> int:
     return math.gcd(width, number) if number else width
-
-
-def _at(e: Expr, last: Var, number: Var, size: int, k: int) -> Expr:
-    return substitute(e, {last: arith("add", arith("mul", number, size), k)})

@@ -6,12 +6,13 @@ Knows linear indexes. What it cannot prove is left to the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tilejit.errors import TraceError
 from tilejit.ir.analysis import difference, linear
 from tilejit.ir.buffer import Buffer, Scope
-from tilejit.ir.expr import Expr, Var, show, variables
+from tilejit.ir.expr import Expr, Op, Var, show, variables
+from tilejit.ir.expr import walk as walk_expr
 from tilejit.ir.node import Body, If, Load, Node, Parallel, Store, While, walk
 from tilejit.ops.gemm import Gemm
 
@@ -37,8 +38,13 @@ def check_filled(body: Body) -> None:
     """
     filled: set[Buffer] = set()
     used: dict[Buffer, Node] = {}
+    loads: dict[Var, Load] = {}
     for node in walk(body):
+        if isinstance(node, Load):
+            loads[node.out] = node
         read = {b.root for b in node.reads}
+        if isinstance(node, Store) and _adds(node, loads):
+            read.add(node.buffer.root)
         filled |= {b.root for b in node.writes} - read
         for buffer in read:
             if buffer.scope in _FILLED:
@@ -54,6 +60,18 @@ def check_filled(body: Body) -> None:
                 hint="Begin with T.clear, T.fill or T.copy"
                 + (", or clear_accum=True." if isinstance(node, Gemm) else "."),
             )
+
+
+def _adds(store: Store, loads: Mapping[Var, Load]) -> bool:
+    """Whether the element that is stored is certainly worked out from what it was before."""
+    if any(isinstance(e, Op) and e.op == "select" for e in walk_expr(store.value)):
+        return False
+    return any(
+        (load := loads.get(v)) is not None
+        and load.buffer is store.buffer
+        and load.index == store.index
+        for v in variables(store.value)
+    )
 
 
 def _check(loop: Parallel) -> None:

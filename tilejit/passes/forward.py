@@ -6,28 +6,35 @@ Knows copies and what lies between them. Does not know how results leave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from tilejit.ir.buffer import Buffer, Scope
 from tilejit.ir.kernel import Kernel
 from tilejit.ir.node import Body, Node, all_writes, walk
-from tilejit.isa.atom import CopyMethod
+from tilejit.isa.atom import CopyMethod, WgmmaAtom
 from tilejit.ops.copy import Copy
+from tilejit.ops.gemm import Gemm
 
 
-def forwarded(kernel: Kernel) -> tuple[Kernel, dict[Copy, Buffer]]:
-    """The kernel with `T.copy(x, s)` and `T.copy(s, C)` as one `T.copy(x, C)`, where nothing else
-    uses `s` and nothing changes `x` in between; and those copies, with the tile that each saves.
+def forwarded(kernel: Kernel, tiles: Collection[Buffer] = ()) -> tuple[Kernel, dict[Copy, Buffer]]:
+    """The kernel with `T.copy(x, s)` and `T.copy(s, C)` as one `T.copy(x, C)`, where `x` lies as
+    warpgroups hold an accumulator, nothing else uses `s` and nothing changes `x` in between; and
+    those copies, with the tile that each saves.
 
-    Needs: atoms, layouts.
+    Needs: atoms, layouts. tiles: those that stay.
     """
+    held = [
+        kernel.fragments[n.acc.buffer]
+        for n in walk(kernel.body)
+        if isinstance(n, Gemm) and isinstance(n.atom, WgmmaAtom)
+    ]
     uses: dict[Buffer, list[Node]] = {}
     for node in walk(kernel.body):
         for buffer in {b.root for b in (*node.reads, *node.writes)}:
             uses.setdefault(buffer, []).append(node)
     views = {b.root for b in kernel.buffers if b.is_view}
-    kept = views | set(kernel.given.layouts) | set(kernel.slots)
+    kept = views | set(kernel.given.layouts) | set(kernel.slots) | set(tiles)
     fresh: dict[Copy, Buffer] = {}
 
     def visit(body: Body) -> Body:
@@ -35,8 +42,10 @@ def forwarded(kernel: Kernel) -> tuple[Kernel, dict[Copy, Buffer]]:
         for k, node in enumerate(body):
             if not isinstance(node, Copy) or not _fills(node) or node.dst.buffer in kept:
                 continue
-            tile = node.dst.buffer
-            last = _emptied(body[k + 1 :], tile, node.src.buffer)
+            tile, source = node.dst.buffer, node.src.buffer
+            if source.rank != 2 or kernel.fragments[source] not in held:
+                continue
+            last = _emptied(body[k + 1 :], tile, source)
             if last is not None and uses[tile] == [node, last]:
                 direct = replace(node, dst=last.dst, prefer=last.prefer, eviction=last.eviction)
                 fresh[direct] = tile

@@ -81,12 +81,15 @@ def specialise(kernel: Kernel) -> Kernel:
     brought = [n for n in brought if n.barrier is None]
     if not brought:
         return kernel
-    direct, saved = forwarded(kernel)
-    specialiser = _Specialiser(direct, brought)
-    if not saved.keys().isdisjoint(specialiser.staging.by_threads):  # the user's way is better
-        return _Specialiser(kernel, brought).run()
-    specialiser.notes += [f"{b.name} is left out" for b in saved.values()]
-    return specialiser.run()
+    kept: set[Buffer] = set()
+    while True:
+        direct, saved = forwarded(kernel, kept)
+        specialiser = _Specialiser(direct, brought)
+        slow = {saved[c] for c in specialiser.staging.by_threads if c in saved}
+        if not slow:
+            specialiser.notes += [f"{b.name} is left out" for b in saved.values()]
+            return specialiser.run()
+        kept |= slow  # the user's way is better
 
 
 class _Specialiser:
@@ -141,8 +144,7 @@ class _Specialiser:
         self.notes += walked.notes
         threads = kernel.num_threads * self.teams
         up, down = registers_of(kernel, self.teams)
-        producer: list[Node] = []
-        consumer: list[Node] = []
+        producer, consumer = list[Node](), list[Node]()
         if up:
             producer.append(Control(op=ControlOp.REGISTERS_DOWN, count=down))
             consumer.append(Control(op=ControlOp.REGISTERS_UP, count=up))
@@ -534,12 +536,11 @@ class _Specialiser:
     def _overlapped(self, loop: For) -> list[Node]:
         overlap, groups = self.overlaps[loop], self.kernel.num_threads // GROUP
         turns = groups if groups > 1 and overlap.has_turns and self.uneven is None else 0
-        self.notes.append(f"rounds of the loop at {loop.span} overlap")
+        where = f"the loop at {loop.span}"
+        self.notes.append(f"rounds of {where} overlap")
         if turns:
             self.turning = turns
-            self.notes.append(
-                f"{turns} warpgroups take turns to multiply in the loop at {loop.span}"
-            )
+            self.notes.append(f"{turns} warpgroups take turns to multiply in {where}")
         channels = self._channels_in(loop.body)
         others = (n for n in walk(self.kernel.body) if n not in self.channels)
         made = {b.root for n in others for b in n.writes if b.scope is Scope.SHARED}

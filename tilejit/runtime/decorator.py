@@ -120,18 +120,8 @@ class TileFunction:
             executor = device.executor()
             chip = self._target_of((), executor) if target is None else as_target(target)
             multiples = symbol_multiples(self._signature.match_specs(call))
-            key = (call.key, self._captures.key(), chip.key)
-
-            def general() -> TileKernel:
-                return self._cache.find_or_build(key, lambda: self._build(call, chip))
-
-            def build() -> TileKernel:
-                return self._build(call, chip, multiples).generalised(general)
-
-            if all(n == 1 for n in multiples.values()):
-                kernel = general()
-            else:
-                kernel = self._cache.find_or_build((*key, tuple(multiples.values())), build)
+            key = (call.key, self._captures.key(), chip.key, tuple(multiples.values()))
+            kernel = self._cache.find_or_build(key, lambda: self._build(call, chip, multiples))
             kernel.lower()
             return kernel
 

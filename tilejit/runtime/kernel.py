@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -71,7 +72,6 @@ class TileKernel:
         self._overlaps = frozenset(overlaps)
         self.is_factory_made = specialise is not None
         self._specialise = specialise
-        self._general: Callable[[], TileKernel] | None = None
         self._host = HostProgram(program)
         self._tensors = tuple(n for n, a in enumerate(program.arguments) if isinstance(a, Buffer))
 
@@ -119,12 +119,6 @@ class TileKernel:
     def explain(self) -> str:
         """What was decided for each kernel, as text."""
         return "\n".join(frame.explain() for frame in self.kernels)
-
-    def generalised(self, general: Callable[[], TileKernel]) -> TileKernel:
-        """The same, which leaves calls that it is not for to another kernel."""
-        if not self.is_factory_made:
-            self._general = general
-        return self
 
     def lower(self) -> None:
         """Decide and generate everything, so that errors show now; makes no cubin."""
@@ -260,12 +254,21 @@ class TileKernel:
 
     def _wider(self, symbols: Symbols) -> TileKernel | None:
         """The kernel for any extents, where this one was compiled for others; else None."""
-        if self._general is None:
-            return None
-        promised = self.program.kernels[0].multiples if self.program.kernels else {}
-        if all(symbols.get(v, 0) % n == 0 for v, n in promised.items()):
-            return None
-        return self._general()
+        promised = (pair for k in self.program.kernels for pair in k.multiples.items())
+        return None if all(symbols[v] % n == 0 for v, n in promised) else self._general
+
+    @cached_property
+    def _general(self) -> TileKernel:
+        """The same program for any extents."""
+        kernels = tuple(replace(k, multiples={}) for k in self.program.kernels)
+        return TileKernel(
+            replace(self.program, kernels=kernels),
+            self.target,
+            self.names,
+            constants=self.constants,
+            out_idx=self.out_idx,
+            overlaps=tuple(self._overlaps),
+        )
 
     def _is_written(self, name: str) -> bool:
         buffer = self.program.arguments[self.names.index(name)]
