@@ -78,12 +78,7 @@ class ReduceEmitter(TileEmitter):
             values = [m.unary("abs", v, dtype) for v in values]
         if reduction.is_padded:
             nothing = m.const(identity(node.kind, dtype, keeps_nan=node.keeps_nan), dtype)
-            parts, extent = thread_part(layout, self.thread), index(layout.shape[node.axis])
-            for register, value in enumerate(values):
-                at = coordinates(layout, parts, register)[node.axis]
-                exists = self.inside(at, extent)
-                if exists is not None:
-                    values[register] = m.select(exists, value, nothing)
+            values = self.existing(values, layout, node.axis, nothing)
         groups: dict[tuple[int, ...], list[tuple[int, Value]]] = {}
         for register, value in enumerate(values):
             part = layout.register_part(register)
@@ -91,6 +86,18 @@ class ReduceEmitter(TileEmitter):
         order = [reduction.result.register_part(r) for r in range(reduction.result.registers)]
         along = [[v for _, v in sorted(groups[part], key=lambda e: e[0])] for part in order]
         return [self._tree(node, mine) for mine in along]
+
+    def existing(
+        self, values: Sequence[Value], layout: FragmentLayout, axis: int, nothing: Value
+    ) -> list[Value]:
+        """A fragment's registers, with what changes nothing in those beyond the axis."""
+        parts, extent = thread_part(layout, self.thread), index(layout.shape[axis])
+        result = list(values)
+        for register, value in enumerate(values):
+            exists = self.inside(coordinates(layout, parts, register)[axis], extent)
+            if exists is not None:
+                result[register] = self.m.select(exists, value, nothing)
+        return result
 
     def _tree(self, node: _Combining, values: Sequence[Value]) -> Value:
         """All combined, neighbours first: few values are under way at a time, and errors of sums

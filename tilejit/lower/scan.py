@@ -46,7 +46,9 @@ class ScanEmitter(ReduceEmitter):
             self._add_before(node, spread, order)
             return
         lanes = _Lanes(self, node, spread)
-        values = self._existing(node, spread)
+        values = list(self.state[node.src.buffer])
+        if spread.is_padded:
+            values = self.existing(values, spread.layout, node.axis, self.nothing(node))
         totals: dict[tuple[int, ...], Value] = {}
         for line, registers in order.items():
             results, totals[line] = lanes.scan([values[r] for r in registers])
@@ -54,19 +56,6 @@ class ScanEmitter(ReduceEmitter):
                 held[register] = value
         if node.step is Step.SEND:
             self._leave_totals(node, spread, totals)
-
-    def _existing(self, node: Scan, spread: Scanning) -> list[Value]:
-        """The fragment's registers; those beyond the axis hold what changes nothing."""
-        values, layout = list(self.state[node.src.buffer]), spread.layout
-        if not spread.is_padded:
-            return values
-        parts, extent = thread_part(layout, self.thread), index(layout.shape[node.axis])
-        nothing = self.nothing(node)
-        for register, value in enumerate(values):
-            exists = self.inside(coordinates(layout, parts, register)[node.axis], extent)
-            if exists is not None:
-                values[register] = self.m.select(exists, value, nothing)
-        return values
 
     def nothing(self, node: Scan) -> Value:
         """What leaves other values as they are."""

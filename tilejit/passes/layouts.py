@@ -46,12 +46,12 @@ from tilejit.passes.reduce import (
     note_of,
     parts_at_once,
     result_layout,
+    shared_scratch,
     stands_alone,
     with_scratch,
 )
 from tilejit.passes.registers import MAX_WORDS
 from tilejit.passes.scan import scan_layouts, scan_scratch
-from tilejit.passes.select import shared_scratch
 from tilejit.passes.wgmma import warpgroup_layout
 
 

@@ -31,12 +31,12 @@ def in_fragments(node: Reduce | ClusterGather | ClusterScatter) -> list[Node]:
     source, target = node.src, node.dst
     if not _is_fragment(source):
         source = _fragment_for(source, "held")
-        before.append(_copy(node.src, source, node))
+        before.append(by_registers(node.src, source, node))
     if not _is_fragment(target):
         target = _fragment_for(target, "gathered" if isinstance(node, ClusterGather) else "reduced")
         if isinstance(node, Reduce) and not node.clear:
-            before.append(_copy(node.dst, target, node))
-        after.append(_copy(target, node.dst, node))
+            before.append(by_registers(node.dst, target, node))
+        after.append(by_registers(target, node.dst, node))
     return [*before, replace(node, src=source, dst=target), *after]
 
 
@@ -45,7 +45,7 @@ def combined_in_fragment(node: ClusterReduce) -> list[Node]:
     if _is_fragment(node.tile):
         return [node]
     held = _fragment_for(node.tile, "held")
-    fetch, keep = _copy(node.tile, held, node), _copy(held, node.tile, node)
+    fetch, keep = by_registers(node.tile, held, node), by_registers(held, node.tile, node)
     return [fetch, replace(node, tile=held), keep]
 
 
@@ -67,9 +67,21 @@ def _fragment_for(region: Region, suffix: str) -> Region:
     )
 
 
-def _copy(source: Region, target: Region, node: Node) -> Copy:
+def by_registers(source: Region, target: Region, node: Node) -> Copy:
+    """A copy by the block's threads, on behalf of a node."""
     atom = CopyAtom(CopyMethod.REGISTERS, 1)
     return Copy(src=source, dst=target, atom=atom, span=node.span)
+
+
+def shared_scratch(like: Buffer) -> Buffer:
+    """A shared buffer that a fragment can be copied to."""
+    return Buffer(
+        name=f"{like.name}_shared",
+        shape=like.shape,
+        dtype=like.dtype,
+        scope=Scope.SHARED,
+        span=like.span,
+    )
 
 
 def result_layout(

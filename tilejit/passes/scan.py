@@ -14,15 +14,14 @@ from tilejit.errors import ResourceError
 from tilejit.ir.buffer import Buffer, Region, Scope, whole
 from tilejit.ir.expr import arith, index
 from tilejit.ir.node import Body, Node, walk
-from tilejit.isa.atom import CopyAtom, CopyMethod
 from tilejit.layout.fragment import FragmentLayout
 from tilejit.layout.scan import Scanning, scanned
 from tilejit.ops.copy import Copy
 from tilejit.ops.reduce import Step
 from tilejit.ops.scan import Scan
+from tilejit.passes.reduce import WIDEST_BYTES, by_registers, shared_scratch
 from tilejit.passes.registers import MAX_WORDS
 
-WIDEST_BYTES = 16  # of a thread's access to memory (PTX ISA, "ld")
 MOST_WORDS = 64  # registers of a thread for a tile, where it may come in pieces
 
 
@@ -54,7 +53,7 @@ def in_parts(node: Scan, threads: int) -> tuple[list[Node], str]:
     if spread.parts > 1:
         scratch = _buffer(node, "parts", spread.totals.shape, Scope.SHARED)
         steps = [replace(scan, scratch=scratch, step=step) for step in (Step.SEND, Step.TAKE)]
-    fetch, keep = _copy(node.src, held, node), _copy(held, node.dst, node)
+    fetch, keep = by_registers(node.src, held, node), by_registers(held, node.dst, node)
     return [fetch, *steps, keep], _note(node, spread)
 
 
@@ -118,8 +117,7 @@ def scan_scratch(body: Body) -> dict[Buffer, Buffer]:
         if isinstance(node, Copy) and node.dst.buffer in scanned and node.src.is_whole:
             source, held = node.src.buffer, node.dst.buffer
             if source.scope is Scope.FRAGMENT and source.dtype is held.dtype:
-                like = replace(source, name=f"{source.name}_shared", scope=Scope.SHARED)
-                scratch[held] = scratch.setdefault(source, like)
+                scratch[held] = scratch.setdefault(source, shared_scratch(source))
     return scratch
 
 
@@ -131,11 +129,6 @@ def _buffer(node: Scan, suffix: str, shape: Sequence[int], scope: Scope) -> Buff
         scope=scope,
         span=node.span,
     )
-
-
-def _copy(source: Region, target: Region, node: Node) -> Copy:
-    atom = CopyAtom(CopyMethod.REGISTERS, 1)
-    return Copy(src=source, dst=target, atom=atom, span=node.span)
 
 
 def _note(node: Scan, spread: Scanning) -> str:

@@ -63,7 +63,7 @@ from tilejit.passes.manual import (
     with_meetings,
 )
 from tilejit.passes.own import own_tiles
-from tilejit.passes.reduce import combined_in_fragment, in_fragments
+from tilejit.passes.reduce import combined_in_fragment, in_fragments, shared_scratch
 from tilejit.passes.rows import used_by_rows
 from tilejit.passes.scan import in_parts
 from tilejit.passes.tma import same_bits
@@ -455,17 +455,6 @@ def _spelling(node: Node) -> str:
     if isinstance(node, Scan | ClusterExchange):
         return node.call
     return names.get(type(node)) or spelling(node)
-
-
-def shared_scratch(like: Buffer) -> Buffer:
-    """A shared buffer that a fragment can be copied to."""
-    return Buffer(
-        name=f"{like.name}_shared",
-        shape=like.shape,
-        dtype=like.dtype,
-        scope=Scope.SHARED,
-        span=like.span,
-    )
 
 
 def choose_gemm(
